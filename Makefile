@@ -1,0 +1,62 @@
+# One command is all a fresh machine needs: `make demo` or `make test` makes the virtual
+# environment, installs into it, and goes on. Nothing is installed twice: a stamp in .venv is
+# compared with pyproject.toml and constraints.txt.
+
+# PYTHON=... chooses the interpreter. (It is *run*, not looked up: a name can be on the path and
+# still not start.)
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+PIP  := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format docs bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-dev  ## denoise a handwritten digit: prints a summary, writes a picture
+	$(RUN) examples/quickstart.py
+
+test: $(VENV)/.installed-dev  ## the tests and the doctests
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## the long statistical checks
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff (rules and format) and pyright
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright
+
+format: $(VENV)/.installed-dev  ## let ruff put right what it can
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+docs: $(VENV)/.installed-docs  ## the documentation, to docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+bench: $(VENV)/.installed-bench  ## our samplers against their peers, in one run
+	$(RUN) -m tests.benchmarks
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) dist build docs/_build docs/jupyter_execute examples/output
+	rm -rf .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find pyro_ebm tests examples docs -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment whose interpreter no longer starts is made anew.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	@$(RUN) -c "" 2>/dev/null || { \
+	  $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	    || { echo "pyro_ebm needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }; \
+	  echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing pyro_ebm and what its tests and examples need (once; a few minutes)"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs $(VENV)/.installed-bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
+	@echo "installing what \`make $*\` needs"
+	@$(PIP) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,14 @@
+"""Every docstring example starts alike: same seed, empty param store, the usual names."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_doctest(doctest_namespace):
+    pyro.enable_validation(True)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist)

@@ -1,0 +1,458 @@
+r"""Densities known up to a constant, as Pyro distributions.
+
+An energy :math:`E` makes the density
+
+.. math:: p(x) = \frac{h(x)\, e^{-E(x)}}{Z}, \qquad Z = \int h(x)\, e^{-E(x)}\, dx,
+
+with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a text that writes
+:math:`p = e^{f} / Z` has :math:`f = -E`. The constant :math:`\log Z` is in one of three states:
+
+* *unknown*: nobody told. ``log_prob`` is then only defined up to a constant. Comparing points,
+  sampling, scores and latent or factor sites need no more.
+* *known*: from a closed form, an enumeration, or an estimate. The density is normalized.
+* *learned*: a parameter under training. It means something after noise-contrastive estimation
+  and nothing before.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_ebm.distributions.util import first_tensor, lift_support
+from pyro_ebm.ops.score import score
+
+if TYPE_CHECKING:
+    from pyro_ebm.mcmc.kernel import Kernel
+    from pyro_ebm.mcmc.short_run import ChainDiagnostics
+
+_only_starts: ContextVar[bool] = ContextVar("_only_starts", default=False)
+
+
+@contextlib.contextmanager
+def starting_points_only() -> Iterator[None]:
+    """Within this context ``UnnormalizedEnergy.sample`` returns where its chains would start.
+
+    Prototype traces need a value of the right shape in the support, not a draw.
+    """
+    token = _only_starts.set(True)
+    try:
+        yield
+    finally:
+        _only_starts.reset(token)
+
+
+class UnnormalizedEnergy(TorchDistribution):
+    r"""The density :math:`p(x) = h(x)\, e^{-E(x)} / Z` of an energy, with :math:`Z` unknown.
+
+    Use it like any Pyro distribution: as a latent site, an observed site, or a factor on other
+    latents (``obs=`` a tensor computed from them).
+
+    Elements that interact belong in ``event_shape``: the elements of a plate or batch are
+    independent, each with a :math:`Z` of its own.
+
+    Args:
+        energy: :math:`E`, a callable ``(*sample, *batch, *event) -> (*sample, *batch)``: a
+            function, an ``nn.Module`` (registered by ``pyro.module`` if it is to be trained), or a
+            ``PyroModule``.
+        event_shape: shape of one point; the base's by default, else ``()``.
+        support: where the density lives; the base's by default, else the reals. An elementwise
+            constraint holds for each element of the event.
+        batch_shape: shape of the batch of a conditional energy; the base's by default, else
+            ``()``.
+        base: :math:`h`, a normalized distribution: the model is then a *tilt* of it, and proper
+            wherever :math:`E` is bounded below. Without one :math:`h = 1`, and that
+            :math:`\int e^{-E}` is finite is for the user to see to.
+        log_normalizer: :math:`\log Z` where it is known, broadcastable to ``batch_shape``. A leaf
+            parameter (``nn.Parameter``, the value of ``pyro.param``) counts as *learned*,
+            everything else as *known*; see ``learned_normalizer``.
+        kernel: the kernel of :meth:`sample`, without a model; by default
+            :class:`~pyro_ebm.mcmc.LangevinKernel`.
+        num_steps: transitions that :meth:`sample` makes, half of them adapting the kernel.
+        constant_normalizer: the user's word that :math:`Z` does not depend on any latent although
+            the energy does, as in a location family :math:`E(x - \mu)`.
+        learned_normalizer: overrides the guess whether ``log_normalizer`` is learned, as for a
+            tensor computed from parameters.
+        validate_args: as in every distribution.
+
+    Raises:
+        ValueError: for a support whose event dimensions exceed the event's, a base of another
+            shape, a normalizer of another shape, or (when called) an energy of the wrong shape.
+
+    Reference:
+        LeCun et al. (2006), A tutorial on energy-based learning.
+
+    Example:
+        >>> def double_well(x):  # (*batch, 2) -> (*batch)
+        ...     return x[..., 0] ** 4 - 6 * x[..., 0] ** 2 + x[..., 1] ** 2 / 2
+        >>> p = UnnormalizedEnergy(double_well, event_shape=(2,))
+        >>> p
+        UnnormalizedEnergy(energy=double_well, event_shape=(2,), log_normalizer=unknown)
+        >>> x, y = torch.tensor([1.7, 0.0]), torch.tensor([0.0, 0.0])
+        >>> p.log_density_ratio(x, y)  # how much likelier is x than y? No Z needed.
+        tensor(8.9879)
+        >>> p.sample((1000,)).shape
+        torch.Size([1000, 2])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        energy: Callable[[Tensor], Tensor],
+        event_shape: torch.Size | tuple[int, ...] | None = None,
+        support: constraints.Constraint | None = None,
+        batch_shape: torch.Size | tuple[int, ...] | None = None,
+        base: TorchDistribution | None = None,
+        log_normalizer: Tensor | float | None = None,
+        kernel: "Kernel | None" = None,
+        num_steps: int = 100,
+        constant_normalizer: bool = False,
+        learned_normalizer: bool | None = None,
+        validate_args: bool | None = None,
+    ):
+        if not callable(energy):
+            raise ValueError(f"energy must be callable, got {type(energy).__name__}")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if event_shape is None:
+            event_shape = () if base is None else base.event_shape
+        if batch_shape is None:
+            batch_shape = () if base is None else base.batch_shape
+        event_shape, batch_shape = torch.Size(event_shape), torch.Size(batch_shape)
+        if base is not None:
+            base = _expanded_base(base, batch_shape, event_shape)
+        if support is None:
+            support = constraints.real if base is None else base.support
+        support = cast(constraints.Constraint, support)
+
+        self._energy = energy
+        self._support = lift_support(support, event_shape)
+        self.base = base
+        self.kernel = kernel
+        self.num_steps = num_steps
+        self.constant_normalizer = constant_normalizer
+        self._log_normalizer = _checked_normalizer(log_normalizer, batch_shape)
+        self._learned_normalizer = learned_normalizer
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
+        if not self.support.is_discrete:
+            self._check_bijection()
+
+    # -- the density -------------------------------------------------------------------------
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Where the density lives."""
+        return self._support
+
+    def energy(self, x: Tensor) -> Tensor:
+        r"""The energy :math:`E(x)`.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+
+        Returns:
+            Energies, shape ``(*sample, *batch)``.
+
+        Raises:
+            ValueError: if the energy function returns another shape.
+        """
+        x = self._broadcast(x)
+        value = self._energy(x)
+        want = x.shape[: x.dim() - self.event_dim]
+        if value.shape != want:
+            raise ValueError(
+                f"the energy {_name_of(self._energy)} must map points of shape {tuple(x.shape)}"
+                f" with event_shape={tuple(self.event_shape)} to shape {tuple(want)}, got"
+                f" {tuple(value.shape)}: sum over the event dimensions, or squeeze a last one"
+            )
+        return value
+
+    def unnormalized_log_prob(self, x: Tensor) -> Tensor:
+        r""":math:`\log h(x) - E(x)`: the log density without its constant.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        value = -self.energy(x)
+        return value if self.base is None else self.base.log_prob(x) + value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r""":math:`\log h(x) - E(x) - \log Z`, without the last term when :math:`Z` is unknown.
+
+        Args:
+            value: points, shape ``(*sample, *batch, *event)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = self.unnormalized_log_prob(value)
+        return log_prob if self._log_normalizer is None else log_prob - self._log_normalizer
+
+    def score(self, x: Tensor) -> Tensor:
+        r"""The score :math:`\nabla_x \log p(x) = \nabla_x \log h(x) - \nabla_x E(x)`.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+
+        Returns:
+            The shape of ``x`` (broadcast against the batch).
+        """
+        return score(self.unnormalized_log_prob, self._broadcast(x))
+
+    def log_density_ratio(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""The exact :math:`\log p(x) - \log p(y)`: the constant cancels.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+            y: points, of a shape that broadcasts with ``x``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        return self.unnormalized_log_prob(x) - self.unnormalized_log_prob(y)
+
+    # -- the constant ------------------------------------------------------------------------
+
+    @property
+    def log_normalizer(self) -> Tensor | None:
+        r""":math:`\log Z`, of a shape that broadcasts to ``batch_shape``, or None if unknown."""
+        return self._log_normalizer
+
+    @property
+    def normalizer_state(self) -> Literal["unknown", "learned", "known"]:
+        r"""What is known of :math:`\log Z`."""
+        if self._log_normalizer is None:
+            return "unknown"
+        learned = self._learned_normalizer
+        if learned is None:
+            # pyro.param marks its values, leaves or not, by the attribute `unconstrained`
+            learned = isinstance(self._log_normalizer, nn.Parameter) or hasattr(
+                self._log_normalizer, "unconstrained"
+            )
+        return "learned" if learned else "known"
+
+    @property
+    def is_normalized(self) -> bool:
+        r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
+        return self.normalizer_state == "known"
+
+    # -- draws -------------------------------------------------------------------------------
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        r"""*Approximate* draws: the last states of many short chains.
+
+        Each of the ``sample_shape`` x ``batch_shape`` points is the end of a chain of its own,
+        ``num_steps`` transitions of ``kernel`` from a draw of ``base`` (else from Pyro's uniform
+        start on the unconstrained space). All chains run at once. The first half of the steps
+        adapts the kernel. Draws follow the density only if the chains have converged, and chains
+        do not cross between far modes: check with :meth:`sample_with_diagnostics`, and raise
+        ``num_steps`` or give a ``base`` that covers the modes.
+
+        Args:
+            sample_shape: how many points.
+
+        Returns:
+            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``, detached.
+        """
+        if _only_starts.get():
+            return self.starting_points(sample_shape)
+        return self._run(sample_shape, diagnose=False)[0]
+
+    def sample_with_diagnostics(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] = (),
+    ) -> "tuple[Tensor, ChainDiagnostics]":
+        r"""Draws as :meth:`sample` makes them, with the evidence for and against them.
+
+        Args:
+            sample_shape: how many points; diagnostics between chains want more than one.
+
+        Returns:
+            The draws, and :class:`~pyro_ebm.mcmc.ChainDiagnostics` of the second half of the
+            chains: R-hat, effective sample size, acceptance rate, step size, divergences.
+
+        Example:
+            >>> p = UnnormalizedEnergy(lambda x: x**2 / 2)
+            >>> x, diagnostics = p.sample_with_diagnostics((500,))
+            >>> bool(diagnostics.r_hat < 1.1)
+            True
+        """
+        return self._run(sample_shape, diagnose=True)
+
+    def _run(self, sample_shape: Any, diagnose: bool) -> "tuple[Tensor, ChainDiagnostics]":
+        from pyro_ebm.mcmc.short_run import short_run  # the one arrow back
+
+        return short_run(self, torch.Size(sample_shape), diagnose=diagnose)
+
+    def starting_points(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] = (),
+    ) -> Tensor:
+        """Where chains start: draws of the base, else uniform on (-2, 2) before the constraint.
+
+        Args:
+            sample_shape: how many points.
+
+        Returns:
+            Points of the support, shape ``(*sample_shape, *batch_shape, *event_shape)``.
+        """
+        sample_shape = torch.Size(sample_shape)
+        if self.base is not None:
+            return self.base.sample(sample_shape).detach()
+        shape = sample_shape + self.batch_shape
+        like = first_tensor(self._energy, self._log_normalizer, self._support)
+        like = torch.empty(()) if like is None else like.detach()
+        if self.support.is_discrete:
+            return self._discrete_start(shape + self.event_shape, like.device)
+        bijection = biject_to(self.support)
+        unconstrained = bijection.inverse_shape(shape + self.event_shape)
+        return bijection(like.new_empty(unconstrained).uniform_(-2.0, 2.0))
+
+    def _discrete_start(self, shape: torch.Size, device: torch.device) -> Tensor:
+        support = self.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        low = getattr(support, "lower_bound", 0)
+        high = 1 if support is constraints.boolean else getattr(support, "upper_bound", None)
+        if high is None:
+            raise NotImplementedError(
+                f"no starting point is known on the support {support}: give base="
+            )
+        uniform = torch.rand(shape, device=device)
+        return low + (uniform * (high - low + 1)).floor()
+
+    # -- Pyro's plumbing ---------------------------------------------------------------------
+
+    def expand(
+        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
+    ) -> "UnnormalizedEnergy":
+        """A copy with a larger batch: the elements are independent and share the energy."""
+        new = self._get_checked_instance(UnnormalizedEnergy, _instance)
+        batch_shape = torch.Size(batch_shape)
+        for name in (
+            "_energy",
+            "_support",
+            "kernel",
+            "num_steps",
+            "constant_normalizer",
+            "_log_normalizer",
+            "_learned_normalizer",
+        ):
+            setattr(new, name, getattr(self, name))
+        new.base = None if self.base is None else self.base.expand(batch_shape)
+        super(UnnormalizedEnergy, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def __repr__(self) -> str:
+        parts = [f"energy={_name_of(self._energy)}"]
+        if self.batch_shape:
+            parts.append(f"batch_shape={tuple(self.batch_shape)}")
+        parts.append(f"event_shape={tuple(self.event_shape)}")
+        if self.base is not None:
+            parts.append(f"base={type(self.base).__name__}")
+        parts.append(f"log_normalizer={self.normalizer_state}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _broadcast(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.dim() - self.event_dim]
+        if x.shape[len(batch) :] != self.event_shape:
+            raise ValueError(
+                f"points of {type(self).__name__} must end in event_shape="
+                f"{tuple(self.event_shape)}, got shape {tuple(x.shape)}"
+            )
+        shape = torch.broadcast_shapes(batch, self.batch_shape)
+        return x if shape == batch else x.expand(shape + self.event_shape)
+
+    def _check_bijection(self) -> None:
+        try:
+            biject_to(self.support).inverse_shape(self.event_shape)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"no bijection from the reals onto the support {self.support} is known to"
+                " torch.distributions.biject_to: register one, or use another support"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"event_shape={tuple(self.event_shape)} does not fit the support {self.support}:"
+                f" {error}"
+            ) from error
+
+
+def _expanded_base(
+    base: TorchDistribution, batch_shape: torch.Size, event_shape: torch.Size
+) -> TorchDistribution:
+    if base.event_shape != event_shape:
+        hint = (
+            f": write base.expand({tuple(event_shape)}).to_event({len(event_shape)})"
+            if not base.event_shape
+            else ""
+        )
+        raise ValueError(
+            f"base {type(base).__name__} has event_shape={tuple(base.event_shape)}, the energy"
+            f" wants {tuple(event_shape)}{hint}"
+        )
+    try:
+        return base.expand(batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"base {type(base).__name__} has batch_shape={tuple(base.batch_shape)}, which does not"
+            f" expand to the energy's {tuple(batch_shape)}"
+        ) from error
+
+
+def _checked_normalizer(
+    log_normalizer: Tensor | float | None, batch_shape: torch.Size
+) -> Tensor | None:
+    if log_normalizer is None:
+        return None
+    if not isinstance(log_normalizer, Tensor):
+        log_normalizer = torch.as_tensor(float(log_normalizer))
+    try:
+        fits = torch.broadcast_shapes(log_normalizer.shape, batch_shape) == batch_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"log_normalizer has shape {tuple(log_normalizer.shape)}, which does not broadcast to"
+            f" batch_shape={tuple(batch_shape)}: there is one log Z for each batch element"
+        )
+    return log_normalizer
+
+
+def _name_of(function: Any) -> str:
+    name = getattr(function, "__name__", None)
+    return type(function).__name__ if name is None else name.replace("<lambda>", "lambda")
+
+
+def find_energy(fn: Any) -> UnnormalizedEnergy | None:
+    """The energy inside a distribution wrapped by ``to_event``, ``mask``, ``expand``, transforms.
+
+    Example:
+        >>> p = UnnormalizedEnergy(torch.square).expand([3]).to_event(1).mask(True)
+        >>> find_energy(p)
+        UnnormalizedEnergy(energy=square, batch_shape=(3,), event_shape=(), log_normalizer=unknown)
+        >>> find_energy(dist.Normal(0, 1)) is None
+        True
+    """
+    while not isinstance(fn, UnnormalizedEnergy):
+        fn = getattr(fn, "base_dist", None)
+        if fn is None:
+            return None
+    return fn
+
+
+__all__ = ["UnnormalizedEnergy", "find_energy", "starting_points_only"]

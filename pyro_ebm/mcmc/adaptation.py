@@ -1,0 +1,204 @@
+r"""Warmup: the step size and the mass matrix, learned in Stan's windows.
+
+A warmup has a *fast* start in which chains find the bulk and only the step size adapts, *slow*
+windows of doubling length at whose ends the covariance of the draws becomes the new mass matrix,
+and a *fast* end that settles the step size. All statistics are pooled over the chains of a group,
+so that many chains learn in a short warmup what one chain needs a long one for.
+
+Reference:
+    Stan Development Team, Stan Reference Manual, "HMC algorithm parameters". Nesterov (2009),
+    Primal-dual subgradient methods for convex problems. Hoffman and Gelman (2014), The No-U-Turn
+    sampler.
+"""
+
+import torch
+from pyro.ops.dual_averaging import DualAveraging
+from torch import Tensor
+
+START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
+
+
+def slow_windows(warmup_steps: int) -> list[tuple[int, int]]:
+    """The windows ``[start, end)`` after which the mass matrix is renewed.
+
+    Example:
+        >>> slow_windows(500)
+        [(75, 100), (100, 150), (150, 250), (250, 450)]
+        >>> slow_windows(100)
+        [(15, 90)]
+        >>> slow_windows(10)
+        []
+    """
+    if warmup_steps < 20:
+        return []
+    start, size, end = START_BUFFER, FIRST_WINDOW, warmup_steps - END_BUFFER
+    if warmup_steps < START_BUFFER + FIRST_WINDOW + END_BUFFER:
+        start = int(0.15 * warmup_steps)
+        end = warmup_steps - int(0.1 * warmup_steps)
+        size = end - start
+    windows = []
+    while start < end:
+        stop = start + size
+        if stop + 2 * size > end:  # the next window would not fit: take what is left
+            stop = end
+        windows.append((start, stop))
+        start, size = stop, 2 * size
+    return windows
+
+
+class PooledCovariance:
+    r"""Welford's running mean and (co)variance, fed by all chains of each group at once.
+
+    Args:
+        groups: number of groups.
+        dense: whether to keep the whole matrix or its diagonal.
+
+    Reference:
+        Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance.
+
+    Example:
+        >>> stats = PooledCovariance(groups=1, dense=False)
+        >>> stats.update(torch.tensor([[0.0], [2.0]]))
+        >>> stats.update(torch.tensor([[4.0], [6.0]]))
+        >>> stats.covariance()  # of 0, 2, 4, 6
+        tensor([[6.6667]])
+    """
+
+    def __init__(self, groups: int, dense: bool):
+        self.groups, self.dense = groups, dense
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.moment: Tensor | None = None
+
+    def update(self, z: Tensor) -> None:
+        """Adds positions, shape ``(chains, dim)``."""
+        z = z.reshape(-1, self.groups, z.shape[-1])
+        count, mean = z.shape[0], z.mean(0)
+        moment = self._outer(z - mean)
+        if self.mean is None or self.moment is None:
+            self.count, self.mean, self.moment = count, mean, moment
+            return
+        # M2(a + b) = M2(a) + M2(b) + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b)
+        total = self.count + count
+        delta = mean - self.mean
+        between = self._outer(delta[None]) * (self.count * count / total)
+        self.moment = self.moment + moment + between
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """The variances ``(groups, dim)``, or covariances ``(groups, dim, dim)`` if dense."""
+        if self.moment is None or self.count < 2:
+            raise RuntimeError("a covariance needs at least two positions")
+        return self.moment / (self.count - 1)
+
+    def _outer(self, delta: Tensor) -> Tensor:
+        if self.dense:
+            return torch.einsum("cgi,cgj->gij", delta, delta)
+        return delta.square().sum(0)
+
+
+class Adaptation:
+    r"""Step size :math:`\varepsilon` and mass matrix of the chains of each group.
+
+    The inverse mass matrix is the covariance :math:`\Sigma = L L^\top` of the draws; kernels use
+    its factor :math:`L`.
+
+    Args:
+        groups: number of groups of chains.
+        dim: dimension of a position.
+        warmup_steps: length of the warmup.
+        step_size: the first step size.
+        like: a tensor that tells dtype and device.
+        adapt_step_size: whether to adapt it.
+        adapt_mass_matrix: whether to adapt it; the identity otherwise.
+        full_mass: dense or diagonal.
+        target_accept_prob: the mean acceptance probability to reach.
+
+    Attributes:
+        step_size: shape ``(groups,)``.
+        factor: :math:`L`, shape ``(groups, dim)`` or ``(groups, dim, dim)``; None is the identity.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        dim: int,
+        warmup_steps: int,
+        step_size: float,
+        like: Tensor,
+        adapt_step_size: bool,
+        adapt_mass_matrix: bool,
+        full_mass: bool,
+        target_accept_prob: float,
+    ):
+        self.groups, self.warmup_steps = groups, warmup_steps
+        self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
+        self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
+        self.step_size = torch.full((groups,), step_size, dtype=like.dtype, device=like.device)
+        self.t = 0
+        self._windows = slow_windows(warmup_steps) if adapt_mass_matrix else []
+        self.factor: Tensor | None = None
+        if self._windows:
+            ones = torch.ones(groups, dim, dtype=like.dtype, device=like.device)
+            self.factor = torch.diag_embed(ones) if full_mass else ones
+        self._pool = PooledCovariance(groups, full_mass)
+        self._averaging = DualAveraging()
+        self.restart(self.step_size)
+
+    @property
+    def active(self) -> bool:
+        """Whether the warmup is still running."""
+        return self.t < self.warmup_steps
+
+    def restart(self, step_size: Tensor) -> None:
+        """Starts the search for the step size again, from here."""
+        self.step_size = step_size
+        self._averaging.prox_center = step_size.log()  # pyright: ignore[reportAttributeAccessIssue]
+        self._averaging.reset()
+
+    def update(self, z: Tensor, accept_prob: Tensor) -> bool:
+        """Learns from one transition of all chains.
+
+        Args:
+            z: the new positions, shape ``(chains, dim)``.
+            accept_prob: the acceptance probabilities, shape ``(chains,)``.
+
+        Returns:
+            Whether the mass matrix is new, so that the step size must be found again.
+        """
+        if not self.active:
+            return False
+        renewed = False
+        if self.adapt_step_size:
+            mean = accept_prob.reshape(-1, self.groups).mean(0)
+            self._averaging.step(self.target_accept_prob - mean)  # pyright: ignore[reportArgumentType]
+            self.step_size = torch.as_tensor(self._averaging.get_state()[0]).exp()
+        if self._windows and self.t >= self._windows[0][0]:
+            self._pool.update(z)
+            if self.t + 1 == self._windows[0][1]:
+                self._renew_factor()
+                self._windows.pop(0)
+                renewed = True
+        self.t += 1
+        if self.t == self.warmup_steps and self.adapt_step_size:
+            self.step_size = torch.as_tensor(self._averaging.get_state()[1]).exp()
+        return renewed
+
+    def _renew_factor(self) -> None:
+        pool = self._pool
+        if pool.count < 2:
+            return
+        # shrunk, as in Stan, towards a small multiple of what was believed before
+        n, new = pool.count, pool.covariance()
+        prior = _not_none(self.factor).square()
+        if self.full_mass:
+            prior = torch.diag_embed(prior.sum(-1))  # the diagonal of L L^T
+        new = (n * new + 5e-3 * prior) / (n + 5)
+        self.factor = torch.linalg.cholesky(new) if self.full_mass else new.sqrt()
+        self._pool = PooledCovariance(self.groups, self.full_mass)
+
+
+def _not_none(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

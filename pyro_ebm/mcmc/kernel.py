@@ -1,0 +1,459 @@
+r"""The base of every kernel: Pyro's contract around a pure transition on a batch of chains.
+
+A kernel is used in three ways. Under :class:`pyro_ebm.MCMC` it moves many chains at once
+(:meth:`Kernel.bind`, :meth:`Kernel.init`, :meth:`Kernel.step`). Under Pyro's own
+``pyro.infer.MCMC`` and ``StreamingMCMC`` it moves one (:meth:`Kernel.setup`,
+:meth:`Kernel.sample`). And without a model it is the kernel of ``UnnormalizedEnergy.sample`` and
+of the losses.
+"""
+
+import copy
+import math
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import pyro
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.mcmc.adaptation import Adaptation
+from pyro_ebm.mcmc.engine import Engine
+from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.potential import FunctionPotential, Potential, sites_of
+from pyro_ebm.ops.metropolis import select
+
+
+class State(NamedTuple):
+    """Where the chains are."""
+
+    z: Tensor
+    """Positions, shape ``(chains, dim)``."""
+    potential: Tensor
+    """Potentials, shape ``(chains,)``."""
+    grad: Tensor | None
+    """Gradients of the potential, shape ``(chains, dim)``; None if the kernel needs none."""
+
+
+class Info(NamedTuple):
+    """What happened in one transition."""
+
+    accept_prob: Tensor
+    """Probability of acceptance, shape ``(chains,)``."""
+    diverging: Tensor
+    """Whether the proposal was rejected because it went astray, boolean, shape ``(chains,)``."""
+
+
+Self = TypeVar("Self", bound="Kernel")
+
+
+class Kernel(MCMCKernel):
+    r"""A Markov chain Monte Carlo kernel: a pure transition, adapted during warmup.
+
+    A new kernel says what a transition draws, and what it does with the draws. The base evaluates
+    the potential, adapts the step size to ``target_accept_prob`` and the mass matrix to the
+    covariance of the draws, keeps the statistics, and answers Pyro. A whole kernel, the Metropolis
+    algorithm with a Gaussian random walk:
+
+    Example:
+        >>> from pyro_ebm.ops import metropolis_accept, precondition, select
+        >>> class RandomWalk(Kernel):
+        ...     needs_grad = False
+        ...     def draw(self, state):
+        ...         step = self.step_size_of(state)
+        ...         jump = step * precondition(self.factor, torch.randn_like(state.z))
+        ...         return state.z + jump, torch.rand_like(state.potential).log()
+        ...     def transition(self, state, new_z, log_u):
+        ...         new = self.evaluate(new_z)
+        ...         valid = new.potential.isfinite()
+        ...         #            p(z') / p(z) = exp(-U(z')) / exp(-U(z))
+        ...         accept_prob, ok = metropolis_accept(
+        ...             state.potential - new.potential, valid, log_u)
+        ...         return self.choose(ok, new, state), Info(accept_prob, ~valid)
+        >>> def model():
+        ...     return pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> from pyro.infer import MCMC
+        >>> mcmc = MCMC(RandomWalk(model, target_accept_prob=0.44), 500, disable_progbar=True)
+        >>> mcmc.run()
+        >>> bool((mcmc.get_samples()["x"].mean() - 3).abs() < 0.5)
+        True
+
+    Args:
+        model: a Pyro model, or a distribution.
+        potential_fn: instead of a model, the potential of one chain as a function of a dict of
+            unconstrained values; needs ``initial_params``.
+        step_size: the (first) step size.
+        adapt_step_size: whether warmup adapts it.
+        adapt_mass_matrix: whether warmup adapts the mass matrix; else it is the identity.
+        full_mass: whether the mass matrix is dense or diagonal.
+        target_accept_prob: the mean acceptance probability that the step size is adapted to.
+        transforms: from the supports to the reals, where they should not be Pyro's.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: whether to compile the transition, see :mod:`pyro_ebm.mcmc.engine`.
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where chains start, as in Pyro's kernels.
+
+    Raises:
+        ValueError: for an argument outside its range, or both a model and a ``potential_fn``.
+    """
+
+    needs_grad = True
+    has_momentum = False
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        step_size: float = 0.1,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: bool = False,
+        target_accept_prob: float = 0.574,
+        transforms: dict[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        if model is not None and potential_fn is not None:
+            raise ValueError("give model or potential_fn, not both")
+        check_positive("step_size", step_size)
+        if not 0 < target_accept_prob < 1:
+            raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}")
+        self.model, self.potential_fn = model, potential_fn
+        self.transforms = transforms
+        self._init_step_size = float(step_size)
+        self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
+        self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
+        self._given_transforms = transforms
+        self.max_plate_nesting = max_plate_nesting
+        self.jit_compile, self.ignore_jit_warnings = jit_compile, ignore_jit_warnings
+        self.init_strategy = init_strategy
+        self._given_params: Mapping[str, Tensor] | None = None
+        self._shipped_params: Any = None
+        self._release()
+
+    # -- the mathematics: what a new kernel writes ---------------------------------------------
+
+    @abstractmethod
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """Everything random or adapted that :meth:`transition` needs, drawn for all chains."""
+
+    @abstractmethod
+    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
+        """The next state of all chains: a pure function of its arguments."""
+
+    # -- what it is written with ---------------------------------------------------------------
+
+    def evaluate(self, z: Tensor) -> State:
+        """The state at the positions ``z``, shape ``(chains, dim)``."""
+        if self.needs_grad:
+            return State(z, *self.potential.value_and_grad(z))
+        with torch.no_grad():
+            return State(z, self.potential(z), None)
+
+    @staticmethod
+    def choose(accepted: Tensor, new: State, old: State) -> State:
+        """The new state where accepted, the old one elsewhere."""
+        grad = None if new.grad is None else select(accepted, new.grad, _not_none(old.grad))
+        potential = select(accepted, new.potential, old.potential)
+        return State(select(accepted, new.z, old.z), potential, grad)
+
+    @property
+    def potential(self) -> Potential:
+        """What is sampled; set by :meth:`bind`."""
+        if self._potential is None:
+            raise RuntimeError(f"{type(self).__name__} is not bound to a potential: call setup")
+        return self._potential
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """The step size and mass matrix; set by :meth:`bind`."""
+        if self._adaptation is None:
+            raise RuntimeError(f"{type(self).__name__} is not bound to a potential: call setup")
+        return self._adaptation
+
+    @property
+    def factor(self) -> Tensor | None:
+        """The factor :math:`L` of the inverse mass matrix, see :mod:`pyro_ebm.ops.precondition`."""
+        return self.adaptation.factor
+
+    @property
+    def step_size(self) -> Tensor | float:
+        """The step size of each group, shape ``(groups,)``; before setup, the first one."""
+        return self._init_step_size if self._adaptation is None else self._adaptation.step_size
+
+    def step_size_of(self, state: State) -> Tensor:
+        """The step size of each chain, shape ``(chains, 1)``, or ``(1, 1)`` with one group."""
+        step_size = self.adaptation.step_size
+        if self.adaptation.groups > 1:
+            step_size = step_size.repeat(state.z.shape[0] // self.adaptation.groups)
+        return step_size[:, None]
+
+    # -- many chains ---------------------------------------------------------------------------
+
+    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+        """The potential of the model at its arguments, or of the ``potential_fn``."""
+        self._restore_params()
+        if self.model is not None:
+            return ModelPotential(
+                self.model,
+                args,
+                kwargs,
+                transforms=self._given_transforms,
+                max_plate_nesting=self.max_plate_nesting,
+                init_strategy=self.init_strategy,
+            )
+        if self.potential_fn is None:
+            raise ValueError(
+                f"{type(self).__name__} has neither a model nor a potential_fn: give one, as in"
+                f" {type(self).__name__}(model)"
+            )
+        if self._given_params is None:
+            raise ValueError(
+                "a potential_fn says nothing of its sites' names and shapes: give initial_params"
+            )
+        sites = sites_of(self._given_params, self._given_transforms)
+        return FunctionPotential(self.potential_fn, sites)
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """Takes a potential and forgets everything learned on another.
+
+        Args:
+            potential: what to sample.
+            warmup_steps: how many of the coming steps adapt the kernel.
+        """
+        self._release()
+        self._potential = potential
+        self.transforms = potential.transforms
+        site = potential.sites[0]
+        self._adaptation = Adaptation(
+            groups=potential.groups,
+            dim=potential.dim,
+            warmup_steps=warmup_steps,
+            step_size=self._init_step_size,
+            like=torch.empty(0, dtype=potential.dtype, device=site.device),
+            adapt_step_size=self.adapt_step_size,
+            adapt_mass_matrix=self.adapt_mass_matrix,
+            full_mass=self.full_mass,
+            target_accept_prob=self.target_accept_prob,
+        )
+        self._engine = Engine(
+            self.transition, self.jit_compile, _Parameters(potential), self.ignore_jit_warnings
+        )
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions, shape ``(chains, dim)``; finds a first step size."""
+        state = self.evaluate(z)
+        if self.adapt_step_size and self.adaptation.active:
+            self._find_step_size(state)
+        return state
+
+    def step(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains, and what warmup learns from it."""
+        state, info = self._engine(state, *self.draw(state))
+        if self.adaptation.update(state.z, info.accept_prob) and self.adapt_step_size:
+            self._find_step_size(state)
+        self._steps += 1
+        return state, info
+
+    def _find_step_size(self, state: State) -> None:
+        """Doubles or halves the step size of each group until the acceptance crosses the target."""
+        adaptation = self.adaptation
+        direction: Tensor | None = None
+        for _ in range(60):
+            _, info = self._engine(state, *self.draw(state))
+            mean = info.accept_prob.reshape(-1, adaptation.groups).mean(0)
+            now = torch.where(mean > adaptation.target_accept_prob, 1.0, -1.0)
+            direction = now if direction is None else torch.where(now == direction, direction, 0.0)
+            if not direction.any():
+                break
+            adaptation.step_size = adaptation.step_size * 2.0**direction
+        adaptation.restart(adaptation.step_size)
+
+    # -- one chain, as Pyro's MCMC runs it -------------------------------------------------------
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Prepares one chain: potential, start, adaptation and statistics, all anew."""
+        potential = self.make_potential(*args, **kwargs)
+        z = self.initial_position(potential, 1)
+        self.bind(potential, warmup_steps)
+        self._warmup_steps = warmup_steps
+        self._state = self.init(z)
+
+    def initial_position(self, potential: Potential, num_chains: int) -> Tensor:
+        """The user's ``initial_params`` if given, else what the potential draws.
+
+        Raises:
+            ValueError: if they have other names or shapes than the model's sites, or lie where
+                the potential is not finite.
+        """
+        given = self._given_params
+        if given is None:
+            return potential.initial(num_chains)
+        if given.keys() != set(potential.names):
+            raise ValueError(
+                f"initial_params has sites {sorted(given)}, the model has {sorted(potential.names)}"
+            )
+        lead = () if num_chains == 1 else (num_chains,)
+        for site in potential.sites:
+            want, got = lead + tuple(site.shape), tuple(given[site.name].shape)
+            if got != want and got != (num_chains, *site.shape):
+                raise ValueError(
+                    f"initial_params[{site.name!r}] must be unconstrained values of shape {want},"
+                    f" got {got}"
+                )
+        z = potential.ravel(given).detach().reshape(num_chains, potential.dim)
+        z = z.to(potential.sites[0].device)
+        value, grad = potential.value_and_grad(z)
+        bad = ~(value.isfinite() & grad.isfinite().all(-1))
+        if bad.any():
+            raise ValueError(
+                f"initial_params of chain {int(bad.nonzero()[0])} do not do:"
+                f" {potential.blame(z[bad][0])}"
+            )
+        return z
+
+    def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One transition from a dict of unconstrained values to the next."""
+        if self._state is None:
+            raise RuntimeError(f"{type(self).__name__}.sample needs setup first")
+        z = self.potential.ravel(params)[None]
+        state = self._state if torch.equal(z, self._state.z) else self.evaluate(z)
+        step_size = float(self.adaptation.step_size.mean())
+        self._state, info = self.step(state)
+        self._mean_accept += (float(info.accept_prob) - self._mean_accept) / (self._seen + 1)
+        self._seen += 1
+        if self._steps == self._warmup_steps:
+            self._mean_accept, self._seen = 0.0, 0
+        if self._steps > self._warmup_steps:
+            step = (-float(self._state.potential), float(info.accept_prob), step_size)
+            for name, number in zip(("lp", "acceptance_rate", "step_size"), step, strict=True):
+                self._stats.setdefault(name, []).append(number)
+            self._stats.setdefault("diverging", []).append(bool(info.diverging))
+        return {k: v.squeeze(0) for k, v in self.potential.unravel(self._state.z).items()}
+
+    @property
+    def initial_params(self) -> dict[str, Tensor] | None:
+        """Unconstrained values at which the chain starts."""
+        if self._state is None:
+            return None if self._given_params is None else dict(self._given_params)
+        return {k: v.squeeze(0) for k, v in self.potential.unravel(self._state.z).items()}
+
+    @initial_params.setter
+    def initial_params(self, params: Mapping[str, Tensor] | None) -> None:
+        self._given_params = params
+        self._state = None
+
+    def logging(self) -> OrderedDict[str, str]:
+        """What a progress bar shows."""
+        return OrderedDict(
+            [
+                ("step size", f"{float(self.adaptation.step_size.mean()):.2e}"),
+                ("acc. prob", f"{self._mean_accept:.3f}"),
+            ]
+        )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Statistics of the draws: divergent ones, mean acceptance, and all of them per draw."""
+        stats = {name: torch.tensor(values) for name, values in self._stats.items()}
+        diverging = stats.get("diverging", torch.zeros(0, dtype=torch.bool))
+        return {
+            "divergences": diverging.nonzero().flatten().tolist(),
+            "acceptance rate": self._mean_accept,
+            "sample_stats": stats,
+        }
+
+    def cleanup(self) -> None:
+        """Drops the chain; the transforms and the learned adaptation stay to be read."""
+        self._state = None
+
+    @property
+    def save_params(self) -> list[str]:
+        """The sites that Pyro's MCMC stores, in the order in which it unpacks them."""
+        if self._save_params is not None:
+            return sorted(self._save_params)
+        return sorted(self.potential.names)
+
+    @save_params.setter
+    def save_params(self, names: list[str] | None) -> None:
+        self._save_params = names
+
+    _save_params: list[str] | None = None
+
+    # -- state that comes and goes ---------------------------------------------------------------
+
+    def _release(self) -> None:
+        self._potential: Potential | None = None
+        self._adaptation: Adaptation | None = None
+        self._engine: Any = None
+        self._state: State | None = None
+        self._warmup_steps = 0
+        self._steps = 0
+        self._mean_accept, self._seen = 0.0, 0
+        self._stats: dict[str, list[Any]] = {}
+
+    def copy(self: Self) -> Self:
+        """A kernel with the same settings that has seen nothing."""
+        new = copy.copy(self)
+        new._shipped_params = self._shipped_params
+        new._release()
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_potential", "_adaptation", "_engine", "_state"):
+            state[name] = None
+        # A worker process starts with an empty parameter store: its parameters travel along.
+        state["_shipped_params"] = pyro.get_param_store().get_state()
+        return state
+
+    def _restore_params(self) -> None:
+        if self._shipped_params is None:
+            return
+        store, shipped = pyro.get_param_store(), self._shipped_params
+        missing = shipped["params"].keys() - store.keys()
+        if missing:
+            current = store.get_state()
+            for part in ("params", "constraints"):
+                mine = {name: shipped[part][name] for name in missing}
+                current[part] = {**current[part], **mine}
+            store.set_state(current)
+
+    def __repr__(self) -> str:
+        target = "" if self.model is None else getattr(self.model, "__name__", repr(self.model))
+        return f"{type(self).__name__}({target})"
+
+
+class _Parameters:
+    """What a graph of a potential depends on beside its inputs: see :class:`Engine`."""
+
+    def __init__(self, potential: Potential):
+        self.modules = getattr(potential, "_modules", ())
+
+    def __call__(self) -> tuple[Any, ...]:
+        store = [id(p) for p in pyro.get_param_store()._params.values()]
+        own = [
+            (id(p), p.dtype, p.device)
+            for module in self.modules
+            for p in (*module._parameters.values(), *module._buffers.values())
+            if p is not None
+        ]
+        return (*store, *own, *(module.training for module in self.modules))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises a ValueError unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _not_none(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

@@ -1,0 +1,299 @@
+r"""The Metropolis-Hastings algorithm with any proposal.
+
+A proposal is a small class: how to draw :math:`z' \sim q(\cdot \mid z)`, and, unless it is
+symmetric, the log density :math:`\log q(z' \mid z)`. The kernel accepts with probability
+
+.. math:: \min\left(1, \frac{p(z')\, q(z \mid z')}{p(z)\, q(z' \mid z)}\right).
+
+Reference:
+    Metropolis et al. (1953), Equation of state calculations by fast computing machines.
+    Hastings (1970), Monte Carlo sampling methods using Markov chains and their applications.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.precondition import precondition
+
+
+class Proposal(ABC):
+    r"""A proposal :math:`q(z' \mid z)` on flat unconstrained positions ``(chains, dim)``.
+
+    A new one writes :meth:`sample`, and either :meth:`log_prob` or ``symmetric = True``. One that
+    reads the adapted step size and covariance also sets ``adaptive = True`` and overrides
+    :meth:`adapted`.
+
+    Example:
+        >>> class Laplace(Proposal):
+        ...     symmetric = True
+        ...     def sample(self, z):
+        ...         return z + dist.Laplace(0.0, 0.5).sample(z.shape)
+        >>> kernel = MHKernel(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), proposal=Laplace())
+        >>> kernel
+        MHKernel(lambda, proposal=Laplace)
+    """
+
+    symmetric = False
+    adaptive = False
+
+    @abstractmethod
+    def sample(self, z: Tensor) -> Tensor:
+        """New positions, of the shape ``(chains, dim)`` of ``z``."""
+
+    def log_prob(self, new: Tensor, old: Tensor) -> Tensor:
+        r"""The log density :math:`\log q(new \mid old)`, shape ``(chains,)``."""
+        raise NotImplementedError
+
+    def adapted(self, step_size: Tensor, factor: Tensor | None) -> "Proposal":
+        """This proposal with the adapted scale ``(chains, 1)`` and factor of the covariance."""
+        return self
+
+    def bind(self, potential: Potential) -> "Proposal":
+        """This proposal for the sites of a potential."""
+        return self
+
+    @property
+    def has_density(self) -> bool:
+        """Whether ``log_prob`` is there to be called."""
+        return type(self).log_prob is not Proposal.log_prob
+
+
+class RandomWalk(Proposal):
+    r"""A Gaussian random walk :math:`z' = z + s L \xi`, with :math:`\xi \sim N(0, I)`.
+
+    The scale :math:`s` adapts to an acceptance of 0.234 (0.44 in one dimension), the shape
+    :math:`L L^\top` to the covariance of the draws.
+
+    Args:
+        scale: the (first) scale :math:`s`; by default :math:`2.38 / \sqrt{dim}`.
+
+    Reference:
+        Roberts, Gelman and Gilks (1997), Weak convergence and optimal scaling of random walk
+        Metropolis algorithms.
+    """
+
+    symmetric = True
+    adaptive = True
+
+    def __init__(self, scale: float | None = None):
+        self.scale = scale
+        self._step_size: Tensor | None = None
+        self._factor: Tensor | None = None
+
+    def sample(self, z: Tensor) -> Tensor:
+        step = precondition(self._factor, torch.randn_like(z))
+        return (
+            z + (2.38 / z.shape[-1] ** 0.5 if self._step_size is None else self._step_size) * step
+        )
+
+    def adapted(self, step_size: Tensor, factor: Tensor | None) -> "RandomWalk":
+        new = RandomWalk(self.scale)
+        new._step_size, new._factor = step_size, factor
+        return new
+
+
+class Independence(Proposal):
+    r"""A proposal that ignores where the chain is: :math:`q(z' \mid z) = q(z')`.
+
+    It should have heavier tails than the target, or chains stick where it has too little mass.
+
+    Args:
+        distribution: either one distribution over the flat *unconstrained* position (event shape
+            ``(dim,)``; any Pyro, torch or zuko flow distribution with ``sample`` and
+            ``log_prob``), or a dict from site names to distributions over the site's *constrained*
+            value (as in a guide), each with the site's batch and event shape.
+
+    Raises:
+        ValueError: if names or shapes do not fit the model.
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        >>> q = Independence({"scale": dist.LogNormal(0.0, 1.5)})
+        >>> kernel = MHKernel(model, proposal=q)
+    """
+
+    def __init__(self, distribution: Distribution | Mapping[str, Distribution]):
+        self.distribution = distribution
+        self._potential: Potential | None = None
+
+    def bind(self, potential: Potential) -> "Independence":
+        q = self.distribution
+        if isinstance(q, Mapping):
+            if q.keys() != set(potential.names):
+                raise ValueError(
+                    f"the proposal has sites {sorted(q)}, the model has {sorted(potential.names)}"
+                )
+            values = potential.constrain(torch.zeros(potential.dim, dtype=potential.dtype))
+            for name, value in values.items():
+                got = q[name].batch_shape + q[name].event_shape
+                if got != value.shape:
+                    raise ValueError(
+                        f"the proposal of site {name!r} has shape {tuple(got)}, the site has"
+                        f" {tuple(value.shape)}"
+                    )
+        elif q.event_shape != (potential.dim,) or q.batch_shape:
+            raise ValueError(
+                f"an independence proposal must have batch_shape=() and event_shape="
+                f"({potential.dim},), the flat position, got {tuple(q.batch_shape)} and"
+                f" {tuple(q.event_shape)}"
+            )
+        new = Independence(q)
+        new._potential = potential
+        return new
+
+    def sample(self, z: Tensor) -> Tensor:
+        n, q, potential = z.shape[:1], self.distribution, self._potential
+        if not isinstance(q, Mapping):
+            return q.sample(n)
+        assert potential is not None
+        transforms = potential.transforms
+        return potential.ravel({k: transforms[k](d.sample(n)) for k, d in q.items()})
+
+    def log_prob(self, new: Tensor, old: Tensor) -> Tensor:
+        q, potential = self.distribution, self._potential
+        if not isinstance(q, Mapping):
+            return q.log_prob(new)
+        assert potential is not None
+        # q(z) = q(x(z)) |dx/dz|, and the transform maps x to z
+        total = new.new_zeros(new.shape[0])
+        unconstrained = potential.unravel(new)
+        for name, x in potential.constrain(new).items():
+            jacobian = potential.transforms[name].log_abs_det_jacobian(x, unconstrained[name])
+            for term, sign in ((q[name].log_prob(x), 1), (jacobian, -1)):
+                total = total + sign * term.reshape(new.shape[0], -1).sum(-1)
+        return total
+
+
+class MHKernel(Kernel):
+    r"""Metropolis-Hastings with a random walk, an independence proposal, or the user's own.
+
+    Args:
+        model: a Pyro model, or a distribution.
+        potential_fn: instead of a model, the potential of one chain as a function of a dict of
+            unconstrained values; needs ``initial_params``.
+        proposal: a :class:`Proposal`; an adapted :class:`RandomWalk` by default. A distribution,
+            or a dict of them, is taken as :class:`Independence`.
+        adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
+        adapt_mass_matrix: whether warmup adapts its shape.
+        full_mass: whether the shape is a dense covariance (the default here) or a diagonal one.
+        target_accept_prob: mean acceptance to adapt to; 0.234, or 0.44 in one dimension, by
+            default.
+        transforms: from the supports to the reals, where they should not be Pyro's.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: whether to capture and compile the transition.
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where chains start, as in Pyro's kernels.
+
+    Raises:
+        ValueError: for a proposal that is neither symmetric nor has a density.
+
+    Example:
+        >>> from pyro_ebm import MCMC
+        >>> def model():
+        ...     return pyro.sample("p", dist.Beta(2.0, 6.0))
+        >>> mcmc = MCMC(MHKernel(model), 500, num_chains=50, disable_progbar=True)
+        >>> mcmc.run()
+        >>> bool((mcmc.get_samples()["p"].mean() - 0.25).abs() < 0.02)
+        True
+    """
+
+    needs_grad = False
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        proposal: Proposal | Distribution | Mapping[str, Distribution] | None = None,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: bool = True,
+        target_accept_prob: float | None = None,
+        transforms: dict[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        if proposal is None:
+            proposal = RandomWalk()
+        elif isinstance(proposal, Distribution | Mapping):
+            proposal = Independence(proposal)
+        if not isinstance(proposal, Proposal):
+            raise ValueError(
+                f"proposal must be a Proposal, a distribution or a dict of distributions, got"
+                f" {type(proposal).__name__}"
+            )
+        if not proposal.symmetric and not proposal.has_density:
+            raise ValueError(
+                f"the proposal {type(proposal).__name__} has no log_prob(new, old): write one, or"
+                " set symmetric = True if q(new | old) = q(old | new)"
+            )
+        scale = getattr(proposal, "scale", None)
+        super().__init__(
+            model=model,
+            potential_fn=potential_fn,
+            step_size=1.0 if scale is None else scale,
+            adapt_step_size=adapt_step_size and proposal.adaptive,
+            adapt_mass_matrix=adapt_mass_matrix and proposal.adaptive,
+            full_mass=full_mass,
+            target_accept_prob=0.234 if target_accept_prob is None else target_accept_prob,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            ignore_jit_warnings=ignore_jit_warnings,
+            init_strategy=init_strategy,
+        )
+        self.proposal = proposal
+        self._default_target = target_accept_prob is None
+        self._default_scale = scale is None
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        super().bind(potential, warmup_steps)
+        adaptation = self.adaptation
+        if self._default_target and potential.dim == 1:
+            adaptation.target_accept_prob = 0.44
+        if self._default_scale:
+            adaptation.restart(adaptation.step_size * 2.38 / potential.dim**0.5)
+        self._bound = self.proposal.bind(potential)
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        q = self._bound.adapted(self.step_size_of(state), self.factor)
+        new_z = q.sample(state.z)
+        if new_z.shape != state.z.shape:
+            raise ValueError(
+                f"the proposal {type(q).__name__} must return positions of shape"
+                f" {tuple(state.z.shape)}, got {tuple(new_z.shape)}"
+            )
+        #      q(z | z')
+        # log ---------
+        #      q(z' | z)
+        log_q_ratio = torch.zeros_like(state.potential)
+        if not q.symmetric:
+            log_q_ratio = q.log_prob(state.z, new_z) - q.log_prob(new_z, state.z)
+        return new_z.detach(), log_q_ratio.detach(), torch.rand_like(state.potential).log()
+
+    def transition(
+        self, state: State, new_z: Tensor, log_q_ratio: Tensor, log_u: Tensor
+    ) -> tuple[State, Info]:
+        new = self.evaluate(new_z)
+        #      p(z') q(z | z')
+        # log ----------------  =  U(z) - U(z') + log q(z | z') - log q(z' | z)
+        #      p(z)  q(z' | z)
+        log_ratio = state.potential - new.potential + log_q_ratio
+        valid = new.potential.isfinite() & ~log_ratio.isnan()
+        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
+        return self.choose(accepted, new, state), Info(accept_prob, ~valid)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, proposal={type(self.proposal).__name__})"

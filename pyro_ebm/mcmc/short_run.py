@@ -1,0 +1,99 @@
+"""Many short chains of an energy, each giving one approximate draw."""
+
+from typing import NamedTuple
+
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.langevin import LangevinKernel
+from pyro_ebm.mcmc.potential import EnergyPotential
+
+
+class ChainDiagnostics(NamedTuple):
+    """The evidence for and against the draws of short chains, from their second halves.
+
+    R-hat and the effective sample size are the worst over the event's elements, one for each batch
+    element.
+    """
+
+    r_hat: Tensor
+    """Split R-hat, shape ``batch_shape``; near 1 if the chains agree."""
+    ess: Tensor
+    """Effective sample size of all chains together, shape ``batch_shape``."""
+    acceptance_rate: Tensor
+    """Mean acceptance probability, shape ``batch_shape``."""
+    step_size: Tensor
+    """The adapted step size, shape ``batch_shape``."""
+    num_divergences: int
+    """Number of divergent transitions."""
+
+
+def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
+    """The kernel of an energy that was given none.
+
+    Raises:
+        NotImplementedError: for a discrete support.
+    """
+    if energy.support.is_discrete:
+        raise NotImplementedError(
+            f"no kernel is known for draws on the discrete support {energy.support}: give kernel="
+        )
+    return LangevinKernel()
+
+
+@torch.no_grad()
+def short_run(
+    energy: UnnormalizedEnergy, sample_shape: torch.Size, diagnose: bool = False
+) -> tuple[Tensor, ChainDiagnostics]:
+    """Runs ``sample_shape`` x ``batch_shape`` chains of ``energy.num_steps`` transitions.
+
+    Args:
+        energy: what to draw from.
+        sample_shape: how many draws.
+        diagnose: whether to keep the chains' second halves and judge them; else the diagnostics
+            but the last are empty.
+
+    Returns:
+        The last states, shape ``(*sample_shape, *batch_shape, *event_shape)``, and diagnostics.
+    """
+    n, steps = sample_shape.numel(), energy.num_steps
+    shape = sample_shape + energy.batch_shape + energy.event_shape
+    kernel = energy.kernel.copy() if energy.kernel is not None else default_kernel(energy)
+    if shape.numel() == 0:
+        empty = energy.starting_points(sample_shape)
+        nothing = empty.new_full(energy.batch_shape, torch.nan)
+        return empty, ChainDiagnostics(nothing, nothing, nothing, nothing, 0)
+    potential = EnergyPotential(energy)
+    kernel.bind(potential, warmup_steps=steps // 2)
+    state = kernel.init(potential.initial(n * potential.groups))
+    history, accept = [], torch.zeros_like(state.potential)
+    diverging = torch.zeros((), dtype=torch.long, device=state.z.device)
+    for step in range(steps):
+        state, info = kernel.step(state)
+        diverging = diverging + info.diverging.sum()
+        if diagnose and step >= steps // 2:
+            history.append(potential.to_points(state.z))
+            accept = accept + info.accept_prob
+    draws = potential.to_points(state.z).reshape(shape)
+    batch = energy.batch_shape
+    nothing = draws.new_full(batch, torch.nan)
+    if not diagnose:
+        return draws, ChainDiagnostics(nothing, nothing, nothing, nothing, int(diverging))
+    step_size = torch.as_tensor(kernel.step_size).reshape(batch)
+    rate = (accept / len(history)).reshape((-1,) + batch).mean(0)
+    chains = torch.stack(history, 1).reshape((n, len(history)) + batch + (-1,))
+    if len(history) < 4:
+        return draws, ChainDiagnostics(nothing, nothing, rate, step_size, int(diverging))
+    r_hat = split_gelman_rubin(chains, chain_dim=0, sample_dim=1)
+    ess = effective_sample_size(chains, chain_dim=0, sample_dim=1)
+    return draws, ChainDiagnostics(
+        # a chain that never moved has no variance and an undefined R-hat: the worst there is
+        torch.where(r_hat.isnan(), torch.inf, r_hat).amax(-1).reshape(batch),
+        ess.amin(-1).reshape(batch),
+        rate,
+        step_size,
+        int(diverging),
+    )

@@ -1,0 +1,21 @@
+"""Pure batched tensor functions: no Pyro, no state.
+
+Every function here maps tensors to tensors and is the one place where its formula is written.
+Samplers, losses and estimators of the other rooms all call these.
+"""
+
+from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
+from pyro_ebm.ops.metropolis import metropolis_accept, select
+from pyro_ebm.ops.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.score import score, value_and_grad
+
+__all__ = [
+    "langevin_log_accept_ratio",
+    "langevin_proposal",
+    "metropolis_accept",
+    "precondition",
+    "precondition_transposed",
+    "score",
+    "select",
+    "value_and_grad",
+]

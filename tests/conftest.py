@@ -1,0 +1,29 @@
+"""Every test starts alike: empty param store, seed 0, validation on, float32, one thread."""
+
+import matplotlib
+import pyro
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+# Benchmarks are run by `make bench`; their modules are neither tests nor doctests.
+collect_ignore = ["benchmarks"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pyro():
+    """Set what Pyro and torch keep globally, and put it back whatever the test did to it."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    pyro.enable_validation(True)  # torch's Distribution validation included
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+    yield
+
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
