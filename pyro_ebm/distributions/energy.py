@@ -23,9 +23,15 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
-from pyro_ebm.distributions.util import first_tensor, lift_support
+from pyro_ebm.distributions.checks import (
+    check_bijection,
+    checked_normalizer,
+    expanded_base,
+    fixed_weights,
+    lift_support,
+)
+from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
 from pyro_ebm.ops.score import score
 
 if TYPE_CHECKING:
@@ -120,15 +126,20 @@ class UnnormalizedEnergy(TorchDistribution):
     ):
         if not callable(energy):
             raise ValueError(f"energy must be callable, got {type(energy).__name__}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
         if event_shape is None:
             event_shape = () if base is None else base.event_shape
         if batch_shape is None:
             batch_shape = () if base is None else base.batch_shape
         event_shape, batch_shape = torch.Size(event_shape), torch.Size(batch_shape)
         if base is not None:
-            base = _expanded_base(base, batch_shape, event_shape)
+            base = expanded_base(base, batch_shape, event_shape)
+            if (inner := find_energy(base)) is not None and not inner.is_normalized:
+                raise ValueError(
+                    f"base must be normalized, but the log Z of {inner!r} is"
+                    f" {inner.normalizer_state}: add its energy to this one instead"
+                )
         if support is None:
             support = constraints.real if base is None else base.support
         support = cast(constraints.Constraint, support)
@@ -139,16 +150,22 @@ class UnnormalizedEnergy(TorchDistribution):
         self.kernel = kernel
         self.num_steps = num_steps
         self.constant_normalizer = constant_normalizer
-        self._log_normalizer = _checked_normalizer(log_normalizer, batch_shape)
+        if log_normalizer is not None and not isinstance(log_normalizer, Tensor):
+            # in the energy's own precision: float32 keeps 7 digits of a double
+            like = self._like()
+            log_normalizer = torch.tensor(
+                float(log_normalizer), dtype=like.dtype, device=like.device
+            )
+        self._log_normalizer = checked_normalizer(log_normalizer, batch_shape)
         self._learned_normalizer = learned_normalizer
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
         if not self.support.is_discrete:
-            self._check_bijection()
+            check_bijection(self.support, event_shape)
 
     # -- the density -------------------------------------------------------------------------
 
     @constraints.dependent_property
-    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def support(self) -> constraints.Constraint:
         """Where the density lives."""
         return self._support
 
@@ -165,13 +182,16 @@ class UnnormalizedEnergy(TorchDistribution):
             ValueError: if the energy function returns another shape.
         """
         x = self._broadcast(x)
-        value = self._energy(x)
+        with fixed_weights(modules(self._energy)):
+            value = self._energy(x)
         want = x.shape[: x.dim() - self.event_dim]
-        if value.shape != want:
+        got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if got != want:
             raise ValueError(
                 f"the energy {_name_of(self._energy)} must map points of shape {tuple(x.shape)}"
-                f" with event_shape={tuple(self.event_shape)} to shape {tuple(want)}, got"
-                f" {tuple(value.shape)}: sum over the event dimensions, or squeeze a last one"
+                f" with event_shape={tuple(self.event_shape)} to a tensor of shape {tuple(want)},"
+                f" got {got}: sum over the event dimensions, squeeze a last one, or give"
+                " batch_shape= to a conditional energy"
             )
         return value
 
@@ -303,36 +323,32 @@ class UnnormalizedEnergy(TorchDistribution):
     ) -> Tensor:
         """Where chains start: draws of the base, else uniform on (-2, 2) before the constraint.
 
+        A draw of the base outside the support gives way to a uniform one.
+
         Args:
             sample_shape: how many points.
 
         Returns:
             Points of the support, shape ``(*sample_shape, *batch_shape, *event_shape)``.
         """
-        sample_shape = torch.Size(sample_shape)
-        if self.base is not None:
-            return self.base.sample(sample_shape).detach()
-        shape = sample_shape + self.batch_shape
-        like = first_tensor(self._energy, self._log_normalizer, self._support)
-        like = torch.empty(()) if like is None else like.detach()
-        if self.support.is_discrete:
-            return self._discrete_start(shape + self.event_shape, like.device)
-        bijection = biject_to(self.support)
-        unconstrained = bijection.inverse_shape(shape + self.event_shape)
-        return bijection(like.new_empty(unconstrained).uniform_(-2.0, 2.0))
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        with torch.no_grad():
+            if self.base is None:
+                return uniform_start(self.support, shape, self._like())
+            x = self.base.sample(torch.Size(sample_shape))
+            inside = self.support.check(x)
+            if inside.all():
+                return x
+            # the base is wider than the support: elsewhere start as without a base
+            inside = inside.reshape(inside.shape + (1,) * self.event_dim)
+            return torch.where(inside, x, uniform_start(self.support, shape, x))
 
-    def _discrete_start(self, shape: torch.Size, device: torch.device) -> Tensor:
-        support = self.support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        low = getattr(support, "lower_bound", 0)
-        high = 1 if support is constraints.boolean else getattr(support, "upper_bound", None)
-        if high is None:
-            raise NotImplementedError(
-                f"no starting point is known on the support {support}: give base="
-            )
-        uniform = torch.rand(shape, device=device)
-        return low + (uniform * (high - low + 1)).floor()
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and device of the energy, as far as its sources tell."""
+        like = first_tensor(
+            self._energy, self.base, self._support, self.__dict__.get("_log_normalizer")
+        )
+        return torch.empty(()) if like is None else like.detach()
 
     # -- Pyro's plumbing ---------------------------------------------------------------------
 
@@ -340,7 +356,7 @@ class UnnormalizedEnergy(TorchDistribution):
         self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
     ) -> "UnnormalizedEnergy":
         """A copy with a larger batch: the elements are independent and share the energy."""
-        new = self._get_checked_instance(UnnormalizedEnergy, _instance)
+        new: Any = self._get_checked_instance(UnnormalizedEnergy, _instance)
         batch_shape = torch.Size(batch_shape)
         for name in (
             "_energy",
@@ -353,9 +369,17 @@ class UnnormalizedEnergy(TorchDistribution):
         ):
             setattr(new, name, getattr(self, name))
         new.base = None if self.base is None else self.base.expand(batch_shape)
+        new._unexpanded = self.unexpanded
         super(UnnormalizedEnergy, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    @property
+    def unexpanded(self) -> "UnnormalizedEnergy":
+        """The energy as it was written, before plates or ``expand`` made its batch larger."""
+        return self if self._unexpanded is None else self._unexpanded
+
+    _unexpanded: "UnnormalizedEnergy | None" = None
 
     def __repr__(self) -> str:
         parts = [f"energy={_name_of(self._energy)}"]
@@ -374,63 +398,14 @@ class UnnormalizedEnergy(TorchDistribution):
                 f"points of {type(self).__name__} must end in event_shape="
                 f"{tuple(self.event_shape)}, got shape {tuple(x.shape)}"
             )
-        shape = torch.broadcast_shapes(batch, self.batch_shape)
-        return x if shape == batch else x.expand(shape + self.event_shape)
-
-    def _check_bijection(self) -> None:
         try:
-            biject_to(self.support).inverse_shape(self.event_shape)
-        except NotImplementedError as error:
+            shape = torch.broadcast_shapes(batch, self.batch_shape)
+        except RuntimeError as error:
             raise ValueError(
-                f"no bijection from the reals onto the support {self.support} is known to"
-                " torch.distributions.biject_to: register one, or use another support"
+                f"points of shape {tuple(x.shape)} do not broadcast with batch_shape="
+                f"{tuple(self.batch_shape)} of {self!r}"
             ) from error
-        except ValueError as error:
-            raise ValueError(
-                f"event_shape={tuple(self.event_shape)} does not fit the support {self.support}:"
-                f" {error}"
-            ) from error
-
-
-def _expanded_base(
-    base: TorchDistribution, batch_shape: torch.Size, event_shape: torch.Size
-) -> TorchDistribution:
-    if base.event_shape != event_shape:
-        hint = (
-            f": write base.expand({tuple(event_shape)}).to_event({len(event_shape)})"
-            if not base.event_shape
-            else ""
-        )
-        raise ValueError(
-            f"base {type(base).__name__} has event_shape={tuple(base.event_shape)}, the energy"
-            f" wants {tuple(event_shape)}{hint}"
-        )
-    try:
-        return base.expand(batch_shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"base {type(base).__name__} has batch_shape={tuple(base.batch_shape)}, which does not"
-            f" expand to the energy's {tuple(batch_shape)}"
-        ) from error
-
-
-def _checked_normalizer(
-    log_normalizer: Tensor | float | None, batch_shape: torch.Size
-) -> Tensor | None:
-    if log_normalizer is None:
-        return None
-    if not isinstance(log_normalizer, Tensor):
-        log_normalizer = torch.as_tensor(float(log_normalizer))
-    try:
-        fits = torch.broadcast_shapes(log_normalizer.shape, batch_shape) == batch_shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"log_normalizer has shape {tuple(log_normalizer.shape)}, which does not broadcast to"
-            f" batch_shape={tuple(batch_shape)}: there is one log Z for each batch element"
-        )
-    return log_normalizer
+        return x if shape == batch else x.expand(shape + self.event_shape)
 
 
 def _name_of(function: Any) -> str:

@@ -1,7 +1,8 @@
-"""Small helpers for energy sites: their tensors, their wrappers, their supports."""
+"""Small helpers for energy sites: their tensors, their wrappers, their starting points."""
 
 import contextlib
 import copy
+import dis
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -10,41 +11,47 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 
-def lift_support(
-    support: constraints.Constraint, event_shape: torch.Size
-) -> constraints.Constraint:
-    """The support of a whole event: an elementwise constraint holds for every element.
+def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
+    """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
 
     Args:
-        support: a constraint with ``event_dim`` at most ``len(event_shape)``.
-        event_shape: the shape of one event.
+        support: the support of a whole event.
+        shape: ``(*sample, *batch, *event)``.
+        like: a tensor that tells dtype and device.
 
     Raises:
-        ValueError: if the support has more event dimensions than the event, or if no tensor of
-            ``event_shape`` can lie in it.
+        NotImplementedError: for a discrete support without two finite bounds.
 
     Example:
-        >>> from torch.distributions import constraints
-        >>> lift_support(constraints.positive, torch.Size([3])).event_dim
-        1
+        >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
+        tensor([True, True, True])
     """
-    missing = len(event_shape) - support.event_dim
-    if missing < 0:
-        raise ValueError(
-            f"the support {support} is of events with {support.event_dim} dimension(s), but"
-            f" event_shape={tuple(event_shape)} has {len(event_shape)}: give event_shape="
-            " a shape with that many dimensions, or an elementwise support"
+    if not support.is_discrete:
+        bijection = biject_to(support)
+        z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
+        return bijection(z.uniform_(-2.0, 2.0))
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.boolean)):
+        low, high = 0, 1
+    else:
+        low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if low is None or high is None:
+        raise NotImplementedError(
+            f"no starting point is known on the support {support}: give base="
         )
-    return constraints.independent(support, missing) if missing else support
+    uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
+    return low + (uniform * (high - low + 1)).floor()
 
 
 def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
     """The modules and tensors that a callable holds: as a module, in a closure, partial or method.
 
-    The answer is used to follow an energy's device and dtype, and to find its modules; a tensor
-    that a function reads from the global scope is not seen.
+    Globals that a function names are among them, and those of the functions of its own file that
+    it calls. The answer is used to follow an energy's device and dtype, and to find its modules.
 
     Example:
         >>> scale = torch.tensor(2.0)
@@ -75,8 +82,23 @@ def _parts(function: Any) -> Iterator[Any]:
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         yield getattr(function, "__wrapped__", None)
+        for name in _globals_read(function.__code__):
+            value = function.__globals__.get(name)
+            own = getattr(value, "__globals__", None) is function.__globals__
+            if own or isinstance(value, nn.Module | Tensor):
+                yield value
     elif callable(function) or isinstance(function, constraints.Constraint):
         yield from getattr(function, "__dict__", {}).values()
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_read(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that a function's code loads, its inner functions' included."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.extend(_globals_read(constant))
+    return tuple(dict.fromkeys(names))
 
 
 def modules(function: Callable[..., Any]) -> tuple[nn.Module, ...]:
@@ -100,22 +122,26 @@ def first_tensor(*functions: Any) -> Tensor | None:
     return None
 
 
-def tensors_of(support: Any) -> list[Tensor]:
-    """The tensors that a constraint is made of: its bounds.
+def bounds_of(support: Any) -> list[Any]:
+    """The tensors and numbers that a constraint is made of.
 
     Example:
-        >>> tensors_of(dist.constraints.independent(dist.constraints.greater_than(torch.ones(1)), 1))
-        [tensor([1.])]
+        >>> from pyro.distributions.constraints import greater_than, independent
+        >>> bounds_of(independent(greater_than(torch.ones(1)), 1))
+        [tensor([1.]), 1]
     """
-    if isinstance(support, Tensor):
+    if isinstance(support, Tensor | int | float):
         return [support]
-    parts = support if isinstance(support, list | tuple) else vars(support).values()
-    return [
-        tensor
-        for part in parts
-        if isinstance(part, Tensor | list | tuple | constraints.Constraint)
-        for tensor in tensors_of(part)
-    ]
+    if isinstance(support, constraints.Constraint):
+        support = vars(support).values()
+    elif not isinstance(support, list | tuple):
+        return []
+    return [bound for part in support for bound in bounds_of(part)]
+
+
+def tensors_of(support: Any) -> list[Tensor]:
+    """The tensors that a constraint is made of: its bounds."""
+    return [bound for bound in bounds_of(support) if isinstance(bound, Tensor)]
 
 
 def unvalidated(fn: Any) -> Any:
@@ -130,10 +156,20 @@ def unvalidated(fn: Any) -> Any:
         tensor(nan)
     """
     new = copy.copy(fn)
-    if hasattr(new, "_validate_args"):
-        new._validate_args = False
-    for part in ("base_dist", "base", "_component_distribution", "_mixture_distribution"):
+    for part in _PARTS:
         inner = vars(new).get(part)
         if inner is not None:
             setattr(new, part, unvalidated(inner))
+    if hasattr(new, "_validate_args"):  # after the parts: Independent passes it on to its base
+        new._validate_args = False
     return new
+
+
+_PARTS = (
+    "base_dist",
+    "base",
+    "_component_distribution",
+    "_mixture_distribution",
+    "component0",
+    "component1",
+)

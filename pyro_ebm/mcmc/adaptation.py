@@ -2,8 +2,13 @@ r"""Warmup: the step size and the mass matrix, learned in Stan's windows.
 
 A warmup has a *fast* start in which chains find the bulk and only the step size adapts, *slow*
 windows of doubling length at whose ends the covariance of the draws becomes the new mass matrix,
-and a *fast* end that settles the step size. All statistics are pooled over the chains of a group,
-so that many chains learn in a short warmup what one chain needs a long one for.
+and a *fast* end that settles the step size. Covariances are pooled over the chains of a group, so
+that many chains learn in a short warmup what one chain needs a long one for.
+
+Until the fast end each chain has a step size of its own. A Metropolis-adjusted chain that starts
+far out rejects every step of the size that suits the bulk, and would stand there, unseen in the
+mean acceptance of the others, and spoil the covariance; with its own small step it comes in. The
+fast end starts from the median of a group's step sizes, and adapts one for all of its chains.
 
 Reference:
     Stan Development Team, Stan Reference Manual, "HMC algorithm parameters". Nesterov (2009),
@@ -44,6 +49,17 @@ def slow_windows(warmup_steps: int) -> list[tuple[int, int]]:
         windows.append((start, stop))
         start, size = stop, 2 * size
     return windows
+
+
+def settling_step(warmup_steps: int) -> int:
+    """When the fast end begins, and the chains of a group share one step size.
+
+    Example:
+        >>> settling_step(500), settling_step(100), settling_step(10)
+        (450, 90, 5)
+    """
+    windows = slow_windows(warmup_steps)
+    return windows[-1][1] if windows else warmup_steps // 2
 
 
 class PooledCovariance:
@@ -116,7 +132,8 @@ class Adaptation:
         target_accept_prob: the mean acceptance probability to reach.
 
     Attributes:
-        step_size: shape ``(groups,)``.
+        step_size: shape ``(groups,)``; from :meth:`start` to the fast end of the warmup
+            ``(chains,)``.
         factor: :math:`L`, shape ``(groups, dim)`` or ``(groups, dim, dim)``; None is the identity.
     """
 
@@ -151,6 +168,15 @@ class Adaptation:
         """Whether the warmup is still running."""
         return self.t < self.warmup_steps
 
+    def start(self, num_chains: int) -> None:
+        """Gives each of this many chains a step size of its own."""
+        if self.adapt_step_size and self.t < settling_step(self.warmup_steps):
+            self.restart(self.step_size.repeat(num_chains // self.step_size.shape[0]))
+
+    def pooled(self, accept_prob: Tensor) -> Tensor:
+        """The mean over the chains that share a step size, of the shape of ``step_size``."""
+        return accept_prob.reshape(-1, self.step_size.shape[0]).mean(0)
+
     def restart(self, step_size: Tensor) -> None:
         """Starts the search for the step size again, from here."""
         self.step_size = step_size
@@ -171,9 +197,12 @@ class Adaptation:
             return False
         renewed = False
         if self.adapt_step_size:
-            mean = accept_prob.reshape(-1, self.groups).mean(0)
-            self._averaging.step(self.target_accept_prob - mean)  # pyright: ignore[reportArgumentType]
+            error = self.target_accept_prob - self.pooled(accept_prob)
+            self._averaging.step(error)
             self.step_size = torch.as_tensor(self._averaging.get_state()[0]).exp()
+            if self.t + 1 == settling_step(self.warmup_steps):
+                own = torch.as_tensor(self._averaging.get_state()[1]).exp()
+                self.restart(own.reshape(-1, self.groups).median(0).values)
         if self._windows and self.t >= self._windows[0][0]:
             self._pool.update(z)
             if self.t + 1 == self._windows[0][1]:
@@ -189,14 +218,23 @@ class Adaptation:
         pool = self._pool
         if pool.count < 2:
             return
-        # shrunk, as in Stan, towards a small multiple of what was believed before
+        # Shrunk, as in Stan, with the weight of five draws towards 1/1000 of what was believed
+        # before. A dense matrix is also shrunk towards its diagonal: else a direction in which the
+        # few draws of a first window hardly moved is taken for narrow, and never moved in again.
         n, new = pool.count, pool.covariance()
-        prior = _not_none(self.factor).square()
-        if self.full_mass:
-            prior = torch.diag_embed(prior.sum(-1))  # the diagonal of L L^T
-        new = (n * new + 5e-3 * prior) / (n + 5)
-        self.factor = torch.linalg.cholesky(new) if self.full_mass else new.sqrt()
+        belief = 1e-3 * _not_none(self.factor).square()
+        if self.full_mass:  # the diagonal of L L^T is the row sum of squares
+            belief = torch.diag_embed(belief.sum(-1) + new.diagonal(dim1=-2, dim2=-1))
+        new = (n * new + 5 * belief) / (n + 5)
+        self.factor = _cholesky(new) if self.full_mass else new.sqrt()
         self._pool = PooledCovariance(self.groups, self.full_mass)
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """The Cholesky factors of a batch; the diagonal's root where rounding made one indefinite."""
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1).sqrt())
+    return torch.where((info == 0)[:, None, None], factor, diagonal)
 
 
 def _not_none(x: Tensor | None) -> Tensor:

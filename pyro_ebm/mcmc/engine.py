@@ -53,31 +53,46 @@ class Engine:
         self._graphs: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
+        """The function's value at the inputs."""
         if not self.jit_compile:
             return self.function(*inputs)
         flat, spec = tree_flatten(inputs)
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         described = tuple(
             (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in flat
         )
-        key = (str(spec), described, self.state())
+        key = (spec, described, self.state())
         if key not in self._graphs:
-            while len(self._graphs) >= MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            try:
-                self._graphs[key] = self._capture(inputs, flat, spec)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                self.jit_compile = False
-                warnings.warn(
-                    "the model cannot be captured as a graph, so jit_compile=True has no effect"
-                    f" ({type(error).__name__}: {str(error).splitlines()[0]})",
-                    stacklevel=2,
-                )
-                return self.function(*inputs)
+            value = self.function(*inputs)  # an error of the model itself is raised as it is
+            self._add_graph(key, flat, spec, tensors)
+            return value
         graph, out_spec = self._graphs[key]
-        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-        return tree_unflatten(list(graph(*tensors)), out_spec)
+        try:
+            with torch.no_grad():
+                return tree_unflatten(list(graph(*tensors)), out_spec)
+        except torch.linalg.LinAlgError:  # for the function to handle, which the graph cannot
+            return self.function(*inputs)
 
-    def _capture(self, inputs: Any, flat: list[Any], spec: Any) -> tuple[Callable[..., Any], Any]:
+    def _add_graph(self, key: Hashable, flat: list[Any], spec: Any, tensors: list[Any]) -> None:
+        while len(self._graphs) >= MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        try:
+            graph, out_spec = self._capture(flat, spec, tensors)
+            with torch.no_grad(), contextlib.suppress(torch.linalg.LinAlgError):
+                graph(*tensors)  # compiled by its first call
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            self.jit_compile = False
+            warnings.warn(
+                "the model cannot be captured as a graph, so jit_compile=True has no effect"
+                f" ({type(error).__name__}: {str(error).splitlines()[0]})",
+                stacklevel=3,
+            )
+        else:
+            self._graphs[key] = graph, out_spec
+
+    def _capture(
+        self, flat: list[Any], spec: Any, tensors: list[Any]
+    ) -> tuple[Callable[..., Any], Any]:
         out_spec = None
 
         def on_tensors(*tensors: torch.Tensor) -> tuple[Any, ...]:
@@ -87,16 +102,15 @@ class Engine:
             out, out_spec = tree_flatten(self.function(*tree_unflatten(full, spec)))
             return tuple(out)
 
-        self.function(*inputs)  # an error of the model itself is not an error of the capture
         with contextlib.ExitStack() as stack:
             if self.ignore_jit_warnings:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
-            graph = make_fx(on_tensors)(*[x for x in flat if isinstance(x, torch.Tensor)])
+            graph = make_fx(on_tensors)(*tensors)
         if shutil.which("c++") is None and shutil.which("g++") is None:
             warnings.warn(
                 "there is no C++ compiler on the path: the graph is captured, not compiled",
-                stacklevel=3,
+                stacklevel=4,
             )
             return graph, out_spec
         return torch.compile(graph), out_spec

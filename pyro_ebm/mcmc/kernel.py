@@ -7,7 +7,6 @@ A kernel is used in three ways. Under :class:`pyro_ebm.MCMC` it moves many chain
 of the losses.
 """
 
-import copy
 import math
 from abc import abstractmethod
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
+from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.adaptation import Adaptation
@@ -184,15 +184,13 @@ class Kernel(MCMCKernel):
 
     @property
     def step_size(self) -> Tensor | float:
-        """The step size of each group, shape ``(groups,)``; before setup, the first one."""
+        """The step size as :class:`Adaptation` holds it, ``(groups,)``; before setup, the first."""
         return self._init_step_size if self._adaptation is None else self._adaptation.step_size
 
     def step_size_of(self, state: State) -> Tensor:
-        """The step size of each chain, shape ``(chains, 1)``, or ``(1, 1)`` with one group."""
+        """The step size of each chain, shape ``(chains, 1)``."""
         step_size = self.adaptation.step_size
-        if self.adaptation.groups > 1:
-            step_size = step_size.repeat(state.z.shape[0] // self.adaptation.groups)
-        return step_size[:, None]
+        return step_size.repeat(state.z.shape[0] // step_size.shape[0])[:, None]
 
     # -- many chains ---------------------------------------------------------------------------
 
@@ -250,6 +248,7 @@ class Kernel(MCMCKernel):
         """The state at the first positions, shape ``(chains, dim)``; finds a first step size."""
         state = self.evaluate(z)
         if self.adapt_step_size and self.adaptation.active:
+            self.adaptation.start(z.shape[0])
             self._find_step_size(state)
         return state
 
@@ -262,12 +261,12 @@ class Kernel(MCMCKernel):
         return state, info
 
     def _find_step_size(self, state: State) -> None:
-        """Doubles or halves the step size of each group until the acceptance crosses the target."""
+        """Doubles or halves each step size until the acceptance crosses the target."""
         adaptation = self.adaptation
         direction: Tensor | None = None
         for _ in range(60):
             _, info = self._engine(state, *self.draw(state))
-            mean = info.accept_prob.reshape(-1, adaptation.groups).mean(0)
+            mean = adaptation.pooled(info.accept_prob)
             now = torch.where(mean > adaptation.target_accept_prob, 1.0, -1.0)
             direction = now if direction is None else torch.where(now == direction, direction, 0.0)
             if not direction.any():
@@ -324,13 +323,13 @@ class Kernel(MCMCKernel):
             raise RuntimeError(f"{type(self).__name__}.sample needs setup first")
         z = self.potential.ravel(params)[None]
         state = self._state if torch.equal(z, self._state.z) else self.evaluate(z)
-        step_size = float(self.adaptation.step_size.mean())
         self._state, info = self.step(state)
         self._mean_accept += (float(info.accept_prob) - self._mean_accept) / (self._seen + 1)
         self._seen += 1
         if self._steps == self._warmup_steps:
             self._mean_accept, self._seen = 0.0, 0
         if self._steps > self._warmup_steps:
+            step_size = float(self.adaptation.step_size.mean())
             step = (-float(self._state.potential), float(info.accept_prob), step_size)
             for name, number in zip(("lp", "acceptance_rate", "step_size"), step, strict=True):
                 self._stats.setdefault(name, []).append(number)
@@ -399,8 +398,8 @@ class Kernel(MCMCKernel):
 
     def copy(self: Self) -> Self:
         """A kernel with the same settings that has seen nothing."""
-        new = copy.copy(self)
-        new._shipped_params = self._shipped_params
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
         new._release()
         return new
 
@@ -409,20 +408,19 @@ class Kernel(MCMCKernel):
         for name in ("_potential", "_adaptation", "_engine", "_state"):
             state[name] = None
         # A worker process starts with an empty parameter store: its parameters travel along.
-        state["_shipped_params"] = pyro.get_param_store().get_state()
+        # (The store's own get_state() would strip the live parameters of their bookkeeping.)
+        store = pyro.get_param_store()
+        state["_shipped_params"] = {
+            name: (p.detach().clone(), store._constraints[name])
+            for name, p in store._params.items()
+        }
         return state
 
     def _restore_params(self) -> None:
-        if self._shipped_params is None:
-            return
-        store, shipped = pyro.get_param_store(), self._shipped_params
-        missing = shipped["params"].keys() - store.keys()
-        if missing:
-            current = store.get_state()
-            for part in ("params", "constraints"):
-                mine = {name: shipped[part][name] for name in missing}
-                current[part] = {**current[part], **mine}
-            store.set_state(current)
+        store = pyro.get_param_store()
+        for name, (unconstrained, constraint) in (self._shipped_params or {}).items():
+            if name not in store:
+                store.setdefault(name, transform_to(constraint)(unconstrained), constraint)
 
     def __repr__(self) -> str:
         target = "" if self.model is None else getattr(self.model, "__name__", repr(self.model))

@@ -125,6 +125,7 @@ class LangevinKernel(Kernel):
         self.adjusted, self.temperature, self.schedule = adjusted, float(temperature), schedule
 
     def draw(self, state: State) -> tuple[Any, ...]:
+        """The step size, the factor, the temperature, the noise and the uniform."""
         if self.schedule is not None:
             self.adaptation.step_size.fill_(_scheduled(self.schedule, self._steps))
         return (
@@ -144,6 +145,7 @@ class LangevinKernel(Kernel):
         noise: Tensor,
         log_u: Tensor,
     ) -> tuple[State, Info]:
+        """One Langevin step, and its acceptance or rejection if ``adjusted``."""
         assert state.grad is not None
         z = langevin_proposal(state.z, state.grad, step_size, factor, temperature, noise)
         new = self.evaluate(z)
@@ -165,7 +167,7 @@ class LangevinKernel(Kernel):
             noise,
         )
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        diverging = ~valid | (log_ratio < -MAX_ENERGY_ERROR)
+        diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
         return self.choose(accepted, new, state), Info(accept_prob, diverging)
 
 

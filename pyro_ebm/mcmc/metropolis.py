@@ -10,6 +10,7 @@ Reference:
     Hastings (1970), Monte Carlo sampling methods using Markov chains and their applications.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.distributions.util import unvalidated
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.ops.metropolis import metropolis_accept
 from pyro_ebm.ops.precondition import precondition
@@ -31,7 +33,7 @@ class Proposal(ABC):
 
     A new one writes :meth:`sample`, and either :meth:`log_prob` or ``symmetric = True``. One that
     reads the adapted step size and covariance also sets ``adaptive = True`` and overrides
-    :meth:`adapted`.
+    :meth:`adapted`; its attribute ``scale``, if it has one, is the first step size.
 
     Example:
         >>> class Laplace(Proposal):
@@ -40,7 +42,7 @@ class Proposal(ABC):
         ...         return z + dist.Laplace(0.0, 0.5).sample(z.shape)
         >>> kernel = MHKernel(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), proposal=Laplace())
         >>> kernel
-        MHKernel(lambda, proposal=Laplace)
+        MHKernel(<lambda>, proposal=Laplace)
     """
 
     symmetric = False
@@ -68,6 +70,11 @@ class Proposal(ABC):
         return type(self).log_prob is not Proposal.log_prob
 
 
+def optimal_scale(dim: int) -> float:
+    r"""The scale :math:`2.38 / \sqrt{dim}` of the best random walk, in units of the target's."""
+    return 2.38 / dim**0.5
+
+
 class RandomWalk(Proposal):
     r"""A Gaussian random walk :math:`z' = z + s L \xi`, with :math:`\xi \sim N(0, I)`.
 
@@ -76,6 +83,9 @@ class RandomWalk(Proposal):
 
     Args:
         scale: the (first) scale :math:`s`; by default :math:`2.38 / \sqrt{dim}`.
+
+    Raises:
+        ValueError: for a scale that is not positive and finite.
 
     Reference:
         Roberts, Gelman and Gilks (1997), Weak convergence and optimal scaling of random walk
@@ -86,19 +96,23 @@ class RandomWalk(Proposal):
     adaptive = True
 
     def __init__(self, scale: float | None = None):
+        if scale is not None:
+            check_positive("scale", scale)
         self.scale = scale
-        self._step_size: Tensor | None = None
+        self._adapted: Tensor | None = None
         self._factor: Tensor | None = None
 
     def sample(self, z: Tensor) -> Tensor:
-        step = precondition(self._factor, torch.randn_like(z))
-        return (
-            z + (2.38 / z.shape[-1] ** 0.5 if self._step_size is None else self._step_size) * step
-        )
+        r"""Positions :math:`z + s L \xi`."""
+        scale = self._adapted
+        if scale is None:
+            scale = optimal_scale(z.shape[-1]) if self.scale is None else self.scale
+        return z + scale * precondition(self._factor, torch.randn_like(z))
 
     def adapted(self, step_size: Tensor, factor: Tensor | None) -> "RandomWalk":
-        new = RandomWalk(self.scale)
-        new._step_size, new._factor = step_size, factor
+        """A walk of this scale and shape."""
+        new = copy.copy(self)
+        new._adapted, new._factor = step_size, factor
         return new
 
 
@@ -128,13 +142,16 @@ class Independence(Proposal):
         self._potential: Potential | None = None
 
     def bind(self, potential: Potential) -> "Independence":
+        """This proposal, if its names and shapes fit the sites."""
         q = self.distribution
         if isinstance(q, Mapping):
             if q.keys() != set(potential.names):
                 raise ValueError(
                     f"the proposal has sites {sorted(q)}, the model has {sorted(potential.names)}"
                 )
-            values = potential.constrain(torch.zeros(potential.dim, dtype=potential.dtype))
+            device = potential.sites[0].device
+            zero = torch.zeros(potential.dim, dtype=potential.dtype, device=device)
+            values = potential.constrain(zero)
             for name, value in values.items():
                 got = q[name].batch_shape + q[name].event_shape
                 if got != value.shape:
@@ -148,19 +165,24 @@ class Independence(Proposal):
                 f"({potential.dim},), the flat position, got {tuple(q.batch_shape)} and"
                 f" {tuple(q.event_shape)}"
             )
-        new = Independence(q)
+        # a chain may stand where q has no density: that is a ratio of 0, not an error
+        new = copy.copy(self)
+        mapping = isinstance(q, Mapping)
+        new.distribution = {k: unvalidated(v) for k, v in q.items()} if mapping else unvalidated(q)
         new._potential = potential
         return new
 
     def sample(self, z: Tensor) -> Tensor:
+        """Draws of the distribution, one for each chain."""
         n, q, potential = z.shape[:1], self.distribution, self._potential
         if not isinstance(q, Mapping):
             return q.sample(n)
         assert potential is not None
-        transforms = potential.transforms
+        transforms: dict[str, Any] = dict(potential.transforms)
         return potential.ravel({k: transforms[k](d.sample(n)) for k, d in q.items()})
 
     def log_prob(self, new: Tensor, old: Tensor) -> Tensor:
+        r"""The log density :math:`\log q(new)` on the unconstrained space."""
         q, potential = self.distribution, self._potential
         if not isinstance(q, Mapping):
             return q.log_prob(new)
@@ -239,7 +261,7 @@ class MHKernel(Kernel):
                 f"the proposal {type(proposal).__name__} has no log_prob(new, old): write one, or"
                 " set symmetric = True if q(new | old) = q(old | new)"
             )
-        scale = getattr(proposal, "scale", None)
+        scale = getattr(proposal, "scale", None) if proposal.adaptive else None
         super().__init__(
             model=model,
             potential_fn=potential_fn,
@@ -259,15 +281,25 @@ class MHKernel(Kernel):
         self._default_scale = scale is None
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel; the default scale and target depend on the dimension."""
         super().bind(potential, warmup_steps)
         adaptation = self.adaptation
         if self._default_target and potential.dim == 1:
             adaptation.target_accept_prob = 0.44
         if self._default_scale:
-            adaptation.restart(adaptation.step_size * 2.38 / potential.dim**0.5)
+            adaptation.restart(adaptation.step_size * optimal_scale(potential.dim))
         self._bound = self.proposal.bind(potential)
 
+    def _release(self) -> None:
+        super()._release()
+        self._bound: Proposal | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bound": None}
+
     def draw(self, state: State) -> tuple[Any, ...]:
+        """The proposed positions, the log ratio of their densities, and the uniform."""
+        assert self._bound is not None
         q = self._bound.adapted(self.step_size_of(state), self.factor)
         new_z = q.sample(state.z)
         if new_z.shape != state.z.shape:
@@ -280,12 +312,21 @@ class MHKernel(Kernel):
         #      q(z' | z)
         log_q_ratio = torch.zeros_like(state.potential)
         if not q.symmetric:
-            log_q_ratio = q.log_prob(state.z, new_z) - q.log_prob(new_z, state.z)
+            back, forth = q.log_prob(state.z, new_z), q.log_prob(new_z, state.z)
+            for log_q in (back, forth):
+                if log_q.shape != log_q_ratio.shape:
+                    raise ValueError(
+                        f"log_prob of the proposal {type(q).__name__} must have shape"
+                        f" {tuple(log_q_ratio.shape)}, one density per chain, got"
+                        f" {tuple(log_q.shape)}: sum over the last dimension"
+                    )
+            log_q_ratio = back - forth
         return new_z.detach(), log_q_ratio.detach(), torch.rand_like(state.potential).log()
 
     def transition(
         self, state: State, new_z: Tensor, log_q_ratio: Tensor, log_u: Tensor
     ) -> tuple[State, Info]:
+        """Accepts or rejects the proposals."""
         new = self.evaluate(new_z)
         #      p(z') q(z | z')
         # log ----------------  =  U(z) - U(z') + log q(z | z') - log q(z' | z)
@@ -296,4 +337,6 @@ class MHKernel(Kernel):
         return self.choose(accepted, new, state), Info(accept_prob, ~valid)
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, proposal={type(self.proposal).__name__})"
+        model = super().__repr__()[:-1]
+        comma = "" if model.endswith("(") else ", "
+        return f"{model}{comma}proposal={type(self.proposal).__name__})"

@@ -1,25 +1,30 @@
 """A Pyro model, with its arguments, as a potential."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch import Tensor
+from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
+from pyro_ebm.distributions.energy import starting_points_only
 from pyro_ebm.distributions.util import modules, tensors_of, unvalidated
+from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import check_normalizers, trace_latents
-from pyro_ebm.mcmc.potential import FunctionPotential, Site
+from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
+from pyro_ebm.mcmc.starts import trace_from_start
+
+MAX_OPEN_TRIES = 10
 
 
 class ModelPotential(FunctionPotential):
@@ -30,7 +35,7 @@ class ModelPotential(FunctionPotential):
     (:func:`~pyro_ebm.mcmc.normalizer_check.check_normalizers`).
 
     Args:
-        model: a Pyro model.
+        model: a Pyro model, or a distribution: a model of one site ``"x"``.
         args: its positional arguments.
         kwargs: its keyword arguments.
         transforms: from a site's support to the reals, for sites that want another than Pyro's.
@@ -39,8 +44,9 @@ class ModelPotential(FunctionPotential):
 
     Raises:
         NormalizerError: if an unknown or learned log Z depends on a latent.
-        ValueError: if the model has no continuous latent, or the support of one depends on
-            another.
+        ValueError: if the model has no continuous latent, the support of one depends on another,
+            or the model is not valid (where ``pyro.enable_validation`` has it checked): the run
+            that finds its sites is the only one that is validated.
 
     Example:
         >>> def model(y):
@@ -62,15 +68,15 @@ class ModelPotential(FunctionPotential):
         max_plate_nesting: int | None = None,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
-        if isinstance(model, UnnormalizedEnergy):
+        if isinstance(model, Distribution):
             model = functools.partial(_sample_site, model)
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self.init_strategy = init_strategy
-        with starting_points_only(), poutine.block():
-            trace = self._run()  # once in the open: parameters register before any transform
+        with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
+            trace = self._run_in_the_open()
             self._refuse_subsampling(trace)
             check_normalizers(model, args, self.kwargs, init_strategy)
-            all_transforms = self._find_transforms(transforms or {})
+            all_transforms = self._find_transforms(trace, transforms or {})
             model = _Unvalidated()(model)
             potential_fn = functools.partial(_potential, model, args, self.kwargs, all_transforms)
             if any(node["fn"].has_enumerate_support for node in _latents(trace).values()):
@@ -85,13 +91,39 @@ class ModelPotential(FunctionPotential):
                 )
         sites = []
         for name, transform in all_transforms.items():
-            value = transform(trace.nodes[name]["value"].detach())
+            value = _to_reals(transform, _value(trace, name))
             sites.append(Site(name, value.shape, value.dtype, transform, value.device))
-        super().__init__(potential_fn, sites, modules=_modules_of(model, trace))
+        super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
 
-    def _run(self) -> poutine.Trace:
-        started = InitMessenger(self.init_strategy)(self.model)
-        return poutine.trace(started).get_trace(*self.args, **self.kwargs)
+    def _run(self, model: Callable[..., Any]) -> poutine.Trace:
+        return trace_from_start(model, self.args, self.kwargs, self.init_strategy)
+
+    def _run_in_the_open(self) -> poutine.Trace:
+        """A run before any transform: it registers the parameters, and Pyro validates it."""
+        trace, tries = None, 0
+        while trace is None:
+            try:
+                trace = self._run(self.model)
+                _check_shapes(trace)
+                with warnings.catch_warnings():  # a start of no density is another's concern
+                    warnings.filterwarnings("ignore", "Encountered", UserWarning)
+                    trace.log_prob_sum()
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                # a random start may give a distribution arguments that it does not take
+                trace, tries = None, tries + 1
+                if tries == MAX_OPEN_TRIES:
+                    self._blame_start(error)
+                    raise
+        return trace
+
+    def _blame_start(self, error: Exception) -> None:
+        with pyro.validation_enabled(False):
+            trace = self._run(_Unvalidated()(self.model))
+            bad = _not_finite_sites(trace)
+        if bad:
+            raise ValueError(
+                f"the model is not valid in {MAX_OPEN_TRIES} tries: {'; '.join(bad)} ({error})"
+            ) from error
 
     def _refuse_subsampling(self, trace: poutine.Trace) -> None:
         for name, node in trace.nodes.items():
@@ -104,9 +136,13 @@ class ModelPotential(FunctionPotential):
                     " density of all the data; give the plate no subsample_size"
                 )
 
-    def _find_transforms(self, given: Mapping[str, Transform]) -> dict[str, Transform]:
+    def _find_transforms(
+        self, trace: poutine.Trace, given: Mapping[str, Transform]
+    ) -> dict[str, Transform]:
         """From the support of each continuous latent to the reals."""
-        trace = trace_latents(self.model, self.args, self.kwargs, self.init_strategy)
+        values = {name: _value(trace, name) for name in _latents(trace)}
+        again = init_to_value(values=values)
+        trace = trace_latents(self.model, self.args, self.kwargs, again)
         found = {}
         for name, node in _latents(trace).items():
             if node["fn"].has_enumerate_support:
@@ -144,23 +180,42 @@ class ModelPotential(FunctionPotential):
         return torch.stack([self._draw_one() for _ in range(num_chains)])
 
     def _draw_one(self) -> Tensor:
-        with torch.no_grad(), starting_points_only(), poutine.block():
-            trace = self._run()
-        start = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
-        return self.ravel({site.name: site.transform(start[site.name]) for site in self.sites})
+        with torch.no_grad(), self._quiet(), starting_points_only(), poutine.block():
+            try:
+                trace = self._run(_Unvalidated()(self.model))
+            except torch.linalg.LinAlgError:  # no start: the next try draws another
+                return torch.full((self.dim,), torch.nan, dtype=self.dtype)
+        points = {site.name: _value(trace, site.name) for site in self.sites}
+        return self.ravel({s.name: _to_reals(s.transform, points[s.name]) for s in self.sites})
 
     def blame(self, z: Tensor) -> str:
-        conditioned = poutine.condition(self.model, self.constrain(z))
-        with pyro.validation_enabled(False), poutine.block():
-            trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
-        bad = []
-        for name, node in trace.nodes.items():
-            if node["type"] == "sample" and not site_is_subsample(node):
-                log_prob = node["fn"].log_prob(node["value"])
-                if not log_prob.isfinite().all():
-                    what = "nan" if log_prob.isnan().any() else "infinite"
-                    bad.append(f"the log density of site {name!r} is {what}")
+        """What is not finite at the position ``(dim,)``, in words."""
+        conditioned = poutine.condition(_Unvalidated()(self.model), self.constrain(z))
+        with self._quiet(), starting_points_only(), poutine.block():
+            try:
+                trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
+            except torch.linalg.LinAlgError as error:
+                return f"a matrix in the model is singular ({error})"
+            bad = _not_finite_sites(trace)
         return "; ".join(bad) if bad else super().blame(z)
+
+
+def _check_shapes(trace: poutine.Trace) -> None:
+    for name, node in _latents(trace).items():
+        want, got = tuple(node["fn"].shape()), tuple(_value(trace, name).shape)
+        if got != want:
+            raise ValueError(f"init_strategy starts site {name!r} at shape {got}, not {want}")
+
+
+def _not_finite_sites(trace: poutine.Trace) -> list[str]:
+    bad = []
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            log_prob = node["fn"].log_prob(node["value"])
+            if not log_prob.isfinite().all():
+                what = "nan" if log_prob.isnan().any() else "infinite"
+                bad.append(f"the log density of site {name!r} is {what}")
+    return bad
 
 
 def _latents(trace: poutine.Trace) -> dict[str, Any]:
@@ -179,7 +234,7 @@ def _potential(
     params: dict[str, Tensor],
 ) -> Tensor:
     """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x."""
-    x = {name: transforms[name].inv(z) for name, z in params.items()}
+    x = {name: to_support(transforms[name], z) for name, z in params.items()}
     trace = poutine.trace(poutine.condition(model, x)).get_trace(*args, **kwargs)
     jacobians = [t.log_abs_det_jacobian(x[name], params[name]) for name, t in transforms.items()]
     return torch.stack([term.sum() for term in jacobians]).sum() - trace.log_prob_sum()
@@ -189,20 +244,23 @@ class _Unvalidated(Messenger):
     """Lets every site see values outside its support, as proposals are."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if getattr(msg["fn"], "_validate_args", False):
+        # a part of a distribution may have been made, and told to validate, outside the model
+        if isinstance(msg["fn"], Distribution):
             msg["fn"] = unvalidated(msg["fn"])
 
 
-def _sample_site(energy: UnnormalizedEnergy) -> Tensor:
-    return pyro.sample("x", energy)
+def _sample_site(distribution: Any) -> Tensor:
+    return pyro.sample("x", distribution)
 
 
-def _modules_of(model: Any, trace: poutine.Trace) -> list[nn.Module]:
-    found = list(modules(model))
-    for node in trace.nodes.values():
-        if node["type"] == "sample" and (energy := find_energy(node["fn"])) is not None:
-            found.extend(modules(energy._energy))
-    return found
+def _value(trace: poutine.Trace, name: str) -> Tensor:
+    value: Any = trace.nodes[name]["value"]
+    return value.detach()
+
+
+def _to_reals(transform: Transform, x: Tensor) -> Tensor:
+    z: Any = transform(x)
+    return z
 
 
 def _uniform_radius(init_strategy: Callable[..., Any]) -> float | None:

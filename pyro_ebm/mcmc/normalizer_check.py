@@ -5,34 +5,38 @@ A posterior over :math:`\theta` that is observed through an energy is proportion
 answer is the posterior of another model. This module finds such sites before anything is sampled.
 
 A first run of the model tracks which latents each tensor was computed from (Pyro's provenance
-tensors): at a *fixed* point :math:`x`, does :math:`E_\theta(x)`, the base, or the support's bounds
-come from a latent? Then further runs with other latents and the point pinned compare values, to
-catch what tensors cannot carry, such as ``theta.item()``.
+tensors): at a *fixed* point :math:`x`, does :math:`E_\theta(x)`, the base, the support's bounds, or
+the site's scale or mask come from a latent? Then further runs with other latents and the point
+pinned compare values, to catch what tensors cannot carry, such as ``theta.item()`` or a branch;
+there are more of them when the first run saw such a read. A branch that hardly any start takes
+can still be missed.
 
 The first run cannot see that a dependence cancels, as in a location family :math:`E(x - \mu)`:
 there the user's word ``constant_normalizer=True`` waives the check.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution
+from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
-from pyro_ebm.distributions.util import modules, tensors_of
-from pyro_ebm.mcmc.potential import eval_mode
+from pyro_ebm.distributions.util import bounds_of
+from pyro_ebm.mcmc.mode import called_in_eval_mode
+from pyro_ebm.mcmc.starts import trace_from_start
 
-NUM_RERUNS = 4
+NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
 
 
 class NormalizerError(ValueError):
@@ -63,28 +67,30 @@ def check_normalizers(
         >>> check_normalizers(model, (torch.tensor(1.0),))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        pyro_ebm.mcmc.normalizer_check.NormalizerError: site 'x': its energy depends on 'precision'...
+        pyro_ebm.mcmc.normalizer_check.NormalizerError: site 'x': its energy depends on...
     """
     kwargs = dict(kwargs or {})
-    with torch.random.fork_rng(devices=[]), starting_points_only():
-        tracked = trace_latents(model, args, kwargs, init_strategy)
-        suspects = _suspects(tracked)
-        for suspect in suspects.values():
-            _refuse(suspect, suspect.dependencies())
-        if not suspects:
-            return
-        for _ in range(NUM_RERUNS):
-            again = _suspects(_trace(model, args, kwargs, init_strategy))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    reads = _HostReads()
+    with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
+        with reads:
+            tracked = trace_latents(model, args, kwargs, init_strategy)
+            suspects = _suspects(tracked)
+            for suspect in suspects.values():
+                _refuse(suspect, get_provenance(suspect.evaluate(suspect.x)))
+        same_data = poutine.replay(model, trace=_subsamples(tracked))
+        for _ in range(NUM_RERUNS_AFTER_READS if reads.latents else NUM_RERUNS):
+            again = _suspects(_trace(same_data, args, kwargs, init_strategy))
             if changed := suspects.keys() ^ again.keys():
+                names = ", ".join(sorted({repr(name) for name, _ in changed}))
                 raise NormalizerError(
-                    f"site(s) {sorted(changed)}: these energies with an unknown log Z are in the"
-                    f" model for some values of the latents only{_WAYS_OUT}"
+                    f"site(s) {names}: an energy with an unknown log Z is in the model for some"
+                    f" values of {_listed(reads.latents)} only{_WAYS_OUT}"
                 )
             for key, suspect in suspects.items():
-                if not _close(suspect.log_prob(suspect.x), again[key].log_prob(suspect.x)):
-                    _refuse(
-                        suspect, {"a latent whose value the model reads by .item() or the like"}
-                    )
+                x = suspect.x
+                if not _close(suspect.evaluate(x), again[key].evaluate(x)):
+                    _refuse(suspect, reads.latents, how=", read by .item(), a branch or the like")
 
 
 def trace_latents(
@@ -105,13 +111,36 @@ _WAYS_OUT = (
 )
 
 
-def _refuse(suspect: "_Suspect", latents: set[str] | frozenset[str]) -> None:
-    if latents := set(latents) - {suspect.name}:
-        listed = ", ".join(sorted(repr(latent) for latent in latents))
+def _refuse(suspect: "_Suspect", latents: Iterable[str], how: str = "") -> None:
+    latents = set(latents) - {suspect.name}
+    if latents or how:
         raise NormalizerError(
-            f"site {suspect.name!r}: its energy depends on {listed}, and its log Z is"
-            f" {suspect.energy.normalizer_state}{_WAYS_OUT}"
+            f"site {suspect.name!r}: its energy depends on {_listed(latents)}{how}, and its log Z"
+            f" is {suspect.energies[0].normalizer_state}{_WAYS_OUT}"
         )
+
+
+def _listed(latents: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, latents))) or "a latent"
+
+
+class _HostReads(TorchFunctionMode):
+    """Notes the latents whose values leave the tensors, where provenance is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents: frozenset[str] = frozenset()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _READS:
+            self.latents |= get_provenance([args, kwargs])
+        return func(*args, **kwargs)
+
+
+_READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
+    f"__{name}__" for name in ("array", "bool", "complex", "contains", "float", "index", "int")
+}
 
 
 class _TrackLatents(Messenger):
@@ -130,71 +159,84 @@ def _trace(
     init_strategy: Callable[..., Any],
 ) -> poutine.Trace:
     with pyro.validation_enabled(False), poutine.block():
-        return poutine.trace(InitMessenger(init_strategy)(model)).get_trace(*args, **kwargs)
+        return trace_from_start(model, args, kwargs, init_strategy)
+
+
+def _subsamples(trace: poutine.Trace) -> poutine.Trace:
+    """The trace's choices of data, without its latents."""
+    new = trace.copy()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site_is_subsample(site):
+            new.remove_node(name)
+    return new
 
 
 @dataclasses.dataclass
 class _Suspect:
-    """An energy with an unknown constant, where a site's distribution holds it."""
+    """A density with unknown constants, where a site's distribution holds it."""
 
     name: str
-    energy: UnnormalizedEnergy
+    energies: tuple[UnnormalizedEnergy, ...]
+    density: Callable[[Tensor], Tensor]
     x: Tensor
-    """A point of the energy's support, without provenance."""
-    outside: frozenset[str]
-    """The latents in what surrounds the energy: its mask, its scale, the mixture it is part of."""
+    """A point of the density's support, without provenance."""
+    counted: tuple[Any, ...]
+    """How often the density counts: the scale and the masks around it."""
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        with eval_mode(modules(self.energy._energy)):
-            return self.energy.unnormalized_log_prob(x)
-
-    def dependencies(self) -> frozenset[str]:
-        inside = get_provenance([self.log_prob(self.x), *tensors_of(self.energy.support)])
-        return self.outside | inside
+    def evaluate(self, x: Tensor) -> list[Any]:
+        """All that the constants may depend on, at a fixed point."""
+        bounds = [bound for p in self.energies for bound in bounds_of(p.support)]
+        return [self.density(x), *bounds, *self.counted]
 
 
-def _suspects(trace: poutine.Trace) -> dict[str, _Suspect]:
-    found = [
-        suspect
+def _suspects(trace: poutine.Trace) -> dict[tuple[str, int], _Suspect]:
+    return {
+        (name, index): suspect
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
-        for suspect in _suspects_in(
-            name,
-            site["fn"],
-            detach_provenance(site["value"]),
-            # a scale or mask that depends on a latent says how often Z counts
-            get_provenance([site["scale"], site["mask"]]),
+        for index, suspect in enumerate(
+            _suspects_in(
+                name,
+                site["fn"],
+                detach_provenance(cast(Tensor, site["value"])),
+                (site["scale"], site["mask"]),
+            )
         )
-    ]
-    return {f"{suspect.name}[{index}]": suspect for index, suspect in enumerate(found)}
+    }
 
 
-def _suspects_in(name: str, fn: Any, x: Tensor, outside: frozenset[str]) -> Iterator[_Suspect]:
+def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[_Suspect]:
     if isinstance(fn, UnnormalizedEnergy):
         if not fn.is_normalized and not fn.constant_normalizer:
-            yield _Suspect(name, fn, x, outside)
+            yield _Suspect(name, (fn,), fn.unnormalized_log_prob, x, counted)
     elif isinstance(fn, Independent):
-        yield from _suspects_in(name, fn.base_dist, x, outside)
+        yield from _suspects_in(name, fn.base_dist, x, counted)
     elif isinstance(fn, MaskedDistribution):
-        yield from _suspects_in(name, fn.base_dist, x, outside | get_provenance(fn._mask))
+        yield from _suspects_in(name, fn.base_dist, x, (*counted, fn._mask))
     elif isinstance(fn, TransformedDistribution):  # a bijection leaves Z as it is
         for transform in reversed(fn.transforms):
-            x = detach_provenance(transform.inv(x))
-        yield from _suspects_in(name, fn.base_dist, x, outside)
-    else:  # a mixture: its normalizer mixes those of its parts
-        for attribute in ("base_dist", "_component_distribution", "component0", "component1"):
-            part = getattr(fn, attribute, None)
-            if part is None or not any(_energies_in(part)):
-                continue
-            whole = get_provenance(fn.log_prob(x))
-            for energy in _energies_in(part):
-                start = detach_provenance(energy.starting_points())
-                yield _Suspect(name, energy, start, outside | whole)
+            x = detach_provenance(cast(Tensor, transform.inv(x)))
+        yield from _suspects_in(name, fn.base_dist, x, counted)
+    elif energies := tuple(_energies_in(fn)):  # a mixture: its normalizer mixes those of its parts
+        yield _Suspect(name, energies, fn.log_prob, x, counted)
 
 
 def _energies_in(fn: Any) -> Iterator[UnnormalizedEnergy]:
-    return (suspect.energy for suspect in _suspects_in("", fn, torch.empty(()), frozenset()))
+    for attribute in ("base_dist", "_component_distribution", "component0", "component1"):
+        part = getattr(fn, attribute, None)
+        if part is not None:
+            for suspect in _suspects_in("", part, torch.empty(()), ()):
+                yield from suspect.energies
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+def _close(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(_close_values, a, b))
+
+
+def _close_values(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b.to(a.dtype))
+    return torch.allclose(a, b.to(a), rtol=1e-4, atol=1e-5, equal_nan=True)

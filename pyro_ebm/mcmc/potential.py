@@ -23,6 +23,7 @@ from torch.func import grad_and_value, vmap
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
 MAX_INIT_TRIES = 100
@@ -123,8 +124,8 @@ class Potential(ABC):
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values in their supports ``(*batch, *site)`` of flat positions ``(*batch, dim)``."""
-        transforms = self.transforms
-        return {name: transforms[name].inv(value) for name, value in self.unravel(z).items()}
+        values = self.unravel(z)
+        return {site.name: to_support(site.transform, values[site.name]) for site in self.sites}
 
     # -- where chains start ------------------------------------------------------------------
 
@@ -134,13 +135,16 @@ class Potential(ABC):
         Raises:
             ValueError: if a chain has found none after 100 draws; it names the site to blame.
         """
-        z = self._draw(num_chains)
+        z = self._draw(num_chains).clone()
         bad = self._not_finite(z)
         for _ in range(MAX_INIT_TRIES):
             if not bad.any():
                 return z
-            z = torch.where(bad[:, None], self._draw(num_chains), z)
-            bad = self._not_finite(z)
+            # draws come with one chain of each group: ask for those that hold a bad chain
+            rows = bad.reshape(-1, self.groups).any(-1)
+            again = rows.repeat_interleave(self.groups).nonzero().flatten()
+            z[again] = torch.where(bad[again, None], self._draw(len(again)), z[again])
+            bad[again] = self._not_finite(z[again])
         raise ValueError(
             f"no starting point with a finite potential and gradient in {MAX_INIT_TRIES} tries:"
             f" {self.blame(z[bad][0])}. Check the model there, or set init_strategy or"
@@ -174,6 +178,8 @@ class EnergyPotential(Potential):
     Args:
         energy: the distribution.
         name: what to call its site.
+        like: a point of the support, which tells dtype and device; else one is drawn.
+        groups: number of groups, where the batch elements should share their adaptation.
 
     Example:
         >>> p = UnnormalizedEnergy(lambda x: x, support=dist.constraints.positive)
@@ -181,17 +187,36 @@ class EnergyPotential(Potential):
         tensor([1.])
     """
 
-    def __init__(self, energy: UnnormalizedEnergy, name: str = "x"):
+    def __init__(
+        self,
+        energy: UnnormalizedEnergy,
+        name: str = "x",
+        like: Tensor | None = None,
+        groups: int | None = None,
+    ):
         self.energy: UnnormalizedEnergy = unvalidated(energy)
-        start = energy.starting_points()
+        if energy.support.is_discrete:
+            raise NotImplementedError(
+                f"the support {energy.support} is discrete, but positions are continuous: use a"
+                " kernel for discrete sites"
+            )
+        start = energy.starting_points() if like is None else like
         self.bijection = biject_to(energy.support)
-        shape = self.bijection.inverse_shape(energy.event_shape)
+        # of batch and event together: the bounds of a support may have the batch's shape
+        shape = self.bijection.inverse_shape(energy.batch_shape + energy.event_shape)
+        shape = shape[len(energy.batch_shape) :]
         site = Site(name, torch.Size(shape), start.dtype, self.bijection.inv, start.device)
         super().__init__([site], groups=max(energy.batch_shape.numel(), 1))
         self._modules = modules(energy._energy)
 
     def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
+        return nan_where_singular(lambda z: (self._value(z),), z, self.groups)[0]
+
+    def _value(self, z: Tensor) -> Tensor:
         unconstrained = self._grouped(z)
+        if unconstrained.shape[0] == 1:  # one chain per row: the energy sees the rows themselves
+            unconstrained = unconstrained[0]
         x = self.bijection(unconstrained)
         jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
         batch_dim = x.dim() - self.energy.event_dim
@@ -245,31 +270,27 @@ class FunctionPotential(Potential):
         self._vectorizes: bool | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
         with self._quiet():
-            if z.shape[0] > 1 and self._can_vectorize(z):
-                return vmap(self._one)(z)
-            return self._one_by_one(z)
+            return nan_where_singular(lambda z: (self._value(z),), z)[0]
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
         with self._quiet():
-            try:
-                return self._value_and_grad(z)
-            except torch.linalg.LinAlgError:
-                # A matrix was singular in one chain: find out which, and leave the others alone.
-                rows = [self._value_and_grad_or_nan(row) for row in z.split(1)]
-        return torch.cat([value for value, _ in rows]), torch.cat([grad for _, grad in rows])
+            value, grad = nan_where_singular(self._value_and_grad, z)
+        return value, grad
+
+    def _value(self, z: Tensor) -> Tensor:
+        if z.shape[0] > 1 and self._can_vectorize(z):
+            return vmap(self._one)(z)
+        return self._one_by_one(z)
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if z.shape[0] > 1 and self._can_vectorize(z):
-            grad, value = vmap(grad_and_value(self._one))(z.detach())
-            return value.detach(), grad.detach()
+            with torch.no_grad():  # of z alone: no graph through the model's parameters
+                grad, value = vmap(grad_and_value(self._one))(z.detach())
+            return value, grad
         return value_and_grad(self._one_by_one, z)
-
-    def _value_and_grad_or_nan(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            return value_and_grad(self._one_by_one, z)
-        except torch.linalg.LinAlgError:  # U is undefined here: a proposal that is never accepted
-            return z.new_full((1,), torch.nan), torch.full_like(z, torch.nan)
 
     def _one(self, z: Tensor) -> Tensor:
         value = self.potential_fn(self.unravel(z))
@@ -286,11 +307,12 @@ class FunctionPotential(Potential):
         if self._vectorizes is None:
             some = z[:2].detach()
             want = value_and_grad(self._one_by_one, some)
-            self._vectorizes = False  # until shown otherwise
+            if not all(w.isfinite().all() for w in want):
+                return False  # nothing to compare with yet
             try:
                 got = vmap(grad_and_value(self._one))(some)[::-1]
                 same = all(
-                    torch.allclose(g, w, rtol=1e-3, atol=1e-3, equal_nan=True)
+                    ((g - w).abs().max() <= 1e-3 * (1 + w.abs().max()))
                     for g, w in zip(got, want, strict=True)
                 )
                 reason = "its vectorized value differs from its plain value"
@@ -312,26 +334,40 @@ class FunctionPotential(Potential):
             yield
 
 
-@contextlib.contextmanager
-def eval_mode(found: Iterable[nn.Module]) -> Iterator[None]:
-    """Holds modules in evaluation mode (no dropout, frozen batch norm) and puts the mode back.
+def nan_where_singular(
+    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, groups: int = 1
+) -> tuple[Tensor, ...]:
+    """Calls a batched function that may meet a singular matrix: NaN for the chains that do.
+
+    torch raises for the whole batch; halving it finds the chains to blame. They get a potential
+    of NaN, which is never accepted, and the others what they would have got anyway.
+
+    Args:
+        function: maps positions to potentials, or to potentials and gradients.
+        z: positions, shape ``(chains, dim)``.
+        groups: the least number of chains that can be evaluated at once.
 
     Example:
-        >>> net = torch.nn.Dropout()
-        >>> with eval_mode([net]):
-        ...     net.training
-        False
-        >>> net.training
-        True
+        >>> def function(z):
+        ...     return (torch.linalg.cholesky(z[:, :, None])[:, 0, 0],)
+        >>> nan_where_singular(function, torch.tensor([[1.0], [-1.0], [4.0]]))
+        (tensor([1., nan, 2.]),)
     """
-    training = [module for module in found if module.training]
-    for module in training:
-        module.training = False
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return function(z)
+    except torch.linalg.LinAlgError:
+        rows = z.shape[0] // groups
+        if rows <= 1:  # a potential, and a gradient for those who ask for one
+            return z.new_full(z.shape[:1], torch.nan), torch.full_like(z, torch.nan)
+    halves = z.split((rows + 1) // 2 * groups)
+    parts = [nan_where_singular(function, half, groups) for half in halves]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=False))
+
+
+def to_support(transform: Transform, z: Tensor) -> Tensor:
+    """The point of the support at the unconstrained ``z``; ``transform`` goes the other way."""
+    inverse: Any = transform.inv
+    return inverse(z)
 
 
 def sites_of(

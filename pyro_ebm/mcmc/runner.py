@@ -6,13 +6,13 @@ after another and ``"parallel"`` one in each worker process, as Pyro does; they 
 kernel, ``NUTS`` and ``HMC`` among them.
 """
 
-import time
+import contextlib
+import operator
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer.mcmc.api import MCMC as PyroMCMC
 from pyro.infer.mcmc.api import AbstractMCMC
@@ -21,14 +21,10 @@ from pyro.infer.mcmc.util import diagnostics as chain_diagnostics
 from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from torch.distributions.transforms import Transform
-from tqdm.auto import tqdm
 
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
-from pyro_ebm.mcmc.potential import Potential
-
-if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.record import Bar, Chain, Draws, fields_of, stack
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
 
@@ -38,7 +34,8 @@ class MCMC(AbstractMCMC):
 
     A model whose unknown log Z depends on a latent is refused before sampling
     (:class:`~pyro_ebm.mcmc.NormalizerError`). The model is validated once, when it is traced;
-    proposals outside a support are then rejected, not raised. Ctrl-C keeps the draws made so far.
+    proposals outside a support are then rejected, not raised. Ctrl-C keeps the draws made so far
+    (but in parallel, where the worker processes hold them).
 
     Args:
         kernel: any kernel of this package, or of Pyro (one chain at a time).
@@ -47,12 +44,14 @@ class MCMC(AbstractMCMC):
         initial_params: unconstrained starting values, each of shape ``(num_chains, *site)``, or
             ``site`` for a single chain.
         num_chains: number of chains; any number when vectorized.
-        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every transition;
-            vectorized, ``params`` holds all chains.
+        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every transition, with the
+            stages ``"Warmup"`` and ``"Sample"``, followed by the chain, as in ``"Sample [0]"``,
+            when several run one after another; vectorized, ``params`` holds all of them.
         mp_context: how worker processes start when parallel, ``"spawn"`` by default.
         disable_progbar: whether to show no progress.
         disable_validation: as in Pyro, for its own kernels.
-        transforms: from the supports to the reals, for kernels on a ``potential_fn``.
+        transforms: from the supports to the reals, for kernels on a ``potential_fn``; the
+            kernel's own by default.
         save_params: the sites to keep; all by default.
         chain_method: ``"vectorized"``, ``"sequential"`` or ``"parallel"``.
         thinning: keep every ``thinning``-th draw, ``num_samples // thinning`` in all.
@@ -62,7 +61,7 @@ class MCMC(AbstractMCMC):
         ValueError: for numbers out of range, or a chain method that the kernel cannot do.
 
     Example:
-        >>> from pyro_ebm import LangevinKernel
+        >>> from pyro_ebm import LangevinKernel, UnnormalizedEnergy
         >>> p = UnnormalizedEnergy(lambda x: x.abs())
         >>> mcmc = MCMC(LangevinKernel(p), 100, num_chains=20, disable_progbar=True)
         >>> mcmc.run()
@@ -90,18 +89,13 @@ class MCMC(AbstractMCMC):
         thinning: int = 1,
         save_warmup: bool = False,
     ):
-        super().__init__(kernel, num_chains, transforms)
         if chain_method is None:
             chain_method = "vectorized" if isinstance(kernel, Kernel) else "sequential"
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        for name, value, least in (
-            ("num_samples", num_samples, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("num_chains", num_chains, 1),
-            ("thinning", thinning, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        num_samples = _count("num_samples", num_samples, 1)
+        warmup_steps = _count("warmup_steps", warmup_steps, 0)
+        num_chains = _count("num_chains", num_chains, 1)
+        thinning = _count("thinning", thinning, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} leaves none of num_samples={num_samples}")
         if chain_method not in CHAIN_METHODS:
@@ -116,7 +110,14 @@ class MCMC(AbstractMCMC):
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
         if initial_params is not None and num_chains > 1:
-            self._validate_initial_params(initial_params)
+            for name, value in initial_params.items():
+                if value.shape[:1] != (num_chains,):
+                    raise ValueError(
+                        f"initial_params[{name!r}] must lead with num_chains={num_chains}, got"
+                        f" shape {tuple(value.shape)}"
+                    )
+        super().__init__(kernel, num_chains, transforms)
+        self._given_transforms = transforms
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.initial_params, self.hook_fn, self.mp_context = initial_params, hook_fn, mp_context
         self.disable_progbar, self.disable_validation = disable_progbar, disable_validation
@@ -146,8 +147,12 @@ class MCMC(AbstractMCMC):
         """
         self._clear()
         self._args, self._kwargs = args, kwargs
-        if not isinstance(self.kernel, Kernel) and self.kernel.model is not None:
-            check_normalizers(self.kernel.model, args, kwargs)
+        self.transforms = self._given_transforms
+        model = getattr(self.kernel, "model", None)
+        # the kernels of this package check for themselves, but too late in a worker process
+        ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
+        if model is not None and not ours:
+            check_normalizers(model, args, kwargs)
         if self.chain_method == "vectorized":
             self._run_vectorized(args, kwargs)
         elif self.chain_method == "sequential":
@@ -158,101 +163,122 @@ class MCMC(AbstractMCMC):
     def _run_vectorized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kernel = self.kernel
         assert isinstance(kernel, Kernel)
-        if self.initial_params is not None:
-            kernel.initial_params = self.initial_params
-        potential = kernel.make_potential(*args, **kwargs)
-        z = kernel.initial_position(potential, self.num_chains)
+        with self._starts(kernel):
+            if self.initial_params is not None:  # one chain's values say what the sites are
+                kernel.initial_params = self._start_of(0)
+            potential = kernel.make_potential(*args, **kwargs)
+            if self.initial_params is not None:
+                kernel.initial_params = self.initial_params
+            z = kernel.initial_position(potential, self.num_chains)
         kernel.bind(potential, self.warmup_steps)
         state = kernel.init(z)
-        self.transforms = kernel.transforms
-        keep = self._kept(potential.names)
-        warmup = _Draws(potential, keep, self.warmup_steps if self.save_warmup else 0, state, 1)
-        draws = _Draws(potential, keep, self.num_samples, state, self.thinning)
-        bar = _Bar(self.warmup_steps + self.num_samples, self.num_chains, self.disable_progbar)
+        if self.transforms is None:
+            self.transforms = potential.transforms
+        keep, in_warmup = self._kept(potential.names), self.warmup_steps
+        warmup = Draws(potential, keep, in_warmup if self.save_warmup else 0, 1, state)
+        draws = Draws(potential, keep, self.num_samples, self.thinning, state)
         try:
-            with bar:
-                for i in range(self.warmup_steps + self.num_samples):
-                    in_warmup = i < self.warmup_steps
-                    step_size = kernel.adaptation.step_size
-                    state, info = kernel.step(state)
-                    (warmup if in_warmup else draws).add(state, info, step_size)
-                    bar.update("warmup" if in_warmup else "sample", info, kernel)
-                    if self.hook_fn is not None:
-                        stage = "Warmup" if in_warmup else "Sample"
-                        index = i if in_warmup else i - self.warmup_steps
-                        self.hook_fn(kernel, potential.unravel(state.z), stage, index)
+            with Bar(in_warmup + self.num_samples, self.num_chains, self.disable_progbar) as bar:
+                for stage, into, num_steps in (
+                    ("Warmup", warmup, in_warmup),
+                    ("Sample", draws, self.num_samples),
+                ):
+                    for i in range(num_steps):
+                        step_size = kernel.adaptation.step_size
+                        state, info = kernel.step(state)
+                        into.add(state, info, step_size)
+                        bar.update(stage.lower(), kernel, info)
+                        if self.hook_fn is not None:
+                            self.hook_fn(kernel, potential.unravel(state.z), stage, i)
         except KeyboardInterrupt:
             if draws.count == 0:
                 raise
             _warn_interrupted(draws.count, self.num_samples // self.thinning)
         if self.save_warmup:
-            self._warmup_samples, self._warmup_fields = warmup.samples(), warmup.fields()
-        self._samples, self._fields = draws.samples(), draws.fields()
+            self._warmup_samples = warmup.samples(self.transforms)
+            self._warmup_fields = warmup.fields()
+        self._samples, self._fields = draws.samples(self.transforms), draws.fields()
+        rates = self._fields["acceptance_rate"].mean(1).tolist()
         self._diagnostics = [
-            {
-                "divergences": self._fields["diverging"][chain].nonzero().flatten().tolist(),
-                "acceptance rate": float(self._fields["acceptance_rate"][chain].mean()),
-            }
-            for chain in range(self.num_chains)
+            {"divergences": diverging.nonzero().flatten().tolist(), "acceptance rate": rate}
+            for diverging, rate in zip(self._fields["diverging"], rates, strict=True)
         ]
 
     def _run_sequential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kernel = self.kernel
-        chains: list[list[dict[str, Tensor]]] = []
-        warmups: list[list[dict[str, Tensor]]] = []
-        validation = self.disable_validation
-        interrupted = False
-        for chain in range(self.num_chains):
-            if self.initial_params is not None:
-                single = self.num_chains == 1
-                params = {k: v if single else v[chain] for k, v in self.initial_params.items()}
-                kernel.initial_params = params
-            draws, warmup = [], []
-            bar = _Bar(self.warmup_steps + self.num_samples, 1, self.disable_progbar, chain)
+        chains: list[Chain] = []
+        for index in range(self.num_chains):
+            chain = Chain()
             try:
-                with (
-                    bar,
-                    pyro.validation_enabled(
-                        pyro.infer.util.is_validation_enabled()
-                        if validation is None
-                        else not validation
-                    ),
-                ):
-                    kernel.setup(self.warmup_steps, *args, **kwargs)
-                    params = kernel.initial_params
-                    assert params is not None
-                    for i in range(self.warmup_steps + self.num_samples):
-                        params = kernel.sample(params)
-                        in_warmup = i < self.warmup_steps
-                        index = i if in_warmup else i - self.warmup_steps
-                        if in_warmup and self.save_warmup:
-                            warmup.append(params)
-                        elif not in_warmup and (index + 1) % self.thinning == 0:
-                            draws.append(params)
-                        bar.describe("warmup" if in_warmup else "sample", kernel)
-                        if self.hook_fn is not None:
-                            stage = "Warmup" if in_warmup else "Sample"
-                            self.hook_fn(kernel, params, f"{stage} [{chain}]", index)
+                with self._starts(kernel), self._validation():
+                    self._run_chain(index, chain, args, kwargs)
             except KeyboardInterrupt:
-                if not chains and not draws:
+                if not chains and not chain.draws:
                     raise
-                interrupted = True
-            if interrupted and chains:
-                _warn_interrupted(len(chains), self.num_chains, "chains")
+                if chains:  # chains of one length: the one that was cut short goes
+                    _warn_interrupted(len(chains), self.num_chains, "chains")
+                    kernel.cleanup()
+                    break
+                _warn_interrupted(len(chain.draws), self.num_samples // self.thinning)
+                self._finish_chain(chain, chains)
                 break
-            chains.append(draws)
-            warmups.append(warmup)
-            self._diagnostics.append(kernel.diagnostics())
-            kernel.cleanup()
-            if interrupted:
-                _warn_interrupted(len(draws), self.num_samples // self.thinning)
-                break
-        self.num_chains = len(chains)
-        self._set_transforms(*args, **kwargs)
-        self._samples = self._constrained(chains)
+            self._finish_chain(chain, chains)
+        if self.transforms is None:
+            self._set_transforms(*args, **kwargs)
+        self._samples = stack([chain.draws for chain in chains], self.transforms)
         if self.save_warmup:
-            self._warmup_samples = self._constrained(warmups)
-        self._collect_fields()
+            self._warmup_samples = stack([chain.warmup for chain in chains], self.transforms)
+        self._take_fields(len(chains[0].draws))
+
+    def _run_chain(
+        self, index: int, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        kernel, label = self.kernel, f" [{index}]" if self.num_chains > 1 else ""
+        if self.initial_params is not None:
+            kernel.initial_params = self._start_of(index)
+        total, which = self.warmup_steps + self.num_samples, index if label else None
+        with Bar(total, 1, self.disable_progbar, which) as bar:
+            kernel.setup(self.warmup_steps, *args, **kwargs)
+            params = kernel.initial_params
+            assert params is not None
+            keep = self._kept(params)
+            for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self.num_samples)):
+                for i in range(num_steps):
+                    params = kernel.sample(params)
+                    kept = {name: params[name] for name in keep}
+                    if stage == "Warmup" and self.save_warmup:
+                        chain.warmup.append(kept)
+                    elif stage == "Sample" and (i + 1) % self.thinning == 0:
+                        chain.draws.append(kept)
+                    bar.update(stage.lower(), kernel)
+                    if self.hook_fn is not None:
+                        self.hook_fn(kernel, params, stage + label, i)
+
+    def _finish_chain(self, chain: Chain, chains: list[Chain]) -> None:
+        chains.append(chain)
+        self._diagnostics.append(dict(self.kernel.diagnostics()))
+        self.kernel.cleanup()
+
+    def _start_of(self, chain: int) -> dict[str, Tensor]:
+        given = dict(self.initial_params or {})
+        return given if self.num_chains == 1 else {k: v[chain] for k, v in given.items()}
+
+    @contextlib.contextmanager
+    def _starts(self, kernel: MCMCKernel) -> Iterator[None]:
+        """Starts that are given to this run do not stay with a kernel of this package."""
+        if not isinstance(kernel, Kernel):
+            yield
+            return
+        before = kernel._given_params
+        try:
+            yield
+        finally:
+            kernel._given_params = before
+
+    def _validation(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.kernel, Kernel) or self.disable_validation is None:
+            return contextlib.nullcontext()
+        return pyro.validation_enabled(not self.disable_validation)
 
     def _run_parallel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mcmc = PyroMCMC(
@@ -264,40 +290,24 @@ class MCMC(AbstractMCMC):
             hook_fn=self.hook_fn,
             mp_context=self.mp_context or "spawn",
             disable_progbar=self.disable_progbar,
-            disable_validation=self.disable_validation,
+            disable_validation=self.disable_validation,  # pyright: ignore[reportArgumentType]
             transforms=self.transforms,
-            save_params=self.save_params,
+            # Pyro packs in the order given, and unpacks sorted
+            save_params=None if self.save_params is None else sorted(self.save_params),
         )
         mcmc.run(*args, **kwargs)
         self.transforms = mcmc.transforms
         samples = mcmc.get_samples(group_by_chain=True)
         assert samples is not None
         self._samples = {k: v[:, self.thinning - 1 :: self.thinning] for k, v in samples.items()}
-        self._diagnostics = list(mcmc._diagnostics)
-        self._collect_fields()
+        told: list[Any] = mcmc._diagnostics
+        self._diagnostics = [dict(d) for d in told]
+        self._take_fields(self.num_samples // self.thinning)
 
-    def _constrained(self, chains: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-        names = self._kept(chains[0][0]) if chains[0] else []
-        stacked = {
-            name: torch.stack([torch.stack([p[name] for p in chain]) for chain in chains])
-            for name in names
-        }
-        transforms = self.transforms or {}
-        return {k: transforms[k].inv(v) if k in transforms else v for k, v in stacked.items()}
-
-    def _collect_fields(self) -> None:
-        """Per-draw statistics from what each chain's kernel says at its end."""
-        thin = slice(self.thinning - 1, None, self.thinning)
-        if all("sample_stats" in d for d in self._diagnostics):
-            stats = [d["sample_stats"] for d in self._diagnostics]
-            self._fields = {k: torch.stack([s[k] for s in stats])[:, thin] for k in stats[0]}
-        elif all("divergences" in d for d in self._diagnostics):
-            diverging = torch.zeros(len(self._diagnostics), self.num_samples, dtype=torch.bool)
-            for chain, d in enumerate(self._diagnostics):
-                diverging[chain, d["divergences"]] = True
-            self._fields = {"diverging": diverging[:, thin]}
-        for d in self._diagnostics:
-            d.pop("sample_stats", None)
+    def _take_fields(self, num_draws: int) -> None:
+        self._fields = fields_of(self._diagnostics, num_draws, self.thinning)
+        for told in self._diagnostics:
+            told.pop("sample_stats", None)
 
     def _kept(self, names: Any) -> list[str]:
         names = sorted(names)
@@ -346,6 +356,7 @@ class MCMC(AbstractMCMC):
 
     def diagnostics(self) -> dict[str, Any]:
         """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
+        self._refuse_short("diagnostics")
         result = dict(chain_diagnostics(self._done()))
         for name in self._diagnostics[0]:
             result[name] = {f"chain {i}": d[name] for i, d in enumerate(self._diagnostics)}
@@ -353,9 +364,10 @@ class MCMC(AbstractMCMC):
 
     def summary(self, prob: float = 0.9) -> None:
         """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
+        self._refuse_short("a summary")
         print_summary(self._done(), prob=prob)
         if "diverging" in self._fields:
-            print(f"Number of divergences: {int(self._fields['diverging'].sum())}")
+            print(f"Number of divergences: {int(self._fields['diverging'].sum())}")  # noqa: T201
 
     def to_arviz(self, **kwargs: Any) -> Any:
         """This run as ArviZ data; arguments as for :func:`pyro_ebm.to_arviz`."""
@@ -368,73 +380,20 @@ class MCMC(AbstractMCMC):
             raise RuntimeError("there are no draws yet: call run first")
         return self._samples
 
-
-class _Draws:
-    """Preallocated positions and statistics of all chains."""
-
-    def __init__(
-        self, potential: Potential, keep: list[str], num_steps: int, state: "State", thinning: int
-    ):
-        self.potential, self.keep, self.thinning = potential, keep, thinning
-        num_draws, chains = num_steps // thinning, state.z.shape[0]
-        self.count = self.seen = 0
-        self.capacity = num_draws
-        self.z = state.z.new_empty(num_draws, chains, potential.dim)
-        self.stats = {
-            "lp": state.potential.new_empty(num_draws, chains),
-            "acceptance_rate": state.potential.new_empty(num_draws, chains),
-            "step_size": state.potential.new_empty(num_draws, chains),
-            "diverging": state.potential.new_empty(num_draws, chains, dtype=torch.bool),
-        }
-
-    def add(self, state: "State", info: Any, step_size: Tensor) -> None:
-        self.seen += 1
-        if self.count == self.capacity or self.seen % self.thinning:
-            return
-        self.z[self.count] = state.z
-        values = (-state.potential, info.accept_prob, step_size, info.diverging)
-        for stat, value in zip(self.stats.values(), values, strict=True):
-            stat[self.count] = value
-        self.count += 1
-
-    def samples(self) -> dict[str, Tensor]:
-        z = self.z[: self.count].transpose(0, 1)
-        unconstrained, transforms = self.potential.unravel(z), self.potential.transforms
-        return {name: transforms[name].inv(unconstrained[name]) for name in self.keep}
-
-    def fields(self) -> dict[str, Tensor]:
-        return {name: stat[: self.count].T for name, stat in self.stats.items()}
+    def _refuse_short(self, what: str) -> None:
+        got = next(iter(self._done().values())).shape[1]
+        if got < 4:
+            raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
 
 
-class _Bar:
-    """A progress bar that asks the chains for numbers only when it redraws."""
-
-    def __init__(self, total: int, num_chains: int, disable: bool, chain: int | None = None):
-        label = f"{num_chains} chain{'s' * (num_chains > 1)}"
-        self.label = label if chain is None else f"chain {chain}"
-        self.bar = tqdm(total=total, disable=disable, desc=self.label, mininterval=0.2)
-        self.shown = 0.0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-
-    def update(self, stage: str, info: Any, kernel: Kernel) -> None:
-        self.bar.update()
-        if not self.bar.disable and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            self.bar.set_description(f"{stage}, {self.label}", refresh=False)
-            rate, step_size = float(info.accept_prob.mean()), float(kernel.adaptation.step_size[0])
-            self.bar.set_postfix_str(f"acceptance {rate:.2f}, step size {step_size:.2e}")
-
-    def describe(self, stage: str, kernel: MCMCKernel) -> None:
-        self.bar.update()
-        if not self.bar.disable and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            self.bar.set_description(f"{stage}, {self.label}", refresh=False)
-            self.bar.set_postfix(kernel.logging() or {})
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
 
 
 def _warn_interrupted(got: int, wanted: int, what: str = "draws per chain") -> None:

@@ -28,7 +28,7 @@ class ChainDiagnostics(NamedTuple):
     step_size: Tensor
     """The adapted step size, shape ``batch_shape``."""
     num_divergences: int
-    """Number of divergent transitions."""
+    """Number of divergent transitions, all batch elements together."""
 
 
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
@@ -61,7 +61,12 @@ def short_run(
     """
     n, steps = sample_shape.numel(), energy.num_steps
     shape = sample_shape + energy.batch_shape + energy.event_shape
-    kernel = energy.kernel.copy() if energy.kernel is not None else default_kernel(energy)
+    kernel = default_kernel(energy) if energy.kernel is None else energy.kernel
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
+        )
+    kernel = kernel.copy()
     if shape.numel() == 0:
         empty = energy.starting_points(sample_shape)
         nothing = empty.new_full(energy.batch_shape, torch.nan)
@@ -73,8 +78,10 @@ def short_run(
     diverging = torch.zeros((), dtype=torch.long, device=state.z.device)
     for step in range(steps):
         state, info = kernel.step(state)
+        if step < steps // 2:
+            continue
         diverging = diverging + info.diverging.sum()
-        if diagnose and step >= steps // 2:
+        if diagnose:
             history.append(potential.to_points(state.z))
             accept = accept + info.accept_prob
     draws = potential.to_points(state.z).reshape(shape)

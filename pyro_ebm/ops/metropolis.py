@@ -1,7 +1,8 @@
 r"""The accept-reject step of Metropolis and Hastings, for a batch of chains.
 
 A proposal is accepted with probability :math:`\min(1, r)`. A proposal at which the potential or
-its gradient is not finite has :math:`r = 0`: it is rejected, whatever the arithmetic made of it.
+its gradient is not finite, or whose ratio is no number, has :math:`r = 0`: it is rejected, whatever
+the arithmetic made of it.
 
 Reference:
     Metropolis et al. (1953), Equation of state calculations by fast computing machines.
@@ -18,7 +19,7 @@ def metropolis_accept(
     r"""Acceptance probability :math:`\min(1, r)` and the decision :math:`\log u < \log r`.
 
     Args:
-        log_ratio: :math:`\log r`, shape ``(chains,)``; may be NaN where not ``valid``.
+        log_ratio: :math:`\log r`, shape ``(chains,)``; NaN counts as :math:`r = 0`.
         valid: whether the proposal may be accepted at all, boolean, shape ``(chains,)``.
         log_uniform: :math:`\log u` with :math:`u` uniform on (0, 1), shape ``(chains,)``.
 
@@ -32,7 +33,7 @@ def metropolis_accept(
         >>> metropolis_accept(log_ratio, valid, torch.full((3,), -0.7))
         (tensor([1.0000, 0.6065, 0.0000]), tensor([ True,  True, False]))
     """
-    log_ratio = torch.where(valid, log_ratio, -torch.inf)
+    log_ratio = torch.where(valid & ~log_ratio.isnan(), log_ratio, -torch.inf)
     return log_ratio.clamp(max=0.0).exp(), log_uniform < log_ratio
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 
 def value_and_grad(
@@ -58,20 +59,151 @@ def value_and_grad(
 
 
 def score(
-    log_density: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
+    p: Callable[[Tensor], Tensor] | Distribution, x: Tensor, *, create_graph: bool = False
 ) -> Tensor:
-    r"""The score :math:`\nabla_x \log p(x)` of a log density known up to a constant.
+    r"""The score :math:`\nabla_x \log p(x)` of a density known up to a constant.
 
     Args:
-        log_density: maps ``(*batch, *event)`` to ``(*batch)``.
+        p: a distribution with a ``log_prob`` that is differentiable in the point (Pyro's, torch's,
+            an energy), or a log density ``(*batch, *event) -> (*batch)``.
         x: points, shape ``(*batch, *event)``.
         create_graph: whether the score can be differentiated again.
 
     Returns:
         The score, shape ``(*batch, *event)``.
 
+    Raises:
+        TypeError: for integer points, which have no score.
+
     Example:
-        >>> score(dist.Normal(1.0, 2.0).log_prob, torch.tensor([3.0]))
+        >>> score(dist.Normal(1.0, 2.0), torch.tensor([3.0]))  # (mu - x) / sigma^2
         tensor([-0.5000])
+        >>> score(dist.Gamma(3.0, 2.0), torch.tensor([1.0]))  # (a - 1) / x - b
+        tensor([0.])
     """
+    log_density = p.log_prob if isinstance(p, Distribution) else p
     return value_and_grad(log_density, x, create_graph=create_graph)[1]
+
+
+def fisher_divergence(
+    p: Callable[[Tensor], Tensor] | Distribution,
+    q: Callable[[Tensor], Tensor] | Distribution,
+    x: Tensor,
+    event_dim: int | None = None,
+) -> Tensor:
+    r"""The Fisher divergence :math:`\frac12 \mathbb E_p |\nabla \log p - \nabla \log q|^2`.
+
+    Neither density needs its constant. It is 0 only where the scores agree wherever p has mass, and
+    blind to the relative weight of modes that are far apart.
+
+    Args:
+        p: the density that ``x`` are draws of; as for :func:`score`.
+        q: another density.
+        x: draws of p, shape ``(n, *event)``.
+        event_dim: number of event dimensions; p's (or q's) own if it is a distribution.
+
+    Returns:
+        The Monte Carlo estimate, shape ``()``.
+
+    Raises:
+        ValueError: if neither density tells the number of event dimensions.
+
+    Reference:
+        Hyvarinen (2005), Estimation of non-normalized statistical models by score matching.
+
+    Example:
+        >>> x = dist.Normal(0.0, 1.0).sample((1000,))
+        >>> fisher_divergence(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0), x)
+        tensor(0.5000)
+    """
+    if event_dim is None:
+        known = [len(d.event_shape) for d in (p, q) if isinstance(d, Distribution)]
+        if not known:
+            raise ValueError("give event_dim: functions do not tell how many dimensions an event has")
+        event_dim = known[0]
+    difference = (score(p, x) - score(q, x)).square()
+    return difference.reshape(difference.shape[: x.dim() - event_dim] + (-1,)).sum(-1).mean() / 2
+
+
+def draw_probes(distribution: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    r"""Random directions :math:`v` with :math:`\mathbb E\, v v^\top = I`.
+
+    Args:
+        distribution: ``"rademacher"`` (each element -1 or 1), ``"gaussian"``, or ``"sphere"`` (of
+            radius :math:`\sqrt d`).
+        shape: leading shape.
+        like: points, shape ``(rows, d)``.
+
+    Returns:
+        Directions, shape ``(*shape, rows, d)``.
+
+    Raises:
+        ValueError: for an unknown distribution.
+
+    Example:
+        >>> draw_probes("sphere", (), torch.zeros(2, 4)).norm(dim=-1)
+        tensor([2., 2.])
+    """
+    noise = torch.randn(shape + like.shape, dtype=like.dtype, device=like.device)
+    if distribution == "gaussian":
+        return noise
+    if distribution == "rademacher":
+        return torch.where(noise > 0, 1.0, -1.0).to(like.dtype)
+    if distribution == "sphere":
+        return noise * (like.shape[-1] ** 0.5 / noise.norm(dim=-1, keepdim=True))
+    raise ValueError(
+        f"distribution must be 'rademacher', 'gaussian' or 'sphere', got {distribution!r}"
+    )
+
+
+def row_divergence(field: Tensor, x: Tensor) -> Tensor:
+    r"""The exact divergence :math:`\sum_i \partial_i f_i(x)` of a vector field, row by row.
+
+    Costs one backward pass for each dimension.
+
+    Args:
+        field: :math:`f(x)`, computed from ``x`` row by row with a graph, shape ``(rows, d)``.
+        x: points, shape ``(rows, d)``.
+
+    Returns:
+        Shape ``(rows,)``, differentiable.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> row_divergence(x**2, x).detach()
+        tensor([6.])
+    """
+    terms = [_vjp(field[:, i].sum(), x)[:, i] for i in range(x.shape[-1])]
+    return torch.stack(terms).sum(0)
+
+
+def projected_divergence(field: Tensor, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Hutchinson's estimates :math:`v^\top (\nabla f)\, v` of the divergence, one for each probe.
+
+    With a symmetric Jacobian :math:`H` and Rademacher probes their variance is
+    :math:`2 \sum_{i \ne j} H_{ij}^2`, with Gaussian probes :math:`2 |H|_F^2`.
+
+    Args:
+        field: :math:`f(x)`, computed from ``x`` row by row with a graph, shape ``(rows, d)``.
+        x: points, shape ``(rows, d)``.
+        probes: :math:`v`, shape ``(probes, rows, d)``.
+
+    Returns:
+        The estimates, shape ``(probes, rows)``, differentiable, and :math:`v^\top f`, of the same
+        shape.
+
+    Reference:
+        Hutchinson (1989), A stochastic estimator of the trace of the influence matrix.
+    """
+    projections = (probes * field).sum(-1)
+    estimates = [
+        (v * _vjp(along.sum(), x)).sum(-1) for v, along in zip(probes, projections, strict=True)
+    ]
+    return torch.stack(estimates), projections
+
+
+def _vjp(value: Tensor, x: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad

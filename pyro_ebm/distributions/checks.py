@@ -1,0 +1,135 @@
+"""What an energy asks of its arguments: a support, a base and a normalizer that fit its shapes."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+
+def lift_support(
+    support: constraints.Constraint, event_shape: torch.Size
+) -> constraints.Constraint:
+    """The support of a whole event: an elementwise constraint holds for every element.
+
+    Args:
+        support: a constraint with ``event_dim`` at most ``len(event_shape)``.
+        event_shape: the shape of one event.
+
+    Raises:
+        ValueError: if the support has more event dimensions than the event.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> lift_support(constraints.positive, torch.Size([3])).event_dim
+        1
+    """
+    while isinstance(support, MixtureSameFamilyConstraint):
+        support = support.base_constraint  # that of the components, and biject_to knows it
+    missing = len(event_shape) - support.event_dim
+    if missing < 0:
+        raise ValueError(
+            f"the support {support} is of events with {support.event_dim} dimension(s), but"
+            f" event_shape={tuple(event_shape)} has {len(event_shape)}: give event_shape="
+            " a shape with that many dimensions, or an elementwise support"
+        )
+    return constraints.independent(support, missing) if missing else support
+
+
+def check_bijection(support: constraints.Constraint, event_shape: torch.Size) -> None:
+    """Raises a ValueError unless the reals map onto the support, with events of this shape."""
+    try:
+        biject_to(support).inverse_shape(event_shape)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"no bijection from the reals onto the support {support} is known to"
+            " torch.distributions.biject_to: register one, or use another support"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"event_shape={tuple(event_shape)} does not fit the support {support}: {error}"
+        ) from error
+
+
+def expanded_base(
+    base: TorchDistribution, batch_shape: torch.Size, event_shape: torch.Size
+) -> TorchDistribution:
+    """The base with the energy's batch shape.
+
+    Raises:
+        ValueError: if its event shape is not the energy's, or its batch does not expand.
+    """
+    if base.event_shape != event_shape:
+        hint = (
+            f": write base.expand({tuple(event_shape)}).to_event({len(event_shape)})"
+            if not base.event_shape
+            else ""
+        )
+        raise ValueError(
+            f"base {type(base).__name__} has event_shape={tuple(base.event_shape)}, the energy"
+            f" wants {tuple(event_shape)}{hint}"
+        )
+    try:
+        return base.expand(batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"base {type(base).__name__} has batch_shape={tuple(base.batch_shape)}, which does not"
+            f" expand to the energy's {tuple(batch_shape)}"
+        ) from error
+
+
+def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -> Tensor | None:
+    """The normalizer, if there is one log Z for each batch element.
+
+    Raises:
+        ValueError: if its shape does not broadcast to the batch shape.
+    """
+    if log_normalizer is None:
+        return None
+    try:
+        fits = torch.broadcast_shapes(log_normalizer.shape, batch_shape) == batch_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"log_normalizer has shape {tuple(log_normalizer.shape)}, which does not broadcast to"
+            f" batch_shape={tuple(batch_shape)}: there is one log Z for each batch element"
+        )
+    return log_normalizer
+
+
+class _RefuseSampling(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        raise RuntimeError(
+            f"the energy draws its weight {msg['name']!r} (a PyroSample) anew whenever it is"
+            " evaluated: read the weight in the model and give the energy its value, as in"
+            " w = net.weight; UnnormalizedEnergy(lambda x: f(x, w))"
+        )
+
+
+@contextlib.contextmanager
+def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context a module may not draw a weight that its model has not drawn.
+
+    ``log_prob`` is called when the model has returned. A ``PyroSample`` read there is a fresh draw
+    from its prior, not the value in the trace.
+
+    Raises:
+        RuntimeError: at such a read.
+    """
+    random = [m for m in modules if isinstance(m, PyroModule) and m._pyro_samples]
+    if not random:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_RefuseSampling())
+        for module in random:  # an active context turns the read into a sample statement
+            stack.enter_context(module._pyro_context)
+        yield

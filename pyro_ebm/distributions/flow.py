@@ -1,0 +1,202 @@
+"""Normalizing flows of zuko as Pyro distributions.
+
+A flow is noise that can be trained, drawn from and scored: the noise of flow-contrastive
+estimation, a ``base`` for an energy, a proposal for ``MHKernel``. This is the only module that
+imports zuko, and it does so when a flow is made.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class FlowDistribution(TorchDistribution):
+    r"""A zuko flow, conditioned or not, as a proper Pyro distribution.
+
+    .. math:: \log q(x) = \log N(f(x); 0, I) + \log \left| \det \frac{\partial f}{\partial x} \right|
+
+    Args:
+        flow: what a zuko flow returns when called, ``flow()`` or ``flow(context)``: a distribution
+            with batch shape that of the context and event shape ``(features,)``.
+        support: where the flow lives; the reals by default.
+        validate_args: as in every distribution.
+
+    Example:
+        >>> net = neural_spline_flow(features=2)
+        >>> q = FlowDistribution(net())
+        >>> q.rsample((5,)).shape, q.expand((3,)).sample().shape
+        (torch.Size([5, 2]), torch.Size([3, 2]))
+        >>> x, log_q = q.rsample_and_log_prob((5,))  # in one pass
+        >>> torch.allclose(q.log_prob(x), log_q, atol=1e-4)
+        True
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Distribution,
+        support: constraints.Constraint = constraints.real_vector,
+        validate_args: bool | None = None,
+    ):
+        if not isinstance(flow, Distribution):
+            raise ValueError(
+                f"flow must be a distribution, what a zuko flow returns when called: got"
+                f" {type(flow).__name__}; write FlowDistribution(flow())"
+            )
+        self.flow = flow
+        self._support = support
+        self._last: tuple[Tensor, Tensor] | None = None
+        super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """Where the flow lives."""
+        return self._support
+
+    def rsample_and_log_prob(
+        self, sample_shape: torch.Size | tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Reparametrized draws and their log density, in one pass through the flow.
+
+        Args:
+            sample_shape: how many.
+
+        Returns:
+            Shapes ``(*sample, *batch, *event)`` and ``(*sample, *batch)``.
+        """
+        if hasattr(self.flow, "rsample_and_log_prob"):
+            return self.flow.rsample_and_log_prob(torch.Size(sample_shape))  # pyright: ignore[reportAttributeAccessIssue]
+        x = self.flow.rsample(torch.Size(sample_shape))
+        return x, self.flow.log_prob(x)
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Reparametrized draws, shape ``(*sample, *batch, *event)``; the last are remembered.
+
+        Scoring the very tensor that was drawn last costs nothing.
+        """
+        x, log_prob = self.rsample_and_log_prob(sample_shape)
+        self._last = (x, log_prob) if torch.is_grad_enabled() else None
+        return x
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws without a gradient, shape ``(*sample, *batch, *event)``."""
+        with torch.no_grad():
+            return self.flow.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density, shape ``(*sample, *batch)``."""
+        if self._last is not None and self._last[0] is value:
+            return self._last[1]
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.flow.log_prob(value)
+
+    def expand(
+        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
+    ) -> "FlowDistribution":
+        """A copy with a larger batch, elements independent."""
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.flow = self.flow.expand(batch_shape)
+        new._support, new._last = self._support, None
+        super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def __repr__(self) -> str:
+        return (
+            f"FlowDistribution({type(self.flow).__name__}, event_shape={tuple(self.event_shape)})"
+        )
+
+
+def neural_spline_flow(
+    features: int,
+    context: int = 0,
+    transforms: int = 3,
+    hidden_features: tuple[int, ...] = (64, 64),
+) -> nn.Module:
+    """A neural spline flow of zuko: called, it returns the distribution to wrap.
+
+    Any other flow of ``zuko.flows`` does as well; importing zuko oneself turns torch's validation
+    of distributions off for the whole process, this function leaves it as it is.
+
+    Args:
+        features: dimension of a point.
+        context: dimension of what the flow is conditioned on.
+        transforms: number of transformations.
+        hidden_features: widths of the networks inside.
+
+    Returns:
+        A lazy distribution, a module; ``net()`` or ``net(context)`` is the distribution.
+
+    Example:
+        >>> net = neural_spline_flow(features=2, transforms=2)
+        >>> net().event_shape
+        torch.Size([2])
+    """
+    validate = Distribution._validate_args
+    import zuko
+
+    Distribution.set_default_validate_args(validate)
+    return zuko.flows.NSF(features, context, transforms=transforms, hidden_features=hidden_features)
+
+
+def fit_flow(
+    flow: "Callable[[], Distribution]",
+    data: Tensor,
+    num_steps: int = 1000,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    disable_progbar: bool = False,
+) -> list[float]:
+    r"""Fits a flow to data by maximum likelihood: :math:`\max \mathbb E \log q(x)`.
+
+    Flow-contrastive estimation wants a flow that already covers the data.
+
+    Args:
+        flow: a module that returns a distribution when called, such as a zuko flow; trained in
+            place.
+        data: points, shape ``(n, *event)``.
+        num_steps: steps of Adam.
+        batch_size: points for each step, drawn with replacement.
+        lr: learning rate.
+        disable_progbar: whether to show no progress.
+
+    Returns:
+        The mean negative log-likelihood of each step's batch, in nats.
+
+    Raises:
+        ValueError: for data that are not finite, or a flow without parameters.
+
+    Example:
+        >>> net = neural_spline_flow(features=1)
+        >>> losses = fit_flow(net, 3 + torch.randn(500, 1), num_steps=20, disable_progbar=True)
+        >>> len(losses)
+        20
+    """
+    parameters = list(flow.parameters()) if isinstance(flow, nn.Module) else []
+    if not parameters:
+        raise ValueError("fit_flow needs a module with parameters that returns a distribution")
+    if not data.isfinite().all():
+        raise ValueError("the data hold NaN or infinite values: drop those rows")
+    optimizer, losses = torch.optim.Adam(parameters, lr=lr), []
+    with tqdm(range(num_steps), disable=disable_progbar, desc="fit flow") as bar:
+        for _ in bar:
+            batch = data[torch.randint(len(data), (min(batch_size, len(data)),))]
+            loss = -flow().log_prob(batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            bar.set_postfix_str(f"{losses[-1]:.3f} nats", refresh=False)
+    return losses

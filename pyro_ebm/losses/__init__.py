@@ -1,0 +1,24 @@
+"""How you fit: losses for ``SVI`` in which energy sites need no log Z."""
+
+from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.losses.flow_contrastive import FlowNCE
+from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
+from pyro_ebm.losses.score_matching import (
+    DenoisingScoreMatching,
+    ScoreMatching,
+    SlicedScoreMatching,
+)
+
+__all__ = [
+    "NCE",
+    "ContrastiveDivergence",
+    "DenoisingScoreMatching",
+    "EnergyLoss",
+    "EnergySite",
+    "FlowNCE",
+    "RankingNCE",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+    "gaussian_noise",
+]

@@ -1,0 +1,215 @@
+r"""Contrastive divergence: raise the energy of what the model dreams, lower that of the data.
+
+The gradient of the log-likelihood of an energy is a difference of two means,
+
+.. math:: \nabla_\theta \log p_\theta(x) = -\nabla_\theta E_\theta(x)
+          + \mathbb E_{x' \sim p_\theta} \nabla_\theta E_\theta(x'),
+
+and the *negatives* :math:`x'` are drawn by a Markov chain. CD-k starts the chains at the data and
+makes k transitions; persistent CD goes on where the chains were, and needs chains that keep up
+with the parameters; restarts from the base or from noise give short-run maximum likelihood.
+
+Reference:
+    Hinton (2002), Training products of experts by minimizing contrastive divergence. Tieleman
+    (2008), Training restricted Boltzmann machines using approximations to the likelihood gradient.
+    Du and Mordatch (2019), Implicit generation and modeling with energy-based models. Nijkamp et
+    al. (2019), Learning non-convergent non-persistent short-run MCMC. Pang et al. (2020), Learning
+    latent space energy-based prior model.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.potential import EnergyPotential, eval_mode
+from pyro_ebm.mcmc.short_run import default_kernel
+
+STEP_SIZE_GAIN = 0.1
+
+
+class ContrastiveDivergence(EnergyLoss):
+    r"""CD-k, persistent CD and short-run maximum likelihood, as a loss for ``SVI``.
+
+    At each energy site, observed or latent, the gradient is
+
+    .. math:: s \Big( \sum_i m_i \nabla E(x_i)
+              - \big( \textstyle\sum_i m_i \big) \frac1C \sum_c \nabla E(x'_c) \Big)
+
+    with scale :math:`s`, mask :math:`m` and negatives :math:`x'` that no gradient flows through.
+    Without persistence there is one chain for each row, so a conditional energy, or one with a
+    latent in front, is contrasted row by row and its gradient reaches that latent. The reported
+    loss, :math:`E(x) - E(x')` summed, is no likelihood: it hovers around 0 in good training and
+    bad; watch an estimate of the likelihood (:attr:`diagnostics` show the energies).
+
+    Args:
+        kernel: any kernel, without a model; by default the energy's own, else
+            :class:`~pyro_ebm.mcmc.LangevinKernel`. If it adapts its step size, that goes on all
+            through training, towards its ``target_accept_prob``.
+        num_steps: transitions for each gradient, the k of CD-k.
+        persistent: whether chains go on from step to step, in a buffer of this loss.
+        num_chains: size of the buffer; by default the number of rows at the first step. More
+            chains than rows keep up better.
+        restart_prob: probability, at each step, that a persistent chain starts again from the base
+            of the energy, or from noise where it has none. 0.05 helps chains that stick; 1 is
+            short-run maximum likelihood.
+        energy_penalty: :math:`\alpha` of a penalty :math:`\alpha (E(x)^2 + E(x')^2)` that keeps
+            the energies of a network from drifting; it biases the fit, and is off by default.
+        num_particles: draws from the guide for each gradient.
+        **kwargs: as in ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: for numbers out of range, a persistent chain for a conditional energy, or data
+            on the boundary of their support.
+
+    Example:
+        >>> def model(x):
+        ...     precision = pyro.param("precision", torch.tensor(1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", UnnormalizedEnergy(lambda x: precision * x**2 / 2), obs=x)
+        >>> from pyro.infer import SVI
+        >>> loss = ContrastiveDivergence(num_steps=10)
+        >>> svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.02}), loss)
+        >>> x = 0.5 * torch.randn(1000)
+        >>> _ = [svi.step(x) for _ in range(300)]
+        >>> bool((pyro.param("precision") * x.var() - 1).abs() < 0.1)
+        True
+        >>> sorted(loss.diagnostics)
+        ['acceptance_rate', 'energy_data', 'energy_negatives', 'gradient_norm', 'step_size']
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel | None = None,
+        num_steps: int = 1,
+        persistent: bool = False,
+        num_chains: int | None = None,
+        restart_prob: float = 0.0,
+        energy_penalty: float = 0.0,
+        num_particles: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(num_particles=num_particles, **kwargs)
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not 0 <= restart_prob <= 1:
+            raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
+        if energy_penalty < 0 or not math.isfinite(energy_penalty):
+            raise ValueError(f"energy_penalty must be finite and >= 0, got {energy_penalty}")
+        if not persistent and (num_chains is not None or restart_prob > 0):
+            raise ValueError(
+                "num_chains and restart_prob speak of the buffer of persistent chains: give"
+                " persistent=True"
+            )
+        if num_chains is not None and num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+        self.kernel, self.num_steps, self.persistent = kernel, num_steps, persistent
+        self.num_chains, self.restart_prob = num_chains, restart_prob
+        self.energy_penalty = energy_penalty
+        self.chains: dict[str, Tensor] = {}
+        self.step_sizes: dict[str, Tensor] = {}
+
+    def energy_term(self, site: EnergySite) -> Tensor:
+        if self.persistent:
+            energy, start = self._buffered(site)
+        else:
+            energy, start = site.energy, site.x.detach()
+        negatives = self._run_chains(site, energy, start)
+        if self.persistent and not self.evaluating:
+            self.chains[site.name] = negatives
+        e_data, e_negatives = site.energy.energy(site.x), energy.energy(negatives)
+        self.record(
+            site,
+            energy_data=site.mean(e_data),
+            energy_negatives=e_negatives.mean() if self.persistent else site.mean(e_negatives),
+        )
+        term = -e_data - self.energy_penalty * e_data.square()
+        contrast = e_negatives - self.energy_penalty * e_negatives.square()
+        if energy.base is not None:  # a learned base has a gradient too, and a latent sees it
+            assert site.energy.base is not None
+            term = term + site.energy.base.log_prob(site.x)
+            contrast = contrast - energy.base.log_prob(negatives)
+        return term + (contrast.mean() if self.persistent else contrast)
+
+    def latent_term(self, site: EnergySite) -> Tensor:
+        return self.energy_term(site)
+
+    def _run_chains(self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor) -> Tensor:
+        """The points that ``num_steps`` transitions lead to from ``start``, without gradient."""
+        template = self.kernel or energy.kernel or default_kernel(energy)
+        kernel = template.copy()
+        potential = EnergyPotential(energy, like=start, groups=1)
+        kernel.bind(potential, warmup_steps=0)
+        step_size = self.step_sizes.get(site.name)
+        if step_size is not None:
+            kernel.adaptation.step_size = step_size
+        with torch.no_grad():
+            z = potential.to_position(start)
+            if not z.isfinite().all():
+                raise ValueError(
+                    f"data at site {site.name!r} lie on the boundary of the support"
+                    f" {energy.support}, where chains cannot start: move them inside, or use"
+                    " persistent=True"
+                )
+            state = kernel.init(z)
+            rates = []
+            for _ in range(self.num_steps):
+                state, info = kernel.step(state)
+                rates.append(info.accept_prob.mean())
+            rate = torch.stack(rates).mean()
+            step_size = kernel.adaptation.step_size
+            if kernel.adapt_step_size and not self.evaluating:
+                step_size = step_size * (STEP_SIZE_GAIN * (rate - kernel.target_accept_prob)).exp()
+            self.step_sizes[site.name] = step_size
+            self.record(site, acceptance_rate=rate, step_size=step_size.mean())
+            return potential.to_points(state.z).reshape(start.shape)
+
+    def _buffered(self, site: EnergySite) -> tuple[UnnormalizedEnergy, Tensor]:
+        """The unconditional energy of a site, and its persistent chains, some started again."""
+        energy = site.energy.unexpanded
+        chains = self.chains.get(site.name)
+        if chains is None:
+            self._refuse_conditional(site)
+            num_chains = self.num_chains or max(site.batch_shape.numel(), 1)
+            chains = energy.starting_points((num_chains,)).to(site.x)
+        if self.num_chains is not None and len(chains) != self.num_chains:
+            raise ValueError(
+                f"the buffer of site {site.name!r} holds {len(chains)} chains, num_chains asks for"
+                f" {self.num_chains}: load a buffer of that size, or let num_chains be"
+            )
+        if self.restart_prob > 0:
+            again = torch.rand(len(chains), device=chains.device) < self.restart_prob
+            again = again.reshape((-1,) + (1,) * energy.event_dim)
+            chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
+        return energy, chains
+
+    def _refuse_conditional(self, site: EnergySite) -> None:
+        conditional = bool(site.energy.unexpanded.batch_shape)
+        if not conditional and site.batch_shape.numel() > 1:
+            # one point in every row: does the row matter?
+            point = site.x.reshape((-1,) + site.energy.event_shape)[0]
+            with torch.no_grad(), eval_mode(EnergyPotential(site.energy, like=site.x)._modules):
+                energies = site.energy.energy(point.expand(site.x.shape).clone())
+            conditional = not torch.allclose(energies, energies.flatten()[0], rtol=1e-3, atol=1e-4)
+        if conditional:
+            raise ValueError(
+                f"the energy of site {site.name!r} is conditional: its rows have different"
+                " densities, and a persistent chain would belong to no row in the next minibatch."
+                " Use persistent=False with more num_steps"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chains and step sizes, to go on exactly where training stopped."""
+        return {
+            "chains": {name: chain.clone() for name, chain in self.chains.items()},
+            "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self.chains = {name: chain.clone() for name, chain in state["chains"].items()}
+        self.step_sizes = {name: step.clone() for name, step in state["step_sizes"].items()}

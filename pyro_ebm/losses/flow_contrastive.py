@@ -1,0 +1,261 @@
+r"""Flow-contrastive estimation: the noise is a flow, trained against the energy.
+
+The objective is that of noise-contrastive estimation,
+
+.. math:: V(\theta, \phi) = \mathbb E_{data} \log \sigma(G(x))
+          + \sum_j \mathbb E_{q_\phi} \log \sigma(-G(\tilde x_j)), \qquad
+          G = \log p_\theta - \log q_\phi - \log \nu ,
+
+which the energy maximises and the flow minimises: noise that is hard to tell from the data is the
+noise to learn from. The flow's gradient is reparametrized and passes through a *gradient
+reversal*, the identity forwards and -1 backwards, on the draws and on both log densities; so one
+backward pass serves both players, in ``SVI`` and in ``loss(model, guide)`` alike.
+
+Reference:
+    Gao, Nijkamp, Kingma, Xu, Dai and Wu (2020), Flow contrastive estimation of energy-based
+    models. Ganin and Lempitsky (2015), Unsupervised domain adaptation by backpropagation (gradient
+    reversal).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyro_ebm.losses.base import EnergySite, leaves
+from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise
+
+
+class FlowNCE(NCE):
+    r"""Noise-contrastive estimation with a noise that learns.
+
+    The guide samples, at the name of the energy site, a distribution with reparametrized draws and
+    parameters of its own: a :class:`~pyro_ebm.distributions.flow.FlowDistribution`. Fit it to the
+    data first (:func:`~pyro_ebm.distributions.flow.fit_flow`). Afterwards both are usable: the
+    normalized flow, and the energy with its learned log Z.
+
+    Players take turns. With ``alternate="accuracy"`` the energy trains while the smoothed accuracy
+    of the classifier is below ``threshold``, the flow while it is above; with an integer k each
+    trains for k steps; with ``None`` both train at every step.
+
+    Args:
+        noise_ratio: :math:`\nu`, noise points for each datum.
+        alternate: ``"accuracy"``, a number of steps, or None.
+        threshold: accuracy at which the turn changes.
+        smoothing: weight of the past in the running accuracy.
+        broad_noise: a normalized distribution on one event, mixed into the noise so that it covers
+            what the flow forgets.
+        broad_weight: its weight in the mixture.
+        self_normalized: as in :class:`~pyro_ebm.losses.NCE`.
+        init_log_normalizer: as in :class:`~pyro_ebm.losses.NCE`.
+        num_particles: draws from the guide for each gradient.
+        **kwargs: as in ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: for a guide without noise, noise without reparametrized draws, a parameter that
+            both players share, or numbers out of range.
+
+    Example:
+        >>> from pyro_ebm.distributions.flow import FlowDistribution, neural_spline_flow
+        >>> flow = neural_spline_flow(features=2, transforms=1)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+        >>> def model(x):
+        ...     pyro.module("energy", net)
+        ...     log_z = pyro.param("log_z", torch.tensor(0.0))
+        ...     p = UnnormalizedEnergy(lambda x: net(x).squeeze(-1), (2,), log_normalizer=log_z)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", p, obs=x)
+        >>> def guide(x):
+        ...     pyro.module("flow", flow)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", FlowDistribution(flow()))
+        >>> from pyro.infer import SVI
+        >>> loss = FlowNCE()
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
+        >>> _ = svi.step(torch.randn(64, 2))
+        >>> loss.turn in ("energy", "flow")
+        True
+    """
+
+    def __init__(
+        self,
+        noise_ratio: int = 1,
+        alternate: str | int | None = "accuracy",
+        threshold: float = 0.6,
+        smoothing: float = 0.9,
+        broad_noise: Any = None,
+        broad_weight: float = 0.1,
+        self_normalized: bool = False,
+        init_log_normalizer: bool = False,
+        num_particles: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            noise_ratio=noise_ratio,
+            self_normalized=self_normalized,
+            init_log_normalizer=init_log_normalizer,
+            num_particles=num_particles,
+            **kwargs,
+        )
+        every = isinstance(alternate, int) and not isinstance(alternate, bool) and alternate >= 1
+        if not (alternate in ("accuracy", None) or every):
+            raise ValueError(
+                f"alternate must be 'accuracy', None or a number of steps, got {alternate!r}"
+            )
+        for name, value in (("threshold", threshold), ("broad_weight", broad_weight)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {value}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        self.alternate, self.threshold, self.smoothing = alternate, threshold, smoothing
+        self.broad_noise, self.broad_weight = broad_noise, broad_weight
+        self.accuracy: float | None = None
+        self.num_steps = 0
+
+    @property
+    def turn(self) -> str:
+        """Who trains at the next step: ``"energy"``, ``"flow"`` or ``"both"``."""
+        if self.alternate is None:
+            return "both"
+        if isinstance(self.alternate, int):
+            return "energy" if (self.num_steps // self.alternate) % 2 == 0 else "flow"
+        below = self.accuracy is None or self.accuracy < self.threshold
+        return "energy" if below else "flow"
+
+    def noise_of(self, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
+        fn = checked_noise(site, type(self).__name__)
+        if not fn.has_rsample:
+            raise ValueError(
+                f"the noise at site {site.name!r}, {type(fn).__name__}, has no reparametrized"
+                " draws for FlowNCE to train it by: use a flow, or NCE with fixed noise"
+            )
+        noise, log_q_noise = _draw(fn, site, self.noise_ratio)
+        log_q_data = fn.log_prob(site.x.detach())
+        if self.broad_noise is not None:
+            noise, log_q_noise, log_q_data = self._mixed(fn, site, noise, log_q_noise, log_q_data)
+        if site.name not in self._known:
+            check_noise_support(site, noise.detach(), log_q_data.detach())
+            self._refuse_shared(site, log_q_data)
+        if self.turn == "energy":
+            return noise.detach(), log_q_noise.detach(), log_q_data.detach()
+        return reverse(noise), reverse(log_q_noise), reverse(log_q_data)
+
+    def classify(
+        self, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
+    ) -> Tensor:
+        if self.turn != "flow":
+            return super().classify(site, noise, log_q_noise, log_q_data)
+        # The flow's turn: the energy is a fixed function, known near the noise by its gradient,
+        # so that no gradient reaches its parameters and none of them stirs.
+        log_p = site.energy.log_prob
+        points = self.points(noise)
+        value = log_p(points)
+        (slope,) = torch.autograd.grad(value.sum(), points)
+        change = slope * (noise - points.detach())  # 0, with the right derivative
+        moving = value.detach() + change.reshape(value.shape + (-1,)).sum(-1)
+        with torch.no_grad():
+            log_p_data = log_p(site.x)
+            super().classify(site, noise.detach(), log_q_noise.detach(), log_q_data.detach())
+        shift = math.log(self.noise_ratio)
+        on_data = logsigmoid(log_p_data - log_q_data - shift)
+        return on_data + logsigmoid(-(moving - log_q_noise - shift)).sum(0)
+
+    def _mixed(
+        self, fn: Any, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise from (1 - w) flow + w broad, and its log density."""
+        broad, w = self.broad_noise.expand(site.batch_shape), self.broad_weight
+        pick = torch.rand(log_q_noise.shape, device=noise.device) < w
+        rows = pick.reshape(pick.shape + (1,) * site.energy.event_dim)
+        noise = torch.where(rows, broad.sample((self.noise_ratio,)), noise)
+        # log q at the points that were replaced is not what the flow said of its own
+        log_q_noise = torch.where(pick, fn.log_prob(noise), log_q_noise)
+
+        def mix(log_q: Tensor, log_broad: Tensor) -> Tensor:
+            return torch.logaddexp(math.log1p(-w) + log_q, math.log(w) + log_broad)
+
+        return (
+            noise,
+            mix(log_q_noise, broad.log_prob(noise)),
+            mix(log_q_data, broad.log_prob(site.x.detach())),
+        )
+
+    def _refuse_shared(self, site: EnergySite, log_q_data: Tensor) -> None:
+        mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x.detach()))}
+        for leaf in leaves(log_q_data):
+            if id(leaf) in mine:
+                raise ValueError(
+                    f"site {site.name!r}: the energy and its noise share a parameter of shape"
+                    f" {tuple(leaf.shape)}, which would climb and descend the same objective: give"
+                    " each its own"
+                )
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().differentiable_loss(model, guide, *args, **kwargs)
+        if not self.evaluating:
+            rates = [
+                values["accuracy"] for values in self._records.values() if "accuracy" in values
+            ]
+            self._next_turn(float(torch.stack(rates).mean()))
+        return loss
+
+    def _next_turn(self, accuracy: float) -> None:
+        past = accuracy if self.accuracy is None else self.accuracy
+        self.accuracy = self.smoothing * past + (1 - self.smoothing) * accuracy
+        self.num_steps += 1
+
+    def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Who rests must not move: a gradient of None stops the optimiser's momentum too."""
+        moving = {id(leaf) for leaf in leaves(loss)}
+        for parameter in params.values():
+            if id(parameter) not in moving:
+                parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running accuracy and the number of steps, which decide whose turn it is."""
+        return {"accuracy": self.accuracy, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self.accuracy, self.num_steps = state["accuracy"], state["num_steps"]
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return -grads[0]
+
+
+def reverse(x: Tensor) -> Tensor:
+    """The identity, with the gradient reversed.
+
+    Example:
+        >>> x = torch.tensor(1.0, requires_grad=True)
+        >>> reverse(x).backward()
+        >>> x.grad
+        tensor(-1.)
+    """
+    return _Reverse.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def _draw(fn: Any, site: EnergySite, noise_ratio: int) -> tuple[Tensor, Tensor]:
+    """``noise_ratio`` draws and their log density; the guide's own draw is the first."""
+    first = site.guide_value
+    assert first is not None
+    noise, log_q = first[None], fn.log_prob(first)[None]
+    if noise_ratio > 1:
+        shape = (noise_ratio - 1,)
+        if hasattr(fn, "rsample_and_log_prob"):
+            more, log_q_more = fn.rsample_and_log_prob(shape)
+        else:
+            more = fn.rsample(shape)
+            log_q_more = fn.log_prob(more)
+        noise, log_q = torch.cat([noise, more]), torch.cat([log_q, log_q_more])
+    return noise, log_q

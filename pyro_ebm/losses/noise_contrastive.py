@@ -1,0 +1,283 @@
+r"""Noise-contrastive estimation: learn an energy, and its log Z, by telling data from noise.
+
+Take :math:`\nu` noise points :math:`\tilde x \sim q` for each datum and classify with the logit
+:math:`G(u) = \log p_\theta(u) - \log q(u) - \log \nu`. The objective
+
+.. math:: \mathbb E_{data} \Big[ \log \sigma(G(x))
+          + \sum_{j=1}^{\nu} \log \sigma(-G(\tilde x_j)) \Big]
+
+is maximal where :math:`p_\theta` is the data's density *with* its constant: :math:`\log Z` may be
+a free parameter. The noise is whatever normalized distribution the guide samples at the site's
+name.
+
+Reference:
+    Gutmann and Hyvarinen (2010, 2012), Noise-contrastive estimation of unnormalized statistical
+    models. Ma and Collins (2018), Noise contrastive estimation and negative sampling for
+    conditional models (ranking). Gao et al. (2020), Flow contrastive estimation.
+"""
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyro_ebm.distributions.energy import find_energy
+from pyro_ebm.losses.base import EnergyLoss, EnergySite
+
+
+class NCE(EnergyLoss):
+    r"""Noise-contrastive estimation, as a loss for ``SVI``.
+
+    The energy's ``log_normalizer`` is a parameter of the model. The guide samples the noise at the
+    name of the energy site; parameters of the noise get no gradient (fit them first, or use
+    ``FlowNCE``). Noise should be like the data, and wider: narrower noise makes the variance
+    explode (24 times that of maximum likelihood at half the width of a Gaussian), far noise makes
+    the loss flat. :attr:`diagnostics` show the classifier's accuracy: 0.5 is noise (or a model) that
+    cannot be told from the data, 1.0 a task too easy to learn from.
+
+    Args:
+        noise_ratio: :math:`\nu`, noise points for each datum.
+        self_normalized: whether to do without a ``log_normalizer``: the energy itself is to learn
+            its constant (:math:`\log Z = 0`), which a flexible network can.
+        init_log_normalizer: whether to start the parameter ``log_normalizer`` from an
+            importance-sampling estimate :math:`\log \frac1n \sum e^{-E(\tilde x)} / q(\tilde x)`
+            at the first step.
+        num_particles: draws from the guide for each gradient.
+        **kwargs: as in ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: for a missing ``log_normalizer``, a guide without noise at the site's name,
+            noise of another shape or support, or noise that cannot be scored.
+
+    Example:
+        >>> def model(x):
+        ...     precision = pyro.param("precision", torch.tensor(1.0))
+        ...     log_z = pyro.param("log_z", torch.tensor(0.0))
+        ...     p = UnnormalizedEnergy(lambda x: precision * x**2 / 2, log_normalizer=log_z)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", p, obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0))  # the noise
+        >>> from pyro.infer import SVI
+        >>> loss = NCE(noise_ratio=10, init_log_normalizer=True)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+        >>> x = 0.5 * torch.randn(2000)
+        >>> _ = [svi.step(x) for _ in range(300)]
+        >>> exact = 0.5 * (2 * torch.pi / pyro.param("precision")).log()
+        >>> bool((pyro.param("log_z") - exact).abs() < 0.1)
+        True
+    """
+
+    needs_noise = True
+
+    def __init__(
+        self,
+        noise_ratio: int = 1,
+        self_normalized: bool = False,
+        init_log_normalizer: bool = False,
+        num_particles: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(num_particles=num_particles, **kwargs)
+        if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
+            raise ValueError(f"noise_ratio must be an integer of at least 1, got {noise_ratio!r}")
+        self.noise_ratio, self.self_normalized = noise_ratio, self_normalized
+        self.init_log_normalizer = init_log_normalizer
+        self._known: set[str] = set()
+
+    def energy_term(self, site: EnergySite) -> Tensor:
+        noise, log_q_noise, log_q_data = self.noise_of(site)
+        self._check_normalizer(site)
+        if self.init_log_normalizer and site.name not in self._known and not self.evaluating:
+            self._start_log_normalizer(site, noise, log_q_noise)
+        self._known.add(site.name)
+        return self.classify(site, noise, log_q_noise, log_q_data)
+
+    def classify(
+        self, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
+    ) -> Tensor:
+        """The log-likelihood of the classification of each row and its noise, ``(*batch)``."""
+        log_ratio = math.log(self.noise_ratio)
+        logit_data = site.energy.log_prob(site.x) - log_q_data - log_ratio
+        logit_noise = site.energy.log_prob(noise) - log_q_noise - log_ratio
+        self.record(
+            site,
+            # the mean of both classes' accuracies: 1/2 for a coin, whatever the noise ratio
+            accuracy=(
+                site.mean((logit_data + log_ratio > 0).float())
+                + site.mean((logit_noise + log_ratio < 0).float())
+            )
+            / 2,
+            logit_gap=site.mean(logit_data) - site.mean(logit_noise),
+            energy_data=site.mean(site.energy.energy(site.x.detach())),
+        )
+        if site.energy.log_normalizer is not None:
+            self.record(site, log_normalizer=site.energy.log_normalizer.float().mean())
+        return logsigmoid(logit_data) + logsigmoid(-logit_noise).sum(0)
+
+    def noise_of(self, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Noise points, their log density, and the data's log density under the noise, detached.
+
+        Returns:
+            Shapes ``(noise_ratio, *batch, *event)``, ``(noise_ratio, *batch)``, ``(*batch)``.
+        """
+        fn = checked_noise(site, type(self).__name__)
+        with torch.no_grad():
+            noise = fn.sample((self.noise_ratio,))
+            log_q_noise, log_q_data = fn.log_prob(noise), fn.log_prob(site.x)
+            if site.name not in self._known:
+                check_noise_support(site, noise, log_q_data)
+        return noise, log_q_noise, log_q_data
+
+    def _check_normalizer(self, site: EnergySite) -> None:
+        if site.energy.log_normalizer is None and not self.self_normalized:
+            raise ValueError(
+                f"the energy of site {site.name!r} has no log_normalizer, which NCE learns: write"
+                ' UnnormalizedEnergy(..., log_normalizer=pyro.param("log_z", torch.tensor(0.0))),'
+                " or NCE(self_normalized=True) if the energy is to learn its own constant"
+            )
+
+    def _start_log_normalizer(self, site: EnergySite, noise: Tensor, log_q: Tensor) -> None:
+        parameter = site.energy.log_normalizer
+        if parameter is None or not parameter.is_leaf or site.energy.normalizer_state == "known":
+            raise ValueError(
+                f"init_log_normalizer=True needs a parameter to start at site {site.name!r}:"
+                ' log_normalizer=pyro.param("log_z", torch.tensor(0.0)) or an nn.Parameter'
+            )
+        with torch.no_grad():
+            # Z = E_q[exp(-E) / q]
+            log_weight = site.energy.unnormalized_log_prob(noise) - log_q
+            if parameter.dim() == 0:
+                estimate = log_weight.flatten().logsumexp(0) - math.log(log_weight.numel())
+            else:
+                estimate = log_weight.logsumexp(0) - math.log(len(log_weight))
+            parameter.data.copy_(estimate.expand(parameter.shape))
+
+
+class RankingNCE(EnergyLoss):
+    r"""Ranking NCE: pick the datum out among its noise points, without any log Z.
+
+    .. math:: \mathbb E \log \frac{e^{g(x)}}{e^{g(x)} + \sum_{j=1}^K e^{g(\tilde x_j)}},
+              \qquad g = -E - \log q
+
+    The constant of each row cancels, so a conditional energy :math:`E(x \mid c)` needs no
+    :math:`\log Z(c)`; none is learned either. The guide samples the noise at the site's name.
+
+    Args:
+        noise_ratio: :math:`K`, noise points for each datum; more is better.
+        num_particles: draws from the guide for each gradient.
+        **kwargs: as in ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: as :class:`NCE`, but for the log normalizer.
+
+    Example:
+        >>> loss = RankingNCE(noise_ratio=16)
+    """
+
+    needs_noise = True
+
+    def __init__(self, noise_ratio: int = 10, num_particles: int = 1, **kwargs: Any):
+        super().__init__(num_particles=num_particles, **kwargs)
+        if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
+            raise ValueError(f"noise_ratio must be an integer of at least 1, got {noise_ratio!r}")
+        self.noise_ratio = noise_ratio
+        self._known: set[str] = set()
+
+    def energy_term(self, site: EnergySite) -> Tensor:
+        fn = checked_noise(site, type(self).__name__)
+        with torch.no_grad():
+            noise = fn.sample((self.noise_ratio,))
+            log_q_noise, log_q_data = fn.log_prob(noise), fn.log_prob(site.x)
+            if site.name not in self._known:
+                check_noise_support(site, noise, log_q_data)
+                self._known.add(site.name)
+        data = site.energy.unnormalized_log_prob(site.x) - log_q_data
+        others = site.energy.unnormalized_log_prob(noise) - log_q_noise
+        self.record(site, accuracy=site.mean((data > others.amax(0)).float()))
+        return data - torch.cat([data[None], others]).logsumexp(0)
+
+
+def checked_noise(site: EnergySite, loss: str) -> Any:
+    """The noise that the guide holds for a site.
+
+    Raises:
+        ValueError: if there is none, or its shape or density will not do; it names the site.
+    """
+    fn = site.guide_fn
+    if fn is None:
+        raise ValueError(
+            f"{loss} needs noise: the guide must sample a normalized distribution at the name of"
+            f" the energy site, pyro.sample({site.name!r}, noise), in the same plates"
+        )
+    inner = find_energy(fn)
+    if inner is not None and not inner.is_normalized:
+        raise ValueError(f"the noise at site {site.name!r} is an energy without its log Z")
+    got = (tuple(fn.batch_shape), tuple(fn.event_shape))
+    want = (tuple(site.batch_shape), tuple(site.energy.event_shape))
+    if got != want:
+        raise ValueError(
+            f"the noise at site {site.name!r} has batch and event shape {got[0]} and {got[1]}, the"
+            f" energy's rows {want[0]} and {want[1]}: put both in the same plates, with the same"
+            " to_event"
+        )
+    return fn
+
+
+def check_noise_support(site: EnergySite, noise: Tensor, log_q_data: Tensor) -> None:
+    """Refuses noise that leaves the energy's support, or has no mass where the data are."""
+    if not site.energy.support.check(noise).all():
+        raise ValueError(
+            f"the noise at site {site.name!r} leaves the energy's support {site.energy.support}:"
+            " use noise on that support"
+        )
+    counted = log_q_data if site.mask is None else log_q_data[site.mask]
+    if not counted.isfinite().all():
+        raise ValueError(
+            f"the noise at site {site.name!r} has no density at some of the data: it must cover"
+            " them"
+        )
+
+
+def gaussian_noise(
+    data: Tensor, width: float = 1.5, full_covariance: bool = True
+) -> dist.TorchDistribution:
+    r"""A Gaussian with the mean of the data and :math:`width^2` times their covariance.
+
+    Args:
+        data: points, shape ``(n, *event)``.
+        width: how much wider than the data; at least 1 keeps NCE's variance finite.
+        full_covariance: whether correlations are matched, or variances only.
+
+    Returns:
+        A distribution with the data's event shape.
+
+    Raises:
+        ValueError: for fewer than two points or a width that is not positive.
+
+    Example:
+        >>> noise = gaussian_noise(torch.randn(1000, 2), width=2.0)
+        >>> noise.event_shape
+        torch.Size([2])
+    """
+    if len(data) < 2 or not width > 0:
+        raise ValueError(f"two or more points and a width > 0 are needed, got {len(data)}, {width}")
+    flat = data.detach().reshape(len(data), -1)
+    mean, d = flat.mean(0), flat.shape[-1]
+    scale = width * flat.std(0).clamp(min=1e-3 * float(flat.std()) + 1e-12)
+    event = data.shape[1:]
+    if not full_covariance or d == 1:
+        return dist.Normal(mean.reshape(event), scale.reshape(event)).to_event(len(event))
+    # shrunk a little towards the diagonal, so that it is positive definite
+    covariance = 0.99 * width**2 * flat.T.cov() + 0.01 * scale.square().diag()
+    covariance = covariance + 1e-6 * scale.square().diag()
+    normal = dist.MultivariateNormal(mean, covariance)
+    if len(event) == 1:
+        return normal
+    return dist.TransformedDistribution(
+        normal, [dist.transforms.ReshapeTransform(torch.Size([d]), event)]
+    )

@@ -1,0 +1,48 @@
+"""Runs of a model that start where an ``init_strategy`` says."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+
+MAX_TRIES = 20
+
+
+def trace_from_start(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    init_strategy: Callable[..., Any],
+) -> poutine.Trace:
+    """A trace of the model at a start; discrete latents, which have none, are drawn.
+
+    A start at which a matrix of the model is singular is drawn again.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        init_strategy: gives values to the latents, as in Pyro's kernels.
+
+    Example:
+        >>> def model():
+        ...     k = pyro.sample("k", dist.Bernoulli(0.5))
+        ...     return pyro.sample("x", dist.Normal(k, 1.0))
+        >>> from pyro.infer.autoguide.initialization import init_to_median
+        >>> trace_from_start(model, (), {}, init_to_median).nodes["k"]["value"] in (0.0, 1.0)
+        True
+    """
+    started = InitMessenger(functools.partial(_start, init_strategy))(model)
+    for _ in range(MAX_TRIES - 1):
+        try:
+            return poutine.trace(started).get_trace(*args, **kwargs)
+        except torch.linalg.LinAlgError:
+            continue
+    return poutine.trace(started).get_trace(*args, **kwargs)
+
+
+def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
+    return init_to_sample(site) if site["fn"].support.is_discrete else init_strategy(site)

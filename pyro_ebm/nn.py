@@ -1,0 +1,113 @@
+r"""Small energy networks to start from.
+
+Both map points to one energy each, with smooth activations: score matching differentiates twice
+in the point and once in the parameters. ``spectral_norm`` bounds the slope of every layer by 1
+(torch's own parametrization), so that the energy cannot become steeper than the data ask for
+without a sign of it; it keeps a state, which sampling leaves alone.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
+
+
+class MLPEnergy(nn.Module):
+    r"""A multilayer perceptron as an energy: :math:`E : (*batch, *event) \to (*batch)`.
+
+    Args:
+        event_shape: shape of a point, or its dimension.
+        hidden: widths of the hidden layers.
+        activation: class of the activation; smooth (SiLU) by default.
+        spectral_norm: whether to bound the spectral norm of each layer by 1.
+
+    Example:
+        >>> net = MLPEnergy(2, hidden=(128, 128))
+        >>> net(torch.zeros(5, 3, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int] = (128, 128),
+        activation: type[nn.Module] = nn.SiLU,
+        spectral_norm: bool = False,
+    ):
+        super().__init__()
+        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        self.event_shape = torch.Size(shape)
+        widths = [max(self.event_shape.numel(), 1), *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [_bounded(nn.Linear(before, after), spectral_norm), activation()]
+        layers.append(_bounded(nn.Linear(widths[-1], 1), spectral_norm))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Energies ``(*batch)`` of points ``(*batch, *event)``."""
+        batch = _batch_of(x, self.event_shape)
+        return self.layers(x.reshape(batch + (-1,))).squeeze(-1)
+
+
+class ConvEnergy(nn.Module):
+    r"""A small convolutional network as an energy of images: :math:`(*batch, C, H, W) \to (*batch)`.
+
+    Strided convolutions halve the image until it is at most 4 wide; a linear layer reads the rest.
+
+    Args:
+        image_shape: ``(channels, height, width)``, or ``(height, width)`` for one channel.
+        channels: of the first convolution; doubled at each halving.
+        activation: class of the activation; smooth (SiLU) by default.
+        spectral_norm: whether to bound the spectral norm of each layer by 1.
+
+    Example:
+        >>> net = ConvEnergy((8, 8))
+        >>> net(torch.zeros(5, 8, 8)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        channels: int = 32,
+        activation: type[nn.Module] = nn.SiLU,
+        spectral_norm: bool = False,
+    ):
+        super().__init__()
+        if len(image_shape) not in (2, 3):
+            raise ValueError(
+                f"image_shape must be (height, width) or (channels, height, width), got"
+                f" {tuple(image_shape)}"
+            )
+        self.event_shape = torch.Size(image_shape)
+        depth, height, width = ((1,) * (3 - len(image_shape)) + tuple(image_shape))[-3:]
+        self._image_shape = (depth, height, width)
+        layers: list[nn.Module] = [
+            _bounded(nn.Conv2d(depth, channels, 3, padding=1), spectral_norm),
+            activation(),
+        ]
+        while max(height, width) > 4:
+            conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
+            layers += [_bounded(conv, spectral_norm), activation()]
+            height, width, channels = math.ceil(height / 2), math.ceil(width / 2), 2 * channels
+        layers += [nn.Flatten(), _bounded(nn.Linear(channels * height * width, 1), spectral_norm)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Energies ``(*batch)`` of images ``(*batch, *image_shape)``."""
+        batch = _batch_of(x, self.event_shape)
+        return self.layers(x.reshape((-1,) + self._image_shape)).reshape(batch)
+
+
+def _bounded(layer: nn.Module, spectral_norm: bool) -> nn.Module:
+    return _spectral_norm(layer) if spectral_norm else layer
+
+
+def _batch_of(x: Tensor, event_shape: torch.Size) -> torch.Size:
+    batch = x.shape[: x.dim() - len(event_shape)]
+    if x.shape[len(batch) :] != event_shape:
+        raise ValueError(f"points must end in {tuple(event_shape)}, got shape {tuple(x.shape)}")
+    return batch

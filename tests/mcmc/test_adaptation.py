@@ -1,0 +1,228 @@
+import math
+
+import pytest
+import torch
+from pyro.infer.mcmc.adaptation import WarmupAdapter
+
+from pyro_ebm.distributions import UnnormalizedEnergy
+from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
+from pyro_ebm.mcmc.adaptation import (
+    Adaptation,
+    PooledCovariance,
+    _cholesky,
+    settling_step,
+    slow_windows,
+)
+from tests.statistics import assert_moments, run_kernel
+
+
+def adaptation(warmup_steps, **changes):
+    settings = {
+        "groups": 1,
+        "dim": 2,
+        "step_size": 1.0,
+        "like": torch.empty(0),
+        "adapt_step_size": True,
+        "adapt_mass_matrix": True,
+        "full_mass": False,
+        "target_accept_prob": 0.574,
+    }
+    return Adaptation(warmup_steps=warmup_steps, **{**settings, **changes})
+
+
+# -- windows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup_steps", [*range(20, 200), 300, 500, 749, 750, 1000, 1234, 5000])
+def test_windows_are_those_of_pyro_and_stan(warmup_steps):
+    theirs = WarmupAdapter()
+    theirs._warmup_steps = warmup_steps
+    schedule = theirs._build_adaptation_schedule()[1:-1]  # without the fast start and end
+    assert slow_windows(warmup_steps) == [(start, end + 1) for start, end in schedule]
+    assert settling_step(warmup_steps) == schedule[-1][1] + 1
+
+
+@pytest.mark.parametrize("warmup_steps", range(20))
+def test_short_warmups_have_no_windows(warmup_steps):
+    assert slow_windows(warmup_steps) == []
+
+
+# -- covariance ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_pooled_covariance_is_that_of_all_draws_of_a_group(groups, dense, offset):
+    mixing = torch.randn(4, 4, dtype=torch.float64)
+    z = offset + torch.randn(10, 2 * groups, 4, dtype=torch.float64) @ mixing
+    stats = PooledCovariance(groups, dense)
+    for batch in z:
+        stats.update(batch)
+    assert stats.count == 20
+    for group in range(groups):
+        want = torch.cov(z[:, group::groups].reshape(-1, 4).T)
+        got = stats.covariance()[group]
+        torch.testing.assert_close(got, want if dense else want.diagonal(), rtol=1e-7, atol=1e-7)
+
+
+def test_covariance_of_one_draw_is_refused():
+    stats = PooledCovariance(1, dense=False)
+    stats.update(torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="two positions"):
+        stats.covariance()
+
+
+@pytest.mark.parametrize("full_mass", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
+    learn = adaptation(200, groups=groups, full_mass=full_mass)
+    mixing = torch.tensor([[[2.0, 0.0], [1.5, 0.5]], [[1.0, 0.0], [-30.0, 10.0]]])
+    chains = 500 * groups
+    last = []
+    for t in range(200):
+        z = (mixing[torch.arange(chains) % groups] @ torch.randn(chains, 2, 1)).squeeze(-1)
+        if slow_windows(200)[-1][0] <= t < slow_windows(200)[-1][1]:
+            last.append(z)
+        renewed = learn.update(z, torch.full((chains,), 0.5))
+        assert renewed == (t + 1 in [end for _, end in slow_windows(200)])
+    for group in range(groups):
+        want = torch.cov(torch.cat([z[group::groups] for z in last]).T)
+        factor = learn.factor[group]
+        got = factor @ factor.mT if full_mass else factor.square()
+        want = want if full_mass else want.diagonal()
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_few_draws_do_not_make_a_dense_factor_singular():
+    learn = adaptation(100, dim=30, full_mass=True)
+    z = 1e4 * torch.randn(3, 30)
+    for t in range(100):
+        learn.update(z[t % 3][None], torch.full((1,), 0.5))  # three points span no 30 dimensions
+    assert learn.factor.isfinite().all()
+    # and no direction is believed to be more than ten times narrower than its draws say
+    factor = learn.factor[0] / learn.factor[0].square().sum(-1).sqrt()[:, None]
+    assert torch.linalg.svdvals(factor).min() > 0.1
+
+
+def test_an_indefinite_covariance_falls_back_to_its_diagonal():
+    good, bad = torch.tensor([[4.0, 2.0], [2.0, 5.0]]), torch.tensor([[4.0, 7.0], [7.0, 9.0]])
+    got = _cholesky(torch.stack([good, bad]))
+    torch.testing.assert_close(got[0], torch.linalg.cholesky(good))
+    torch.testing.assert_close(got[1], torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+
+
+def test_without_warmup_or_mass_matrix_there_is_no_factor():
+    assert adaptation(0).factor is None
+    assert adaptation(500, adapt_mass_matrix=False).factor is None
+
+
+# -- step size -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [0.234, 0.574, 0.8])
+@pytest.mark.parametrize("first", [1e-3, 1.0, 1e3])
+def test_dual_averaging_reaches_the_target(target, first):
+    learn = adaptation(1000, step_size=first, target_accept_prob=target, adapt_mass_matrix=False)
+    learn.start(50)
+    for _ in range(1000):
+        accept_prob = torch.exp(-learn.step_size * (0.5 + torch.rand(50)))
+        learn.update(torch.zeros(50, 2), accept_prob)
+    assert learn.step_size.shape == (1,)
+    reached = torch.exp(-learn.step_size * (0.5 + torch.rand(10_000))).mean()
+    assert reached.item() == pytest.approx(target, abs=0.03)
+
+
+def test_chains_have_steps_of_their_own_until_they_settle():
+    learn = adaptation(300, groups=2, adapt_mass_matrix=False)
+    learn.start(6)
+    scale = torch.tensor([1.0, 10.0, 1.0, 10.0, 1e-6, 1e6])  # the last pair is stuck
+    for t in range(300):
+        assert learn.step_size.shape == ((6,) if t < settling_step(300) else (2,))
+        steps = learn.step_size.repeat(6 // learn.step_size.shape[0])
+        if t == settling_step(300) - 1:
+            want = -math.log(0.574) * scale
+            torch.testing.assert_close(steps, want, rtol=0.2, atol=0.0)
+        learn.update(torch.zeros(6, 2), torch.exp(-steps / scale))
+    # pooled at the end: the mean acceptance of each group, the stuck chain's included
+    prob = torch.exp(-learn.step_size.repeat(3) / scale).reshape(3, 2).mean(0)
+    torch.testing.assert_close(prob, torch.full((2,), 0.574), rtol=0.1, atol=0.0)
+
+
+def test_nothing_changes_after_the_warmup():
+    learn = adaptation(50)
+    for _ in range(50):
+        learn.update(torch.randn(8, 2), torch.rand(8))
+    assert not learn.active
+    step_size, factor = learn.step_size.clone(), learn.factor.clone()
+    assert not learn.update(torch.randn(8, 2), torch.rand(8))
+    assert torch.equal(learn.step_size, step_size)
+    assert torch.equal(learn.factor, factor)
+
+
+# -- with kernels ------------------------------------------------------------------------------
+
+
+def normal(scale, dim):
+    scale = torch.as_tensor(scale)
+    return EnergyPotential(
+        UnnormalizedEnergy(lambda x: (x / scale).square().sum(-1) / 2, event_shape=(dim,))
+    )
+
+
+@pytest.mark.parametrize("make", [LangevinKernel, MHKernel])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_tiny_and_huge_scales_are_found(make, scale):
+    draws, info = run_kernel(make(), normal(scale, 2), torch.ones(100, 2), 300, 200)
+    assert_moments(draws / scale, 0.0, 1.0)
+    assert 0.15 < info.accept_prob.mean() < 0.7
+
+
+@pytest.mark.parametrize("make", [LangevinKernel, MHKernel])
+@pytest.mark.parametrize("full_mass", [False, True])
+def test_scales_that_differ_are_found_at_once(make, full_mass):
+    scale = torch.tensor([0.1, 1.0, 10.0])
+    kernel = make(full_mass=full_mass)
+    draws, _ = run_kernel(kernel, normal(scale, 3), torch.randn(100, 3), 400, 200)
+    assert_moments(draws / scale, 0.0, 1.0)
+
+
+def test_chains_that_start_far_out_come_in():
+    # On exp(-x^4 / 4) the drift grows as x^3: the step that suits the bulk overshoots from afar,
+    # and is rejected for ever.
+    quartic = EnergyPotential(UnnormalizedEnergy(lambda x: x.pow(4).sum(-1) / 4, event_shape=(5,)))
+    z = torch.randn(64, 5)
+    z[:6] = 30.0
+    draws, info = run_kernel(LangevinKernel(), quartic, z, 200, 200)
+    assert info.accept_prob.mean(1).min() > 0.4
+    # E[x^2] of the density exp(-x^4 / 4) is 2 Gamma(3/4) / Gamma(1/4)
+    assert_moments(draws, 0.0, 2 * math.gamma(0.75) / math.gamma(0.25))
+
+
+@pytest.mark.parametrize(
+    ("make", "dim", "target"),
+    [
+        (LangevinKernel, 1, 0.574),
+        (LangevinKernel, 20, 0.574),
+        (lambda: LangevinKernel(target_accept_prob=0.8), 5, 0.8),
+        (MHKernel, 1, 0.44),
+        (MHKernel, 20, 0.234),
+        (lambda: MHKernel(target_accept_prob=0.3), 5, 0.3),
+    ],
+)
+def test_acceptance_adapts_to_the_target(make, dim, target):
+    _, info = run_kernel(make(), normal(1.0, dim), torch.randn(200, dim), 300, 100)
+    assert info.accept_prob.mean().item() == pytest.approx(target, abs=0.04)
+
+
+def test_each_group_adapts_by_itself():
+    scale = torch.tensor([1e-2, 1.0, 1e2])
+    energies = UnnormalizedEnergy(lambda x: (x / scale).square() / 2, batch_shape=(3,))
+    potential = EnergyPotential(energies)
+    kernel = LangevinKernel()
+    draws, info = run_kernel(kernel, potential, potential.initial(300), 300, 100)
+    assert kernel.step_size.shape == (3,)
+    for group in range(3):
+        assert_moments(draws[group::3, :, 0] / scale[group], 0.0, 1.0)
+        accept_prob = info.accept_prob[group::3].mean().item()
+        assert accept_prob == pytest.approx(0.574, abs=0.04)

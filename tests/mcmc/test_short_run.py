@@ -1,0 +1,328 @@
+"""Draws of an energy by short chains, against closed forms, and what they tell of themselves."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.distributions import constraints
+from torch.testing import assert_close
+
+from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm.mcmc import ChainDiagnostics, LangevinKernel, MHKernel
+
+
+def assert_moments(x, mean, variance):
+    """Independent draws in the first dimension have these moments, within 5 standard errors."""
+    n = x.shape[0]
+    mean, variance = torch.as_tensor(mean), torch.as_tensor(variance)
+    assert ((x.mean(0) - mean).abs() < 5 * (variance / n).sqrt()).all()
+    square = (x - mean).square()
+    assert ((square.mean(0) - variance).abs() < 5 * square.std(0) / n**0.5).all()
+
+
+def gaussian(x):
+    return x.square() / 2
+
+
+# -- moments -----------------------------------------------------------------------------------
+
+
+def test_correlated_gaussian():
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 2.0]])
+    precision = covariance.inverse()
+    p = UnnormalizedEnergy(lambda x: ((x @ precision) * x).sum(-1) / 2, event_shape=(2,))
+    x = p.sample((2000,))
+    assert x.shape == (2000, 2)
+    assert_moments(x, torch.zeros(2), covariance.diag())
+    product = x.prod(-1)
+    assert (product.mean() - 0.6).abs() < 5 * product.std() / len(x) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("energy", "support", "truth"),
+    [
+        (lambda x: 2 * x - 2 * x.log(), constraints.positive, dist.Gamma(3.0, 2.0)),
+        (
+            lambda x: -x.log() - 2 * (1 - x).log(),
+            constraints.unit_interval,
+            dist.Beta(2.0, 3.0),
+        ),
+        (
+            lambda x: -(x + 1).log() - 2 * (3 - x).log(),  # Beta(2, 3) stretched to (-1, 3)
+            constraints.interval(-1.0, 3.0),
+            dist.TransformedDistribution(
+                dist.Beta(2.0, 3.0), [torch.distributions.AffineTransform(-1.0, 4.0)]
+            ),
+        ),
+        (
+            lambda x: (2 - x) - 2 * (2 - x).log(),  # 2 - Gamma(3, 1)
+            constraints.less_than(2.0),
+            dist.TransformedDistribution(
+                dist.Gamma(3.0, 1.0), [torch.distributions.AffineTransform(2.0, -1.0)]
+            ),
+        ),
+    ],
+)
+def test_constrained_supports(energy, support, truth):
+    p = UnnormalizedEnergy(energy, support=support)
+    x = p.sample((2000,))
+    assert support.check(x).all()
+    exact = truth.sample((200_000,))
+    assert_moments(x, exact.mean(), exact.var())
+
+
+def test_simplex():
+    concentration = torch.tensor([2.0, 3.0, 5.0])
+    truth = dist.Dirichlet(concentration)
+    p = UnnormalizedEnergy(
+        lambda x: -((concentration - 1) * x.log()).sum(-1), (3,), constraints.simplex
+    )
+    x = p.sample((2000,))
+    assert_close(x.sum(-1), torch.ones(2000))
+    assert_moments(x, truth.mean, truth.variance)
+
+
+def test_a_tilt_is_sampled_from_its_base():
+    # N(0, 1) exp(-(x - 2)^2 / 2) is N(1, 1/2)
+    p = UnnormalizedEnergy(lambda x: (x - 2).square() / 2, base=dist.Normal(0.0, 1.0))
+    assert_moments(p.sample((2000,)), 1.0, 0.5)
+
+
+def test_each_batch_element_at_its_own_scale():
+    scale = torch.tensor([0.01, 1.0, 100.0])
+    mean = torch.tensor([5.0, 0.0, -300.0])
+    p = UnnormalizedEnergy(
+        lambda x: ((x - mean) / scale).square() / 2, batch_shape=(3,), num_steps=300
+    )
+    x = p.sample((1000,))
+    assert x.shape == (1000, 3)
+    assert_moments((x - mean) / scale, torch.zeros(3), torch.ones(3))
+
+
+def test_bounds_of_the_batchs_shape():
+    low = torch.tensor([0.0, 10.0, -50.0])
+    p = UnnormalizedEnergy(
+        lambda x: x - low, support=constraints.greater_than(low), batch_shape=(3,)
+    )
+    assert_moments(p.sample((2000,)) - low, torch.ones(3), torch.ones(3))
+
+
+def test_multidimensional_batch_and_event():
+    mean = torch.arange(4.0).reshape(2, 2, 1, 1)
+    p = UnnormalizedEnergy(
+        lambda x: (x - mean).square().sum((-2, -1)) / 2, event_shape=(3, 2), batch_shape=(2, 2)
+    )
+    x = p.sample((30, 20))
+    assert x.shape == (30, 20, 2, 2, 3, 2)
+    assert_moments(x.flatten(0, 1), mean.expand(2, 2, 3, 2), torch.ones(2, 2, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        MHKernel(),
+        LangevinKernel(full_mass=True),
+        LangevinKernel(step_size=0.05, adjusted=False),
+    ],
+)
+def test_any_kernel(kernel):
+    p = UnnormalizedEnergy(gaussian, kernel=kernel, num_steps=200)
+    # ULA's stationary variance is 1 / (1 - eps / 2)
+    variance = 1 / (1 - 0.025) if not getattr(kernel, "adjusted", True) else 1.0
+    assert_moments(p.sample((2000,)), 0.0, variance)
+    assert_moments(p.sample((2000,)), 0.0, variance)  # the kernel has learned nothing for good
+
+
+# -- starts, seeds, gradients, modes -----------------------------------------------------------
+
+
+def test_chains_start_at_the_base():
+    # two far modes: chains stay where the base puts them
+    def wells(x):
+        return torch.minimum((x - 50).square(), (x + 50).square()) / 2
+
+    right = UnnormalizedEnergy(wells, base=dist.Normal(50.0, 20.0))
+    assert (right.sample((200,)) > 0).double().mean() > 0.95
+    left = UnnormalizedEnergy(wells, base=dist.Normal(-50.0, 20.0))
+    assert (left.sample((200,)) < 0).double().mean() > 0.95
+
+
+def test_a_base_wider_than_the_support():
+    p = UnnormalizedEnergy(  # a half-normal in each of ten dimensions
+        lambda x: torch.zeros_like(x).sum(-1),
+        base=dist.Normal(torch.zeros(10), 1.0).to_event(1),
+        support=constraints.positive,
+    )
+    x = p.sample((1000,))
+    mean = (2 / torch.pi) ** 0.5
+    assert (x > 0).all()
+    assert_moments(x, torch.full((10,), mean), torch.full((10,), 1 - mean**2))
+
+
+def test_same_seed_same_draws():
+    p = UnnormalizedEnergy(gaussian)
+    pyro.set_rng_seed(3)
+    first = p.sample((5,))
+    second = p.sample((5,))
+    pyro.set_rng_seed(3)
+    assert torch.equal(p.sample((5,)), first)
+    assert not torch.equal(first, second)
+
+
+class Noisy(nn.Module):
+    """N(0, 1) while evaluating; nonsense while training."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.dropout = nn.Dropout(0.9)
+        self.norm = nn.BatchNorm1d(1, affine=False)
+        self.frozen = nn.Linear(1, 1).eval()
+        self.trained_mode = []
+
+    def forward(self, x):
+        self.trained_mode.append(self.training or self.dropout.training)
+        y = self.norm(x[..., None].reshape(-1, 1)).reshape(x.shape + (1,))
+        return self.dropout(self.weight * y).square().sum(-1) / 8
+
+
+def test_modules_are_evaluated_and_put_back():
+    net = Noisy()
+    p = UnnormalizedEnergy(lambda x: net(x))
+    x = p.sample((2000,))
+    assert not any(net.trained_mode)
+    assert net.training
+    assert net.dropout.training
+    assert not net.frozen.training
+    assert_close(net.norm.running_var, torch.ones(1))  # learned nothing from the chains
+    assert_moments(x, 0.0, 1.0)
+
+
+def test_draws_carry_and_leave_no_gradient():
+    net = Noisy()
+    bound = torch.zeros((), requires_grad=True)
+    mean = torch.ones((), requires_grad=True)
+    tilt = UnnormalizedEnergy(net, base=dist.Normal(mean, 1.0))
+    bounded = UnnormalizedEnergy(lambda x: x, support=constraints.greater_than(bound))
+    for p in (tilt, bounded):
+        for x in (p.sample((3,)), p.starting_points((3,)), p.sample_with_diagnostics((3,))[0]):
+            assert not x.requires_grad
+    for leaf in (*net.parameters(), bound, mean):
+        assert leaf.grad is None
+
+
+def test_works_without_gradients_and_in_inference_of_them():
+    p = UnnormalizedEnergy(gaussian)
+    with torch.no_grad():
+        x = p.sample((2000,))
+        assert not torch.is_grad_enabled()
+    assert_moments(x, 0.0, 1.0)
+
+
+# -- shapes and bad input ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sample_shape", "batch_shape", "event_shape"),
+    [((), (), ()), ((), (2,), (3,)), ((2, 3), (), (1,)), ((0,), (2,), ()), ((2,), (0,), (3,))],
+)
+def test_shapes(sample_shape, batch_shape, event_shape):
+    def energy(x):
+        return x.square().sum(-1) if event_shape else x.square()
+
+    p = UnnormalizedEnergy(energy, event_shape, batch_shape=batch_shape, num_steps=4)
+    assert p.sample(sample_shape).shape == sample_shape + batch_shape + event_shape
+    x, diagnostics = p.sample_with_diagnostics(sample_shape)
+    assert x.shape == sample_shape + batch_shape + event_shape
+    for tensor in diagnostics[:-1]:
+        assert tensor.shape == batch_shape
+
+
+def test_one_step():
+    x, diagnostics = UnnormalizedEnergy(gaussian, num_steps=1).sample_with_diagnostics((3,))
+    assert x.shape == (3,)
+    assert diagnostics.r_hat.isnan()  # one state a chain says nothing
+    assert 0 <= diagnostics.acceptance_rate <= 1
+
+
+@pytest.mark.parametrize("support", [constraints.boolean, constraints.integer_interval(0, 3)])
+def test_discrete_supports_need_a_kernel(support):
+    p = UnnormalizedEnergy(lambda x: x, support=support)
+    with pytest.raises(NotImplementedError, match=r"discrete support .*: give kernel="):
+        p.sample((3,))
+    moved = UnnormalizedEnergy(lambda x: x, support=support, kernel=LangevinKernel())
+    with pytest.raises(NotImplementedError, match="is discrete, but positions are continuous"):
+        moved.sample((3,))
+
+
+def test_the_kernel_must_be_ours():
+    from pyro.infer import NUTS
+
+    p = UnnormalizedEnergy(gaussian, kernel=NUTS(potential_fn=gaussian))
+    with pytest.raises(TypeError, match=r"kernel must be a pyro_ebm.mcmc.Kernel.* got .*NUTS"):
+        p.sample()
+
+
+def test_an_energy_that_is_never_finite_is_an_error():
+    with pytest.raises(ValueError, match="no starting point with a finite potential"):
+        UnnormalizedEnergy(lambda x: x * torch.nan).sample((3,))
+
+
+def test_an_energy_that_is_sometimes_nan_is_a_wall():
+    def half(x):  # N(0, 1) on x > 0
+        return torch.where(x > 0, x.square() / 2, torch.nan)
+
+    x, diagnostics = UnnormalizedEnergy(half, num_steps=300).sample_with_diagnostics((2000,))
+    mean = (2 / torch.pi) ** 0.5
+    assert (x > 0).all()
+    assert diagnostics.num_divergences > 0
+    assert_moments(x, mean, 1 - mean**2)
+
+
+# -- diagnostics -------------------------------------------------------------------------------
+
+
+def test_good_chains_look_good():
+    p = UnnormalizedEnergy(gaussian, num_steps=200)
+    x, diagnostics = p.sample_with_diagnostics((200,))
+    assert isinstance(diagnostics, ChainDiagnostics)
+    assert x.shape == (200,)
+    assert diagnostics.r_hat < 1.05
+    assert diagnostics.ess > 1000
+    assert abs(diagnostics.acceptance_rate - 0.574) < 0.2
+    assert diagnostics.step_size > 0
+    assert diagnostics.num_divergences == 0
+
+
+def test_separated_modes_are_flagged_where_they_are():
+    centre = torch.tensor([0.0, 20.0])
+
+    def wells(x):
+        return torch.minimum((x - centre).square(), (x + centre).square()) / 2
+
+    p = UnnormalizedEnergy(wells, base=dist.Normal(torch.zeros(2), 20.0), num_steps=200)
+    _, diagnostics = p.sample_with_diagnostics((100,))
+    assert diagnostics.r_hat.shape == (2,)
+    assert diagnostics.r_hat[0] < 1.1
+    assert diagnostics.r_hat[1] > 2
+    assert diagnostics.ess[1] < diagnostics.ess[0]
+
+
+def test_chains_that_never_move_are_flagged():
+    kernel = LangevinKernel(step_size=1e6, adapt_step_size=False, adapt_mass_matrix=False)
+    p = UnnormalizedEnergy(lambda x: x.square() * 1e6, kernel=kernel)
+    _, diagnostics = p.sample_with_diagnostics((10,))
+    assert diagnostics.acceptance_rate == 0
+    assert not diagnostics.r_hat < 2
+    assert diagnostics.num_divergences > 0
+
+
+def test_the_worst_element_of_the_event_counts():
+    def wells(x):
+        second = torch.minimum((x[..., 1] - 20).square(), (x[..., 1] + 20).square())
+        return (x[..., 0].square() + second) / 2
+
+    base = dist.Normal(torch.zeros(2), torch.tensor([1.0, 20.0])).to_event(1)
+    p = UnnormalizedEnergy(wells, base=base, num_steps=200)
+    assert p.sample_with_diagnostics((100,))[1].r_hat > 2
