@@ -36,8 +36,8 @@ from pyro_ebm.mcmc import NUTS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOISE = 0.3  # s, in units of the grey scale 0..1
-WEIGHT, EDGE = 2.0, 0.1  # w, d
+NOISE = 0.25  # s, in units of the grey scale 0..1
+WEIGHT, EDGE = 1.5, 0.1  # w, d
 
 # ---- the model ---------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def samplers(num_samples, warmup_steps, num_chains):
     return {
         "Langevin": MCMC(LangevinKernel(model), n, w, num_chains=num_chains),
         "Metropolis-Hastings": MCMC(walk, 10 * n, 10 * w, num_chains=num_chains, thinning=10),
-        "NUTS": MCMC(NUTS(model), max(n // 8, 4), max(w // 2, 4), num_chains=4),
+        "NUTS": MCMC(NUTS(model), max(n // 5, 4), max(w // 3, 4), num_chains=2),
     }
 
 
@@ -97,15 +97,14 @@ def report(clean, noisy, runs, seconds, pixels):
             "tail ESS/s": f"{tail / seconds[name]:.1f}",
             "PSNR": f"{psnr(mcmc.get_samples()['x'].mean(0), clean):.2f} dB",
         }
-        summary = az.summary(data)
-        for i, j in pixels:
-            details[f"x[{i}, {j}]", name] = summary.loc[f"x[{i}, {j}]"]
+        details[name] = az.summary(data).loc[[f"x[{i}, {j}]" for i, j in pixels]]
 
-    print(f"\nPSNR of the noisy image: {psnr(noisy, clean):.2f} dB, and of the posterior means as")
-    print("below. R-hat is the largest of the 64 pixels, the effective sample sizes the smallest.\n")
+    print(f"\nPSNR: noisy image {psnr(noisy, clean):.2f} dB, posterior means as below.")
+    print("R-hat is the largest of the 64 pixels, the effective sample sizes are the smallest.\n")
     print(pd.DataFrame(rows).T.to_string())
     print("\nThe pixels with the largest, the median and the smallest posterior sd (az.summary):\n")
-    print(pd.DataFrame(details).T.to_string())
+    by_pixel = pd.concat(details).swaplevel().sort_index(level=0, sort_remaining=False)
+    print(by_pixel.to_string())
 
 
 # ---- the picture -------------------------------------------------------------------------------
@@ -116,35 +115,36 @@ SHADES = {"Langevin": "Blues", "Metropolis-Hastings": "Oranges", "NUTS": "Greens
 def picture(clean, noisy, runs, pixel, path):
     draws = {name: mcmc.get_samples(group_by_chain=True)["x"] for name, mcmc in runs.items()}
     figure = plt.figure(figsize=(13, 8.4), layout="constrained")
-    images, chains = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+    images, chains = figure.subfigures(2, 1, height_ratios=(1, 2.1))
 
-    panels = {"clean": clean, f"noisy\n{psnr(noisy, clean):.1f} dB": noisy}
+    panels = {"clean\n": clean, f"noisy, {psnr(noisy, clean):.1f} dB\n": noisy}
     for name, x in draws.items():
         mean = x.mean((0, 1))
-        panels[f"posterior mean, {name}\n{psnr(mean, clean):.1f} dB"] = mean
+        panels[f"posterior mean, {psnr(mean, clean):.1f} dB\n{name}"] = mean
     axes = images.subplots(1, 6, subplot_kw={"xticks": [], "yticks": []})
     for ax, (title, image) in zip(axes, panels.items()):
-        ax.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-        ax.set_title(title)
+        ax.imshow(image, cmap="gray_r", vmin=-0.25, vmax=1.25)
+        ax.set_title(title, fontsize=10)
     axes[5].imshow(sd := draws["Langevin"].std((0, 1)), cmap="magma")
     axes[5].plot(pixel[1], pixel[0], "s", ms=16, mew=2, mfc="none", mec="deepskyblue")
-    axes[5].set_title(f"posterior sd, Langevin\n{sd.min():.2f} (dark) to {sd.max():.2f}")
+    axes[5].set_title(f"posterior sd, {sd.min():.2f} to {sd.max():.2f}\nLangevin", fontsize=10)
 
     grid = chains.subplots(2, 4)
     for (name, x), trace, rank in zip(draws.items(), *grid):
         shade = plt.get_cmap(SHADES[name])
         values = x[:, :, *pixel].numpy()
+        shown = min(4, len(values))
         # A chain that has converged visits all ranks among the draws of all chains equally often.
         ranks = values.ravel().argsort().argsort().reshape(values.shape) / values.size
-        for chain in range(min(4, len(values))):
-            color = shade(0.4 + 0.18 * chain)
+        for chain in range(shown):
+            color = shade(0.4 + 0.5 * chain / shown)
             trace.plot(values[chain, :250], color=color, lw=0.7)
             density, edges = np.histogram(ranks[chain], bins=10, range=(0, 1), density=True)
             rank.stairs(density, edges, color=color, lw=1.6)
         rank.axhline(1, color="black", lw=1, ls=":")
         rank.set(ylim=(0, 2), xlabel="rank / number of draws")
-        trace.set(title=f"{name}: four chains", xlabel="draw", ylabel="marked pixel")
-        rank.set(title=f"{name}: their ranks", ylabel="density")
+        trace.set(title=f"{name}: traces", xlabel="draw", ylabel="marked pixel")
+        rank.set(title=f"{name}: ranks", ylabel="density")
 
         marginal, means = grid[:, 3]
         style = {"color": shade(0.75), "label": name}
@@ -152,16 +152,17 @@ def picture(clean, noisy, runs, pixel, path):
         if name != "NUTS":
             nuts = draws["NUTS"].mean((0, 1)).flatten()
             means.plot(nuts, x.mean((0, 1)).flatten(), "o", mfc="none", **style)
-    marginal.set(title="marked pixel: three samplers", xlabel="value", ylabel="density")
-    marginal.legend(fontsize="small", frameon=False, loc="upper left")
+    marginal.set(title="marked pixel, all samplers", xlabel="value", ylabel="density")
+    marginal.set_ylim(top=1.5 * marginal.get_ylim()[1])
+    marginal.legend(fontsize="small", frameon=False)
     means.axline((0.5, 0.5), slope=1, color="black", lw=1, ls=":")
-    means.set(title="posterior means of all pixels", xlabel="NUTS", ylabel="ours")
+    means.set(title="means of all 64 pixels", xlabel="NUTS", ylabel="ours")
     means.legend(fontsize="small", frameon=False)
     for ax in grid.flat:
         ax.spines[["top", "right"]].set_visible(False)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -170,18 +171,18 @@ def picture(clean, noisy, runs, pixel, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Restores a noisy digit under an energy prior.")
-    parser.add_argument("--digit", type=int, default=3, help="which image of load_digits")
-    parser.add_argument("--num-samples", type=int, default=2000, help="draws kept of each chain")
+    parser.add_argument("--digit", type=int, default=0, help="which image of load_digits")
+    parser.add_argument("--num-samples", type=int, default=1000, help="draws kept of each chain")
     parser.add_argument("--warmup-steps", type=int, default=500)
     parser.add_argument("--num-chains", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("examples/output/quickstart.png"))
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # for tensors this small, threads cost more than they bring
     pyro.set_rng_seed(args.seed)
     clean = torch.tensor(load_digits().images[args.digit] / 16, dtype=torch.float32)
-    noisy = dist.Normal(clean, NOISE).sample()
+    noisy = clean + NOISE * torch.randn(8, 8)
 
     runs, seconds = samplers(args.num_samples, args.warmup_steps, args.num_chains), {}
     for name, mcmc in runs.items():

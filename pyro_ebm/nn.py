@@ -1,13 +1,21 @@
 r"""Small energy networks to start from.
 
 Both map points to one energy each, with smooth activations: score matching differentiates twice
-in the point and once in the parameters. ``spectral_norm`` bounds the slope of every layer by 1
-(torch's own parametrization), so that the energy cannot become steeper than the data ask for
-without a sign of it; it keeps a state, which sampling leaves alone.
+in the point and once in the parameters. ``spectral_norm`` divides each layer's weight matrix by
+its largest singular value (torch's own parametrization). It bounds the slope of the energy, so
+scale the data to about unit size; it keeps a state, which sampling leaves alone.
+
+Hidden weights start at the scale of He et al. (2015), which keeps the size of activations. Torch's
+own default lets it shrink from layer to layer, and a smooth network then starts out so nearly
+linear that contrastive losses need thousands of steps to bend it.
+
+Reference:
+    He, Zhang, Ren and Sun (2015), Delving deep into rectifiers.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +23,13 @@ from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
 
 
 class MLPEnergy(nn.Module):
-    r"""A multilayer perceptron as an energy: :math:`E : (*batch, *event) \to (*batch)`.
+    r"""A multilayer perceptron as an energy, ``(*batch, *event) -> (*batch)``.
 
     Args:
         event_shape: shape of a point, or its dimension.
         hidden: widths of the hidden layers.
         activation: class of the activation; smooth (SiLU) by default.
-        spectral_norm: whether to bound the spectral norm of each layer by 1.
+        spectral_norm: whether the weight matrix of each layer has spectral norm 1.
 
     Example:
         >>> net = MLPEnergy(2, hidden=(128, 128))
@@ -41,19 +49,19 @@ class MLPEnergy(nn.Module):
         self.event_shape = torch.Size(shape)
         widths = [max(self.event_shape.numel(), 1), *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
-            layers += [_bounded(nn.Linear(before, after), spectral_norm), activation()]
+        for before, after in pairwise(widths):
+            layers += [_hidden(nn.Linear(before, after), spectral_norm), activation()]
         layers.append(_bounded(nn.Linear(widths[-1], 1), spectral_norm))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Energies ``(*batch)`` of points ``(*batch, *event)``."""
         batch = _batch_of(x, self.event_shape)
-        return self.layers(x.reshape(batch + (-1,))).squeeze(-1)
+        return self.layers(x.reshape(batch + (max(self.event_shape.numel(), 1),))).squeeze(-1)
 
 
 class ConvEnergy(nn.Module):
-    r"""A small convolutional network as an energy of images: :math:`(*batch, C, H, W) \to (*batch)`.
+    r"""A small convolutional network as an energy of images, ``(*batch, C, H, W) -> (*batch)``.
 
     Strided convolutions halve the image until it is at most 4 wide; a linear layer reads the rest.
 
@@ -61,7 +69,7 @@ class ConvEnergy(nn.Module):
         image_shape: ``(channels, height, width)``, or ``(height, width)`` for one channel.
         channels: of the first convolution; doubled at each halving.
         activation: class of the activation; smooth (SiLU) by default.
-        spectral_norm: whether to bound the spectral norm of each layer by 1.
+        spectral_norm: whether the weight matrix of each layer has spectral norm 1.
 
     Example:
         >>> net = ConvEnergy((8, 8))
@@ -86,12 +94,12 @@ class ConvEnergy(nn.Module):
         depth, height, width = ((1,) * (3 - len(image_shape)) + tuple(image_shape))[-3:]
         self._image_shape = (depth, height, width)
         layers: list[nn.Module] = [
-            _bounded(nn.Conv2d(depth, channels, 3, padding=1), spectral_norm),
+            _hidden(nn.Conv2d(depth, channels, 3, padding=1), spectral_norm),
             activation(),
         ]
         while max(height, width) > 4:
             conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
-            layers += [_bounded(conv, spectral_norm), activation()]
+            layers += [_hidden(conv, spectral_norm), activation()]
             height, width, channels = math.ceil(height / 2), math.ceil(width / 2), 2 * channels
         layers += [nn.Flatten(), _bounded(nn.Linear(channels * height * width, 1), spectral_norm)]
         self.layers = nn.Sequential(*layers)
@@ -99,7 +107,12 @@ class ConvEnergy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Energies ``(*batch)`` of images ``(*batch, *image_shape)``."""
         batch = _batch_of(x, self.event_shape)
-        return self.layers(x.reshape((-1,) + self._image_shape)).reshape(batch)
+        return self.layers(x.reshape((batch.numel(),) + self._image_shape)).reshape(batch)
+
+
+def _hidden(layer: nn.Linear | nn.Conv2d, spectral_norm: bool) -> nn.Module:
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return _bounded(layer, spectral_norm)
 
 
 def _bounded(layer: nn.Module, spectral_norm: bool) -> nn.Module:

@@ -35,12 +35,9 @@ def assert_cdf(draws: Tensor, probability: dict[float, float]) -> None:
         assert_mean((draws <= point).double(), p)
 
 
-def assert_same_mean(ours: Tensor, theirs: Tensor) -> None:
-    """Two sets of draws ``(chains, draws, dim)`` have the same means, all dimensions together."""
-    ours, theirs = ours.double(), theirs.double()
-    error = (standard_error(ours).square() + standard_error(theirs).square()).sqrt()
-    z = (ours.mean((0, 1)) - theirs.mean((0, 1))) / error
-    # the largest of dim deviations, at the level of 4.5 errors for one
+def assert_equal_means(mean: Tensor, error: Tensor, other: Tensor, other_error: Tensor) -> None:
+    """Two estimates of ``(dim,)`` means agree, all dimensions together at 4.5 errors of one."""
+    z = (mean - other) / (error.square() + other_error.square()).sqrt()
     level = 2 * norm.sf(SIGMAS) / z.numel()
     assert z.abs().max() < norm.isf(level / 2), z
 

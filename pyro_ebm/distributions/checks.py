@@ -1,7 +1,8 @@
 """What an energy asks of its arguments: a support, a base and a normalizer that fit its shapes."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
@@ -103,6 +106,50 @@ def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -
             f" batch_shape={tuple(batch_shape)}: there is one log Z for each batch element"
         )
     return log_normalizer
+
+
+_judged: ContextVar[bool] = ContextVar("_judged", default=False)
+
+
+@contextlib.contextmanager
+def judged_by_a_loss() -> Iterator[None]:
+    """Within this context energies are terms of a loss that minds their log Z."""
+    token = _judged.set(True)
+    try:
+        yield
+    finally:
+        _judged.reset(token)
+
+
+def refuse_plain_elbo(log_prob: Callable[[Tensor], Tensor], x: Tensor, name: str) -> None:
+    """Refuses a plain ELBO in which a gradient would move an energy without its log Z.
+
+    The gradient of log Z is missing there, and training runs away: a precision goes to 0, where
+    :math:`E` is 0 everywhere. The gradient in the value itself is right, so that latents with a
+    fixed energy, and fixed energies as factors, may pass.
+
+    Args:
+        log_prob: the log density, without a log Z that is worth anything.
+        x: the value of the site.
+        name: what to call the energy.
+
+    Raises:
+        ValueError: under ``SVI.step`` with any loss but ours.
+    """
+    if _judged.get() or not torch.is_grad_enabled() or not _under_svi():
+        return
+    if log_prob(x.detach()).requires_grad:
+        raise ValueError(
+            f"SVI trains something that moves {name}, and a plain ELBO lacks the gradient of its"
+            " log Z: use one of the losses of pyro_ebm, such as"
+            " SVI(..., loss=ContrastiveDivergence()), or give log_normalizer= in closed form, or"
+            " say constant_normalizer=True if Z does not depend on it (a location family)"
+        )
+
+
+def _under_svi() -> bool:
+    """Whether ``SVI.step`` is looking for parameters to train."""
+    return any(isinstance(m, TraceMessenger) and m.param_only for m in _PYRO_STACK)
 
 
 class _RefuseSampling(Messenger):

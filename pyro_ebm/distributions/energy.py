@@ -30,6 +30,7 @@ from pyro_ebm.distributions.checks import (
     expanded_base,
     fixed_weights,
     lift_support,
+    refuse_plain_elbo,
 )
 from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
 from pyro_ebm.ops.score import score
@@ -218,6 +219,12 @@ class UnnormalizedEnergy(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
+        log_prob = self._log_prob(value)
+        if log_prob.requires_grad and not (self.is_normalized or self.constant_normalizer):
+            refuse_plain_elbo(self._log_prob, value, repr(self))
+        return log_prob
+
+    def _log_prob(self, value: Tensor) -> Tensor:
         log_prob = self.unnormalized_log_prob(value)
         return log_prob if self._log_normalizer is None else log_prob - self._log_normalizer
 

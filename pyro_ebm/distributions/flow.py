@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class FlowDistribution(TorchDistribution):
     r"""A zuko flow, conditioned or not, as a proper Pyro distribution.
 
-    .. math:: \log q(x) = \log N(f(x); 0, I) + \log \left| \det \frac{\partial f}{\partial x} \right|
+    .. math:: \log q(x) = \log N(f(x); 0, I)
+              + \log \left| \det \frac{\partial f}{\partial x} \right|
 
     Args:
         flow: what a zuko flow returns when called, ``flow()`` or ``flow(context)``: a distribution
@@ -105,7 +106,7 @@ class FlowDistribution(TorchDistribution):
         self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
     ) -> "FlowDistribution":
         """A copy with a larger batch, elements independent."""
-        new = self._get_checked_instance(FlowDistribution, _instance)
+        new: Any = self._get_checked_instance(FlowDistribution, _instance)
         batch_shape = torch.Size(batch_shape)
         new.flow = self.flow.expand(batch_shape)
         new._support, new._last = self._support, None
@@ -199,4 +200,5 @@ def fit_flow(
             optimizer.step()
             losses.append(loss.item())
             bar.set_postfix_str(f"{losses[-1]:.3f} nats", refresh=False)
+    optimizer.zero_grad()  # SVI adds to the gradients that it finds
     return losses

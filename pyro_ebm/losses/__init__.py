@@ -1,6 +1,6 @@
 """How you fit: losses for ``SVI`` in which energy sites need no log Z."""
 
-from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.flow_contrastive import FlowNCE
 from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
@@ -9,6 +9,7 @@ from pyro_ebm.losses.score_matching import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from pyro_ebm.losses.sites import EnergySite
 
 __all__ = [
     "NCE",

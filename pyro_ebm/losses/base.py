@@ -10,67 +10,24 @@ and whose maximum (or zero of the gradient) is at the true energy. Every other s
 ordinary term, so that plates, scales, masks, latents and guides mean what they mean to Pyro.
 """
 
-import dataclasses
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.distributions.util import is_identically_zero, scale_and_mask, sum_rightmost
+from pyro.distributions.util import is_identically_zero
 from pyro.infer.trace_elbo import Trace_ELBO
-from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
+from pyro_ebm.distributions.checks import judged_by_a_loss
+from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.distributions.util import modules
-
-
-@dataclasses.dataclass
-class EnergySite:
-    """One energy site of a trace, looked at through its wrappers.
-
-    Rows are the elements of the energy's batch, its plates among them.
-    """
-
-    name: str
-    energy: UnnormalizedEnergy
-    x: Tensor
-    """Values, shape ``(*batch, *event)``; rows that are masked out hold some point of the support."""
-    mask: Tensor | None
-    """Which rows count, boolean, shape ``batch``; None if all do."""
-    inner_dims: int
-    """How many batch dimensions the site's ``to_event`` sums over."""
-    scale: Any
-    """The site's scale, from its plates and ``poutine.scale``."""
-    is_observed: bool
-    guide_fn: Any = None
-    """The guide's distribution at an observed site: the noise."""
-    guide_value: Tensor | None = None
-    """The guide's draw from it, shape ``(*batch, *event)``."""
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Shape of the rows."""
-        return self.x.shape[: self.x.dim() - self.energy.event_dim]
-
-    def weighted(self, term: Tensor) -> Tensor:
-        """A term of shape ``(*batch)``, masked, summed over inner dimensions, and scaled."""
-        if self.mask is not None:
-            term = torch.where(self.mask, term, term.new_zeros(()))
-        return scale_and_mask(sum_rightmost(term, self.inner_dims), self.scale)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over the rows that count, for diagnostics; ``value`` is ``(..., *batch)``."""
-        value = value.detach()
-        if self.mask is None:
-            return value.mean()
-        mask = self.mask.expand(value.shape)
-        return torch.where(mask, value, 0.0).sum() / mask.sum()
+from pyro_ebm.losses.sites import EnergySite, find_site, leaves
 
 
 class EnergyLoss(Trace_ELBO):
@@ -118,7 +75,7 @@ class EnergyLoss(Trace_ELBO):
         self._records: dict[str, dict[str, Tensor]] = {}
         self._checked: frozenset[str] | None = None
         self._points: list[Tensor] = []
-        self._evaluating = False
+        self.evaluating = False
 
     # -- the mathematics: what a new loss writes -------------------------------------------------
 
@@ -141,13 +98,16 @@ class EnergyLoss(Trace_ELBO):
 
     def record(self, site: EnergySite, **values: Tensor) -> None:
         """Keeps numbers of this step for :attr:`diagnostics`."""
-        self._records.setdefault(site.name, {}).update(
-            {name: value.detach() for name, value in values.items()}
-        )
+        if not self.evaluating:
+            self._records.setdefault(site.name, {}).update(
+                {name: value.detach() for name, value in values.items()}
+            )
 
     def points(self, x: Tensor) -> Tensor:
-        """A detached copy of ``x`` to differentiate in; it counts as no parameter."""
-        x = x.detach().clone().requires_grad_()
+        """``x`` to differentiate in; as a leaf it counts as no parameter."""
+        if x.requires_grad:  # it was computed from a latent or a parameter, and stays attached
+            return x
+        x = x.clone().requires_grad_()
         self._points.append(x)
         return x
 
@@ -167,10 +127,17 @@ class EnergyLoss(Trace_ELBO):
         }
         return {**result, **{name: float(value) for name, value in overall.items()}}
 
-    @property
-    def evaluating(self) -> bool:
-        """Whether this is ``evaluate_loss``, which must leave chains and averages as they are."""
-        return self._evaluating
+    def state_dict(self) -> dict[str, Any]:
+        """What to save beside parameters and optimiser, to go on exactly where training stopped."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+
+    def __repr__(self) -> str:
+        names = inspect.signature(type(self)).parameters
+        settings = [f"{n}={getattr(self, n)!r}" for n in names if hasattr(self, n)]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     # -- traces ----------------------------------------------------------------------------------
 
@@ -178,9 +145,8 @@ class EnergyLoss(Trace_ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        with starting_points_only():  # a latent energy takes its value from the guide
-            replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         noise = {
             name: guide_trace.nodes[name]
             for name, site in model_trace.nodes.items()
@@ -192,109 +158,128 @@ class EnergyLoss(Trace_ELBO):
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace = prune_subsample_sites(model_trace)
         guide_trace = prune_subsample_sites(guide_trace)
-        sites = {
-            name: find_site(name, site, noise.pop(name, None))
-            for name, site in model_trace.nodes.items()
-            if _is_sample(site) and find_energy(site["fn"]) is not None
-        }
-        if noise:
-            raise ValueError(
-                f"the guide samples {sorted(noise)}, which the model observes and which are no"
-                " energy sites: a guide holds latents, and the noise of energy sites"
-            )
+        sites = _energy_sites(model_trace, noise)
+        self._check_guide(sites, guide_trace, noise.keys() - sites.keys())
         model_trace.compute_log_prob(site_filter=lambda name, _: name not in sites)
-        guide_trace.compute_score_parts()
-        self._check(sites, guide_trace)
-        for name, site in sites.items():
-            log_prob = site.weighted(self._term(site))
-            model_trace.nodes[name]["log_prob"] = log_prob
-            model_trace.nodes[name]["log_prob_sum"] = log_prob.sum()
+        with judged_by_a_loss():
+            guide_trace.compute_score_parts()
+            judged = []
+            for name, site in sites.items():
+                term = self._ordinary_term(site)
+                if term is None:
+                    judged.append(name)
+                    term = self._judge(site)
+                log_prob = site.weighted(term)
+                model_trace.nodes[name]["log_prob"] = log_prob
+                model_trace.nodes[name]["log_prob_sum"] = log_prob.sum()
+        self._refuse_score_function(judged, guide_trace)
         if is_validation_enabled():
             for trace in (model_trace, guide_trace):
-                for site in trace.nodes.values():
-                    if site["type"] == "sample":
-                        check_site_shape(site, self.max_plate_nesting)
+                for node in trace.nodes.values():
+                    if _is_sample(node):
+                        nesting: Any = self.max_plate_nesting  # infinite until it is known
+                        check_site_shape(node, nesting)
         return model_trace, guide_trace
 
-    def _term(self, site: EnergySite) -> Tensor:
+    def _ordinary_term(self, site: EnergySite) -> Tensor | None:
+        """The log density, up to a constant, where log Z has no gradient; else None."""
         energy = site.energy
-        with torch.enable_grad():  # evaluate_loss runs under no_grad
-            if site.is_observed:
-                term = self.energy_term(site)
-            elif energy.is_normalized or energy.constant_normalizer:
-                term = energy.log_prob(site.x)
-            else:
-                term = self.latent_term(site)
+        if not site.is_observed and energy.is_normalized:
+            return energy.log_prob(site.x)
+        # A latent, or a factor: data computed from latents. (Data have no gradient at all here.)
+        moved = not site.is_observed or site.x.requires_grad
+        waived = not site.is_observed and energy.constant_normalizer
+        return energy.unnormalized_log_prob(site.x) if waived or (moved and site.is_fixed) else None
+
+    def _judge(self, site: EnergySite) -> Tensor:
+        term = self.energy_term(site) if site.is_observed else self.latent_term(site)
         if term.shape != site.batch_shape:
             raise RuntimeError(
-                f"{type(self).__name__}.energy_term gave shape {tuple(term.shape)} at site"
+                f"{type(self).__name__} gave a term of shape {tuple(term.shape)} at site"
                 f" {site.name!r}, the rows have {tuple(site.batch_shape)}"
             )
         return term
 
-    def _check(self, sites: Mapping[str, EnergySite], guide_trace: Any) -> None:
+    def _check_guide(
+        self, sites: Mapping[str, EnergySite], guide_trace: Any, elsewhere: Iterable[str]
+    ) -> None:
         for name, site in sites.items():
             if site.guide_fn is not None and not self.needs_noise:
                 raise ValueError(
                     f"the guide samples the observed site {name!r}: {type(self).__name__} needs no"
                     " noise. Use NCE or FlowNCE, or take it out of the guide"
                 )
-        unknown = [n for n, s in sites.items() if not s.energy.is_normalized]
+            if not site.is_observed and name not in guide_trace:
+                raise ValueError(
+                    f"the guide does not sample the latent energy {name!r}: give it a distribution"
+                    " there, its approximate posterior"
+                )
+        if elsewhere:
+            raise ValueError(
+                f"the guide samples {sorted(elsewhere)}, which the model observes and which are no"
+                " energy sites: a guide holds latents, and the noise of energy sites"
+            )
+
+    def _refuse_score_function(self, judged: list[str], guide_trace: Any) -> None:
         for name, node in guide_trace.nodes.items():
             if (
-                unknown
+                judged
                 and _is_sample(node)
                 and not is_identically_zero(node["score_parts"].score_function)
             ):
                 raise ValueError(
                     f"the guide's site {name!r} has no reparametrized draws, and the gradient of"
-                    f" its score function needs the log Z of {unknown}: use a distribution with"
-                    " rsample there, or give log_normalizer="
+                    f" its score function needs the log Z of {judged}: use a distribution with"
+                    " rsample there"
                 )
 
     # -- Pyro's plumbing -------------------------------------------------------------------------
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, without touching gradients, chains or running averages."""
-        self._evaluating = True
-        try:
-            return float(super().loss(model, guide, *args, **kwargs))
-        finally:
-            self._evaluating = False
+        """The loss, without touching gradients, chains, running averages or diagnostics."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss; its gradients are added to the parameters' ``.grad``."""
-        self._records = {}
         with poutine.trace(param_only=True) as capture:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        params = {
-            name: site["value"].unconstrained()
+        params: dict[str, Any] = {
+            name: site["value"].unconstrained()  # pyright: ignore[reportOptionalMemberAccess]
             for name, site in capture.trace.nodes.items()
             if site["type"] == "param"
         }
+        unique = list({id(p): p for p in params.values()}.values())
         if loss.requires_grad:
             self._check_registered(loss, params, model)
-            loss.backward(retain_graph=self.retain_graph, inputs=list(params.values()) or None)
+            loss.backward(retain_graph=self.retain_graph, inputs=unique or None)
         self._points.clear()
         self._after_backward(params, loss)
-        norms = [p.grad.norm() for p in params.values() if p.grad is not None]
+        norms = [p.grad.norm() for p in unique if p.grad is not None]
         if norms:
             self._records[""] = {"gradient_norm": torch.stack(norms).norm()}
-        return torch_item(loss)
+        return float(loss.detach())
 
     def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
         """A place for losses that update one player at a time."""
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a tensor whose gradient is the method's."""
+        """The loss as a tensor whose gradient is the method's.
+
+        Under ``torch.no_grad`` it is an evaluation, and leaves chains and averages as they are.
+        """
+        self.evaluating = not torch.is_grad_enabled()
+        if not self.evaluating:
+            self._records = {}
         self._points.clear()
         total: Any = 0.0
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            loss, surrogate = self._differentiable_loss_particle(model_trace, guide_trace)
-            surrogate = torch.as_tensor(surrogate)
-            total = total + (loss + (surrogate - surrogate.detach())) / self.num_particles
+        with torch.enable_grad():  # methods differentiate in the points, evaluating or not
+            for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+                loss, surrogate = self._differentiable_loss_particle(model_trace, guide_trace)
+                surrogate = torch.as_tensor(surrogate)
+                total = total + (loss + (surrogate - surrogate.detach())) / self.num_particles
         warn_if_nan(total, "loss")
-        return total
+        return total.detach() if self.evaluating else total
 
     def _check_registered(self, loss: Tensor, params: Mapping[str, Tensor], model: Any) -> None:
         """SVI trains what its trace holds: refuse a leaf of the graph that it does not hold."""
@@ -313,68 +298,27 @@ class EnergyLoss(Trace_ELBO):
         self._checked = names
 
 
-def find_site(name: str, site: Any, noise: Any = None) -> EnergySite:
-    """Looks through the wrappers of an energy site.
-
-    Raises:
-        ValueError: for NaN data, or a wrapper whose meaning for an energy is not known.
-    """
-    fn, x = site["fn"], site["value"]
-    mask, inner_dims = site["mask"], 0
-    mask = None if mask is None else torch.as_tensor(mask)
-    while not isinstance(fn, UnnormalizedEnergy):
-        if isinstance(fn, MaskedDistribution):
-            inner = torch.as_tensor(fn._mask)
-            mask = inner if mask is None else mask & inner
-        elif isinstance(fn, Independent):
-            dims = fn.reinterpreted_batch_ndims
-            inner_dims += dims
-            if mask is not None:
-                mask = mask.reshape(mask.shape + (1,) * dims)
-        else:
-            raise ValueError(
-                f"site {name!r} is an energy inside {type(fn).__name__}, which the losses do not"
-                " look through: transform the data, or write the energy of what is observed"
-            )
-        fn = fn.base_dist
-    batch = x.shape[: x.dim() - fn.event_dim]
-    if mask is not None:
-        mask = mask.to(x.device).expand(batch)
-        rows = mask.reshape(batch + (1,) * fn.event_dim)
-        x = torch.where(rows, x, fn.starting_points((1,))[0].detach().to(x))
-    if site["is_observed"] and not x.isfinite().all():
-        raise ValueError(
-            f"the data at site {name!r} hold NaN or infinite values: mask those rows"
-            " (poutine.mask) or drop them"
-        )
-    return EnergySite(
-        name=name,
-        energy=fn,
-        x=x,
-        mask=mask,
-        inner_dims=inner_dims,
-        scale=site["scale"],
-        is_observed=site["is_observed"],
-        guide_fn=None if noise is None else noise["fn"],
-        guide_value=None if noise is None else noise["value"],
-    )
-
-
 def _is_sample(site: Any) -> bool:
     return site["type"] == "sample"
 
 
-def leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors of an autograd graph that require gradients."""
-    seen, stack = set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(parent for parent, _ in node.next_functions)
+def _energy_sites(model_trace: Any, noise: Mapping[str, Any]) -> dict[str, EnergySite]:
+    """The energy sites of a model's trace, by name."""
+    latents = {
+        name: site["value"]
+        for name, site in model_trace.nodes.items()
+        if _is_sample(site) and not site["is_observed"] and site["value"].requires_grad
+    }
+    return {
+        name: find_site(
+            name,
+            site,
+            noise=noise.get(name),
+            latents=[value for other, value in latents.items() if other != name],
+        )
+        for name, site in model_trace.nodes.items()
+        if _is_sample(site) and find_energy(site["fn"]) is not None
+    }
 
 
 def _where(leaf: Tensor, model: Any) -> str:

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.sites import EnergySite, leaves
 from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.potential import EnergyPotential, eval_mode
+from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.mcmc.potential import EnergyPotential
 from pyro_ebm.mcmc.short_run import default_kernel
 
 STEP_SIZE_GAIN = 0.1
@@ -49,7 +51,8 @@ class ContrastiveDivergence(EnergyLoss):
     Args:
         kernel: any kernel, without a model; by default the energy's own, else
             :class:`~pyro_ebm.mcmc.LangevinKernel`. If it adapts its step size, that goes on all
-            through training, towards its ``target_accept_prob``.
+            through training, towards its ``target_accept_prob``; its mass matrix stays the
+            identity, and a schedule of steps starts anew for each gradient.
         num_steps: transitions for each gradient, the k of CD-k.
         persistent: whether chains go on from step to step, in a buffer of this loss.
         num_chains: size of the buffer; by default the number of rows at the first step. More
@@ -63,8 +66,8 @@ class ContrastiveDivergence(EnergyLoss):
         **kwargs: as in ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: for numbers out of range, a persistent chain for a conditional energy, or data
-            on the boundary of their support.
+        ValueError: for numbers out of range, a persistent chain for an energy that is conditional
+            or has a latent in front, or data on the boundary of their support.
 
     Example:
         >>> def model(x):
@@ -94,8 +97,12 @@ class ContrastiveDivergence(EnergyLoss):
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, **kwargs)
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
+            )
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
         if not 0 <= restart_prob <= 1:
             raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
         if energy_penalty < 0 or not math.isfinite(energy_penalty):
@@ -114,6 +121,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.step_sizes: dict[str, Tensor] = {}
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        """Minus the energy of the data, plus that of the negatives, shape ``(*batch)``."""
         if self.persistent:
             energy, start = self._buffered(site)
         else:
@@ -136,6 +144,7 @@ class ContrastiveDivergence(EnergyLoss):
         return term + (contrast.mean() if self.persistent else contrast)
 
     def latent_term(self, site: EnergySite) -> Tensor:
+        """As for data; the gradient reaches the guide by the first term."""
         return self.energy_term(site)
 
     def _run_chains(self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor) -> Tensor:
@@ -159,13 +168,14 @@ class ContrastiveDivergence(EnergyLoss):
             rates = []
             for _ in range(self.num_steps):
                 state, info = kernel.step(state)
-                rates.append(info.accept_prob.mean())
-            rate = torch.stack(rates).mean()
-            step_size = kernel.adaptation.step_size
-            if kernel.adapt_step_size and not self.evaluating:
-                step_size = step_size * (STEP_SIZE_GAIN * (rate - kernel.target_accept_prob)).exp()
-            self.step_sizes[site.name] = step_size
-            self.record(site, acceptance_rate=rate, step_size=step_size.mean())
+                rates.append(info.accept_prob)
+            rate = torch.stack(rates).mean(0)
+            rate = rate.mean() if self.persistent else site.mean(rate.reshape(site.batch_shape))
+            adaptation = kernel.adaptation
+            self.record(site, acceptance_rate=rate, step_size=adaptation.step_size.mean())
+            if kernel.adapt_step_size and not self.evaluating and rate.isfinite():
+                gap = rate - adaptation.target_accept_prob
+                self.step_sizes[site.name] = adaptation.step_size * (STEP_SIZE_GAIN * gap).exp()
             return potential.to_points(state.z).reshape(start.shape)
 
     def _buffered(self, site: EnergySite) -> tuple[UnnormalizedEnergy, Tensor]:
@@ -188,14 +198,13 @@ class ContrastiveDivergence(EnergyLoss):
         return energy, chains
 
     def _refuse_conditional(self, site: EnergySite) -> None:
-        conditional = bool(site.energy.unexpanded.batch_shape)
-        if not conditional and site.batch_shape.numel() > 1:
-            # one point in every row: does the row matter?
-            point = site.x.reshape((-1,) + site.energy.event_shape)[0]
-            with torch.no_grad(), eval_mode(EnergyPotential(site.energy, like=site.x)._modules):
-                energies = site.energy.energy(point.expand(site.x.shape).clone())
-            conditional = not torch.allclose(energies, energies.flatten()[0], rtol=1e-3, atol=1e-4)
-        if conditional:
+        if site.has_latent_in(site.energy.unnormalized_log_prob(site.x.detach())):
+            raise ValueError(
+                f"a latent stands in front of the energy of site {site.name!r}: it is drawn anew"
+                " at each step, and persistent chains would belong to its last values. Use"
+                " persistent=False with more num_steps"
+            )
+        if site.energy.unexpanded.batch_shape or _differs_by_row(site):
             raise ValueError(
                 f"the energy of site {site.name!r} is conditional: its rows have different"
                 " densities, and a persistent chain would belong to no row in the next minibatch."
@@ -213,3 +222,28 @@ class ContrastiveDivergence(EnergyLoss):
         """Takes back what :meth:`state_dict` gave."""
         self.chains = {name: chain.clone() for name, chain in state["chains"].items()}
         self.step_sizes = {name: step.clone() for name, step in state["step_sizes"].items()}
+
+
+def _differs_by_row(site: EnergySite) -> bool:
+    """Whether the energy of one and the same point, or its gradient, depends on the row."""
+    if site.batch_shape.numel() < 2:
+        return False
+    point = site.x.detach().reshape((-1,) + site.energy.event_shape)[0]
+    with eval_mode(EnergyPotential(site.energy, like=site.x)._modules):
+        energies = site.energy.energy(point.expand(site.x.shape).clone())
+    apart = energies - energies.flatten()[0]
+    if (apart.abs() > 1e-4 + 1e-3 * energies.abs().max()).any():
+        return True
+    parameters = list(leaves(energies))
+    if not parameters:
+        return False
+    # a network whose last layer starts at 0 differs in its gradient only
+    weights = torch.linspace(-1.0, 1.0, apart.numel()).to(apart).reshape(apart.shape)
+    sizes = [
+        sum(grad.abs().sum() for grad in grads if grad is not None)
+        for grads in (
+            torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+            for output in ((weights * apart).sum(), energies.sum())
+        )
+    ]
+    return bool(sizes[0] > 1e-4 * sizes[1])

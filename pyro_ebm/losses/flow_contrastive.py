@@ -22,11 +22,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_ebm.losses.base import EnergySite, leaves
-from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise
+from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
+from pyro_ebm.losses.sites import EnergySite, leaves
+from pyro_ebm.ops.score import value_and_grad
 
 
 class FlowNCE(NCE):
@@ -126,18 +128,22 @@ class FlowNCE(NCE):
         return "energy" if below else "flow"
 
     def noise_of(self, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
+        """As in :class:`NCE`; attached to the flow, gradients reversed, unless the flow rests."""
         fn = checked_noise(site, type(self).__name__)
+        self._contrasted.add(site.name)
         if not fn.has_rsample:
             raise ValueError(
                 f"the noise at site {site.name!r}, {type(fn).__name__}, has no reparametrized"
                 " draws for FlowNCE to train it by: use a flow, or NCE with fixed noise"
             )
+        if site.name not in self._known:
+            assert site.guide_value is not None
+            check_noise_support(fn, site, site.guide_value)
         noise, log_q_noise = _draw(fn, site, self.noise_ratio)
-        log_q_data = fn.log_prob(site.x.detach())
+        log_q_data = scored(fn, site.x, site)
         if self.broad_noise is not None:
             noise, log_q_noise, log_q_data = self._mixed(fn, site, noise, log_q_noise, log_q_data)
         if site.name not in self._known:
-            check_noise_support(site, noise.detach(), log_q_data.detach())
             self._refuse_shared(site, log_q_data)
         if self.turn == "energy":
             return noise.detach(), log_q_noise.detach(), log_q_data.detach()
@@ -146,16 +152,15 @@ class FlowNCE(NCE):
     def classify(
         self, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
     ) -> Tensor:
+        """As in :class:`NCE`; on the flow's turn without a gradient for the energy."""
         if self.turn != "flow":
             return super().classify(site, noise, log_q_noise, log_q_data)
         # The flow's turn: the energy is a fixed function, known near the noise by its gradient,
         # so that no gradient reaches its parameters and none of them stirs.
         log_p = site.energy.log_prob
-        points = self.points(noise)
-        value = log_p(points)
-        (slope,) = torch.autograd.grad(value.sum(), points)
-        change = slope * (noise - points.detach())  # 0, with the right derivative
-        moving = value.detach() + change.reshape(value.shape + (-1,)).sum(-1)
+        value, slope = value_and_grad(log_p, noise.detach())
+        change = slope * (noise - noise.detach())  # 0, with the right derivative
+        moving = value + change.reshape(value.shape + (-1,)).sum(-1)
         with torch.no_grad():
             log_p_data = log_p(site.x)
             super().classify(site, noise.detach(), log_q_noise.detach(), log_q_data.detach())
@@ -167,7 +172,15 @@ class FlowNCE(NCE):
         self, fn: Any, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise from (1 - w) flow + w broad, and its log density."""
-        broad, w = self.broad_noise.expand(site.batch_shape), self.broad_weight
+        w = self.broad_weight
+        if self.broad_noise.event_shape != site.energy.event_shape or self.broad_noise.batch_shape:
+            raise ValueError(
+                f"broad_noise must be a distribution of one event of shape"
+                f" {tuple(site.energy.event_shape)} at site {site.name!r}, got batch_shape="
+                f"{tuple(self.broad_noise.batch_shape)} and event_shape="
+                f"{tuple(self.broad_noise.event_shape)}"
+            )
+        broad = self.broad_noise.expand(site.batch_shape)
         pick = torch.rand(log_q_noise.shape, device=noise.device) < w
         rows = pick.reshape(pick.shape + (1,) * site.energy.event_dim)
         noise = torch.where(rows, broad.sample((self.noise_ratio,)), noise)
@@ -180,11 +193,11 @@ class FlowNCE(NCE):
         return (
             noise,
             mix(log_q_noise, broad.log_prob(noise)),
-            mix(log_q_data, broad.log_prob(site.x.detach())),
+            mix(log_q_data, broad.log_prob(site.x)),
         )
 
     def _refuse_shared(self, site: EnergySite, log_q_data: Tensor) -> None:
-        mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x.detach()))}
+        mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
         for leaf in leaves(log_q_data):
             if id(leaf) in mine:
                 raise ValueError(
@@ -194,18 +207,27 @@ class FlowNCE(NCE):
                 )
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As in every loss; unless it is an evaluation, the turn goes on."""
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if not self.evaluating:
-            rates = [
-                values["accuracy"] for values in self._records.values() if "accuracy" in values
-            ]
-            self._next_turn(float(torch.stack(rates).mean()))
+            rates = [float(v["accuracy"]) for v in self._records.values() if "accuracy" in v]
+            rates = [rate for rate in rates if math.isfinite(rate)]  # not of a batch all masked
+            if rates:
+                accuracy = sum(rates) / len(rates)
+                past = accuracy if self.accuracy is None else self.accuracy
+                self.accuracy = self.smoothing * past + (1 - self.smoothing) * accuracy
+            self.num_steps += 1
         return loss
 
-    def _next_turn(self, accuracy: float) -> None:
-        past = accuracy if self.accuracy is None else self.accuracy
-        self.accuracy = self.smoothing * past + (1 - self.smoothing) * accuracy
-        self.num_steps += 1
+    def _get_trace(self, *args: Any) -> Any:
+        self._contrasted: set[str] = set()
+        traces = super()._get_trace(*args)
+        if self.turn == "flow":  # whatever else the loss trains is of the energy's player
+            for trace in traces:
+                for name, site in trace.nodes.items():
+                    if site["type"] == "sample" and name not in self._contrasted:
+                        _detach(site)
+        return traces
 
     def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
         """Who rests must not move: a gradient of None stops the optimiser's momentum too."""
@@ -216,10 +238,12 @@ class FlowNCE(NCE):
 
     def state_dict(self) -> dict[str, Any]:
         """The running accuracy and the number of steps, which decide whose turn it is."""
-        return {"accuracy": self.accuracy, "num_steps": self.num_steps}
+        turns = {"accuracy": self.accuracy, "num_steps": self.num_steps}
+        return {**super().state_dict(), **turns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
         self.accuracy, self.num_steps = state["accuracy"], state["num_steps"]
 
 
@@ -242,14 +266,23 @@ def reverse(x: Tensor) -> Tensor:
         >>> x.grad
         tensor(-1.)
     """
-    return _Reverse.apply(x)  # pyright: ignore[reportReturnType]
+    return _Reverse.apply(x)
+
+
+def _detach(site: Any) -> None:
+    """Lets a site's terms have no gradient."""
+    for name in ("log_prob", "log_prob_sum"):
+        site[name] = site[name].detach()
+    if "score_parts" in site:
+        parts = [p.detach() if isinstance(p, Tensor) else p for p in site["score_parts"]]
+        site["score_parts"] = ScoreParts(*parts)
 
 
 def _draw(fn: Any, site: EnergySite, noise_ratio: int) -> tuple[Tensor, Tensor]:
     """``noise_ratio`` draws and their log density; the guide's own draw is the first."""
     first = site.guide_value
     assert first is not None
-    noise, log_q = first[None], fn.log_prob(first)[None]
+    noise, log_q = first[None], scored(fn, first, site)[None]
     if noise_ratio > 1:
         shape = (noise_ratio - 1,)
         if hasattr(fn, "rsample_and_log_prob"):

@@ -22,10 +22,12 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions.energy import find_energy
-from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.sites import EnergySite
 
 
 class NCE(EnergyLoss):
@@ -35,8 +37,8 @@ class NCE(EnergyLoss):
     name of the energy site; parameters of the noise get no gradient (fit them first, or use
     ``FlowNCE``). Noise should be like the data, and wider: narrower noise makes the variance
     explode (24 times that of maximum likelihood at half the width of a Gaussian), far noise makes
-    the loss flat. :attr:`diagnostics` show the classifier's accuracy: 0.5 is noise (or a model) that
-    cannot be told from the data, 1.0 a task too easy to learn from.
+    the loss flat. :attr:`diagnostics` show the classifier's accuracy: 0.5 is noise (or a model)
+    that cannot be told from the data, 1.0 a task too easy to learn from.
 
     Args:
         noise_ratio: :math:`\nu`, noise points for each datum.
@@ -88,13 +90,17 @@ class NCE(EnergyLoss):
         self.noise_ratio, self.self_normalized = noise_ratio, self_normalized
         self.init_log_normalizer = init_log_normalizer
         self._known: set[str] = set()
+        self._started: set[str] = set()
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        """The log-likelihood of the classification, shape ``(*batch)``."""
         noise, log_q_noise, log_q_data = self.noise_of(site)
-        self._check_normalizer(site)
-        if self.init_log_normalizer and site.name not in self._known and not self.evaluating:
+        if site.name not in self._known:
+            self._check_normalizer(site)
+            self._known.add(site.name)
+        if self.init_log_normalizer and site.name not in self._started and not self.evaluating:
             self._start_log_normalizer(site, noise, log_q_noise)
-        self._known.add(site.name)
+            self._started.add(site.name)
         return self.classify(site, noise, log_q_noise, log_q_data)
 
     def classify(
@@ -109,7 +115,7 @@ class NCE(EnergyLoss):
             # the mean of both classes' accuracies: 1/2 for a coin, whatever the noise ratio
             accuracy=(
                 site.mean((logit_data + log_ratio > 0).float())
-                + site.mean((logit_noise + log_ratio < 0).float())
+                + site.mean((logit_noise + log_ratio <= 0).float())
             )
             / 2,
             logit_gap=site.mean(logit_data) - site.mean(logit_noise),
@@ -128,9 +134,9 @@ class NCE(EnergyLoss):
         fn = checked_noise(site, type(self).__name__)
         with torch.no_grad():
             noise = fn.sample((self.noise_ratio,))
-            log_q_noise, log_q_data = fn.log_prob(noise), fn.log_prob(site.x)
             if site.name not in self._known:
-                check_noise_support(site, noise, log_q_data)
+                check_noise_support(fn, site, noise)
+            log_q_noise, log_q_data = scored(fn, noise, site), scored(fn, site.x, site)
         return noise, log_q_noise, log_q_data
 
     def _check_normalizer(self, site: EnergySite) -> None:
@@ -139,6 +145,16 @@ class NCE(EnergyLoss):
                 f"the energy of site {site.name!r} has no log_normalizer, which NCE learns: write"
                 ' UnnormalizedEnergy(..., log_normalizer=pyro.param("log_z", torch.tensor(0.0))),'
                 " or NCE(self_normalized=True) if the energy is to learn its own constant"
+            )
+        if self.self_normalized or site.energy.constant_normalizer:
+            return
+        log_prob = site.energy.unnormalized_log_prob(site.x.detach())
+        log_z = site.energy.log_normalizer
+        if site.has_latent_in(log_prob) and not site.has_latent_in(log_z):
+            raise ValueError(
+                f"a latent stands in front of the energy of site {site.name!r}, but its"
+                " log_normalizer does not depend on it: use RankingNCE or ContrastiveDivergence,"
+                " which need none, or make it a function of the latent"
             )
 
     def _start_log_normalizer(self, site: EnergySite, noise: Tensor, log_q: Tensor) -> None:
@@ -151,11 +167,19 @@ class NCE(EnergyLoss):
         with torch.no_grad():
             # Z = E_q[exp(-E) / q]
             log_weight = site.energy.unnormalized_log_prob(noise) - log_q
-            if parameter.dim() == 0:
-                estimate = log_weight.flatten().logsumexp(0) - math.log(log_weight.numel())
-            else:
-                estimate = log_weight.logsumexp(0) - math.log(len(log_weight))
-            parameter.data.copy_(estimate.expand(parameter.shape))
+            # a mean over the draws, and over the rows that share an element of the parameter
+            shape = (1,) * (log_weight.dim() - parameter.dim()) + tuple(parameter.shape)
+            shared = [dim for dim, size in enumerate(shape) if size == 1]
+            estimate = log_weight.logsumexp(shared).reshape(parameter.shape)
+            parameter.data.copy_(estimate - math.log(log_weight.numel() / parameter.numel()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which log normalizers have been started, and must not be again."""
+        return {"started": sorted(self._started)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self._started = set(state["started"])
 
 
 class RankingNCE(EnergyLoss):
@@ -189,13 +213,14 @@ class RankingNCE(EnergyLoss):
         self._known: set[str] = set()
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        """The log-probability of the datum among its noise, shape ``(*batch)``."""
         fn = checked_noise(site, type(self).__name__)
         with torch.no_grad():
             noise = fn.sample((self.noise_ratio,))
-            log_q_noise, log_q_data = fn.log_prob(noise), fn.log_prob(site.x)
             if site.name not in self._known:
-                check_noise_support(site, noise, log_q_data)
+                check_noise_support(fn, site, noise)
                 self._known.add(site.name)
+            log_q_noise, log_q_data = scored(fn, noise, site), scored(fn, site.x, site)
         data = site.energy.unnormalized_log_prob(site.x) - log_q_data
         others = site.energy.unnormalized_log_prob(noise) - log_q_noise
         self.record(site, accuracy=site.mean((data > others.amax(0)).float()))
@@ -203,7 +228,7 @@ class RankingNCE(EnergyLoss):
 
 
 def checked_noise(site: EnergySite, loss: str) -> Any:
-    """The noise that the guide holds for a site.
+    """The noise that the guide holds for a site: one distribution for each of its rows.
 
     Raises:
         ValueError: if there is none, or its shape or density will not do; it names the site.
@@ -217,6 +242,13 @@ def checked_noise(site: EnergySite, loss: str) -> Any:
     inner = find_energy(fn)
     if inner is not None and not inner.is_normalized:
         raise ValueError(f"the noise at site {site.name!r} is an energy without its log Z")
+    if site.x.requires_grad:
+        raise ValueError(
+            f"the data at site {site.name!r} are computed from a latent or a parameter, which"
+            f" would move the noise too: {loss} needs fixed data. Write the energy as a function"
+            " of both instead"
+        )
+    fn = _rows_of(fn, site.inner_dims)
     got = (tuple(fn.batch_shape), tuple(fn.event_shape))
     want = (tuple(site.batch_shape), tuple(site.energy.event_shape))
     if got != want:
@@ -228,19 +260,48 @@ def checked_noise(site: EnergySite, loss: str) -> Any:
     return fn
 
 
-def check_noise_support(site: EnergySite, noise: Tensor, log_q_data: Tensor) -> None:
-    """Refuses noise that leaves the energy's support, or has no mass where the data are."""
+def _rows_of(fn: Any, dims: int) -> Any:
+    """The distribution inside ``to_event(dims)``, as far as there is one."""
+    while dims > 0 and isinstance(fn, Independent):
+        inner = fn.reinterpreted_batch_ndims
+        fn = fn.base_dist if inner <= dims else fn.base_dist.to_event(inner - dims)
+        dims -= min(inner, dims)
+    return fn
+
+
+def check_noise_support(fn: Any, site: EnergySite, noise: Tensor) -> None:
+    """Refuses noise that leaves the energy's support, or cannot be where the data are."""
     if not site.energy.support.check(noise).all():
         raise ValueError(
             f"the noise at site {site.name!r} leaves the energy's support {site.energy.support}:"
             " use noise on that support"
         )
-    counted = log_q_data if site.mask is None else log_q_data[site.mask]
-    if not counted.isfinite().all():
+    if not fn.support.check(site.x).all():
         raise ValueError(
-            f"the noise at site {site.name!r} has no density at some of the data: it must cover"
-            " them"
+            f"the noise at site {site.name!r} lives on {fn.support} and has no density at some of"
+            " the data: it must cover them"
         )
+
+
+def scored(fn: Any, x: Tensor, site: EnergySite) -> Tensor:
+    """The noise's log density.
+
+    Raises:
+        ValueError: if it has none, or is 0 somewhere; it names the site.
+    """
+    try:
+        log_q = fn.log_prob(x)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the noise at site {site.name!r}, {type(fn).__name__}, cannot be scored: it has no"
+            " log_prob. Use a distribution with a density"
+        ) from error
+    if not log_q.isfinite().all():
+        raise ValueError(
+            f"the log density of the noise at site {site.name!r} is not finite at some of the"
+            " points: it must cover the data"
+        )
+    return log_q
 
 
 def gaussian_noise(
@@ -257,7 +318,8 @@ def gaussian_noise(
         A distribution with the data's event shape.
 
     Raises:
-        ValueError: for fewer than two points or a width that is not positive.
+        ValueError: for fewer than two points, points that are not finite, or a width that is not
+            positive.
 
     Example:
         >>> noise = gaussian_noise(torch.randn(1000, 2), width=2.0)
@@ -266,6 +328,8 @@ def gaussian_noise(
     """
     if len(data) < 2 or not width > 0:
         raise ValueError(f"two or more points and a width > 0 are needed, got {len(data)}, {width}")
+    if not data.isfinite().all():
+        raise ValueError("the data hold NaN or infinite values: drop those rows")
     flat = data.detach().reshape(len(data), -1)
     mean, d = flat.mean(0), flat.shape[-1]
     scale = width * flat.std(0).clamp(min=1e-3 * float(flat.std()) + 1e-12)

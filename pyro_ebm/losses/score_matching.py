@@ -26,7 +26,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_ebm.losses.base import EnergyLoss, EnergySite
+from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
 METHODS = ("exact", "hutchinson")
@@ -85,6 +86,7 @@ class ScoreMatching(EnergyLoss):
         self.method, self.num_projections, self.distribution = method, num_projections, distribution
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        r""":math:`-J` of each row, shape ``(*batch)``."""
         x, weight, s = _score(self, site)
         field = weight * s
         if self.method == "exact":
@@ -137,6 +139,7 @@ class SlicedScoreMatching(EnergyLoss):
         self.variance_reduced = variance_reduced
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        r""":math:`-J` of each row, shape ``(*batch)``."""
         x, weight, s = _score(self, site)
         probes = draw_probes(self.distribution, (self.num_projections,), x)
         divergence, _ = projected_divergence(weight * s, x, probes)
@@ -183,18 +186,21 @@ class DenoisingScoreMatching(EnergyLoss):
         sigmas = torch.as_tensor(sigma, dtype=torch.get_default_dtype()).flatten()
         if not (sigmas.numel() and sigmas.isfinite().all() and (sigmas > 0).all()):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
-        self.sigmas, self.control_variate = sigmas, control_variate
+        self.sigma, self.control_variate = sigmas, control_variate
 
     def energy_term(self, site: EnergySite) -> Tensor:
+        r""":math:`-J` of each row, shape ``(*batch)``."""
         if boundary_weight(site.energy.support, site.x) is not None:
             raise ValueError(
                 f"site {site.name!r}: noise would leave the support {site.energy.support}. Use"
                 " ScoreMatching, which weights the boundary, or transform the data to the reals"
             )
-        x = site.x.detach()
+        x = site.x
         rows = site.batch_shape + (1,) * site.energy.event_dim
-        sigmas = self.sigmas.to(x)
-        sigma = sigmas[torch.randint(len(sigmas), rows, device=x.device)]
+        sigmas = self.sigma.to(x)
+        sigma = sigmas  # of one element, or one drawn for each row
+        if len(sigmas) > 1:
+            sigma = sigmas[torch.randint(len(sigmas), rows, device=x.device)]
         noise = torch.randn_like(x)
         log_prob = site.energy.unnormalized_log_prob
         _, s = value_and_grad(log_prob, self.points(x + sigma * noise), create_graph=True)
@@ -240,13 +246,13 @@ def boundary_weight(support: Any, x: Tensor) -> Any:
     """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is constraints.real:
+    if isinstance(support, type(constraints.real)):
         return None
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if support.is_discrete or support.event_dim or (low is None and high is None):
         return False
     if low is None:
-        return (high - x).square()
+        return (torch.as_tensor(high) - x).square()
     if high is None:
         return (x - low).square()
     return ((x - low) * (high - x) / (high - low)).square()

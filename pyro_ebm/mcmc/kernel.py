@@ -7,6 +7,7 @@ A kernel is used in three ways. Under :class:`pyro_ebm.MCMC` it moves many chain
 of the losses.
 """
 
+import io
 import math
 from abc import abstractmethod
 from collections import OrderedDict
@@ -134,7 +135,7 @@ class Kernel(MCMCKernel):
         self.jit_compile, self.ignore_jit_warnings = jit_compile, ignore_jit_warnings
         self.init_strategy = init_strategy
         self._given_params: Mapping[str, Tensor] | None = None
-        self._shipped_params: Any = None
+        self._shipped_params: bytes | None = None
         self._release()
 
     # -- the mathematics: what a new kernel writes ---------------------------------------------
@@ -408,17 +409,23 @@ class Kernel(MCMCKernel):
         for name in ("_potential", "_adaptation", "_engine", "_state"):
             state[name] = None
         # A worker process starts with an empty parameter store: its parameters travel along.
-        # (The store's own get_state() would strip the live parameters of their bookkeeping.)
-        store = pyro.get_param_store()
-        state["_shipped_params"] = {
+        # (The store's own get_state() would strip the live parameters of their bookkeeping, and
+        # tensors would travel as files that are closed before the worker has opened them.)
+        store, buffer = pyro.get_param_store(), io.BytesIO()
+        shipped = {
             name: (p.detach().clone(), store._constraints[name])
             for name, p in store._params.items()
         }
+        torch.save(shipped, buffer)
+        state["_shipped_params"] = buffer.getvalue()
         return state
 
     def _restore_params(self) -> None:
+        if self._shipped_params is None:
+            return
         store = pyro.get_param_store()
-        for name, (unconstrained, constraint) in (self._shipped_params or {}).items():
+        shipped = torch.load(io.BytesIO(self._shipped_params), weights_only=False)
+        for name, (unconstrained, constraint) in shipped.items():
             if name not in store:
                 store.setdefault(name, transform_to(constraint)(unconstrained), constraint)
 

@@ -278,7 +278,7 @@ class MHKernel(Kernel):
         )
         self.proposal = proposal
         self._default_target = target_accept_prob is None
-        self._default_scale = scale is None
+        self._default_scale = scale is None and proposal.adaptive
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """As every kernel; the default scale and target depend on the dimension."""

@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform, identity_transform
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules, unvalidated
@@ -206,12 +207,13 @@ class EnergyPotential(Potential):
         shape = self.bijection.inverse_shape(energy.batch_shape + energy.event_shape)
         shape = shape[len(energy.batch_shape) :]
         site = Site(name, torch.Size(shape), start.dtype, self.bijection.inv, start.device)
-        super().__init__([site], groups=max(energy.batch_shape.numel(), 1))
+        self._rows = max(energy.batch_shape.numel(), 1)
+        super().__init__([site], groups=self._rows if groups is None else groups)
         self._modules = modules(energy._energy)
 
     def __call__(self, z: Tensor) -> Tensor:
         """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
-        return nan_where_singular(lambda z: (self._value(z),), z, self.groups)[0]
+        return nan_where_singular(lambda z: (self._value(z),), z, self._rows)[0]
 
     def _value(self, z: Tensor) -> Tensor:
         unconstrained = self._grouped(z)
@@ -221,7 +223,8 @@ class EnergyPotential(Potential):
         jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
         batch_dim = x.dim() - self.energy.event_dim
         jacobian = jacobian.reshape(jacobian.shape[:batch_dim] + (-1,)).sum(-1)
-        with eval_mode(self._modules):
+        # an energy may be made of distributions, which would raise at a far-out proposal
+        with pyro.validation_enabled(False), eval_mode(self._modules):
             return -(self.energy.unnormalized_log_prob(x) + jacobian).reshape(-1)
 
     def to_position(self, x: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class EnergyPotential(Potential):
         return z.reshape((-1,) + self.energy.batch_shape + self.sites[0].shape)
 
     def _draw(self, num_chains: int) -> Tensor:
-        return self.to_position(self.energy.starting_points((num_chains // self.groups,)))
+        return self.to_position(self.energy.starting_points((num_chains // self._rows,)))
 
 
 class FunctionPotential(Potential):
@@ -277,20 +280,13 @@ class FunctionPotential(Potential):
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
         with self._quiet():
-            value, grad = nan_where_singular(self._value_and_grad, z)
+            value, grad = nan_where_singular(partial(value_and_grad, self._value), z)
         return value, grad
 
     def _value(self, z: Tensor) -> Tensor:
         if z.shape[0] > 1 and self._can_vectorize(z):
             return vmap(self._one)(z)
         return self._one_by_one(z)
-
-    def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if z.shape[0] > 1 and self._can_vectorize(z):
-            with torch.no_grad():  # of z alone: no graph through the model's parameters
-                grad, value = vmap(grad_and_value(self._one))(z.detach())
-            return value, grad
-        return value_and_grad(self._one_by_one, z)
 
     def _one(self, z: Tensor) -> Tensor:
         value = self.potential_fn(self.unravel(z))
@@ -310,7 +306,7 @@ class FunctionPotential(Potential):
             if not all(w.isfinite().all() for w in want):
                 return False  # nothing to compare with yet
             try:
-                got = vmap(grad_and_value(self._one))(some)[::-1]
+                got = value_and_grad(vmap(self._one), some)
                 same = all(
                     ((g - w).abs().max() <= 1e-3 * (1 + w.abs().max()))
                     for g, w in zip(got, want, strict=True)

@@ -70,7 +70,7 @@ def score(
         create_graph: whether the score can be differentiated again.
 
     Returns:
-        The score, shape ``(*batch, *event)``.
+        The score, shape ``(*batch, *event)``, broadcast against the distribution's own batch.
 
     Raises:
         TypeError: for integer points, which have no score.
@@ -81,8 +81,10 @@ def score(
         >>> score(dist.Gamma(3.0, 2.0), torch.tensor([1.0]))  # (a - 1) / x - b
         tensor([0.])
     """
-    log_density = p.log_prob if isinstance(p, Distribution) else p
-    return value_and_grad(log_density, x, create_graph=create_graph)[1]
+    if not isinstance(p, Distribution):
+        return value_and_grad(p, x, create_graph=create_graph)[1]
+    batch = torch.broadcast_shapes(x.shape[: x.dim() - len(p.event_shape)], p.batch_shape)
+    return value_and_grad(p.log_prob, x.expand(batch + p.event_shape), create_graph=create_graph)[1]
 
 
 def fisher_divergence(
@@ -106,7 +108,7 @@ def fisher_divergence(
         The Monte Carlo estimate, shape ``()``.
 
     Raises:
-        ValueError: if neither density tells the number of event dimensions.
+        ValueError: if neither density tells the number of event dimensions, or they disagree.
 
     Reference:
         Hyvarinen (2005), Estimation of non-normalized statistical models by score matching.
@@ -119,10 +121,17 @@ def fisher_divergence(
     if event_dim is None:
         known = [len(d.event_shape) for d in (p, q) if isinstance(d, Distribution)]
         if not known:
-            raise ValueError("give event_dim: functions do not tell how many dimensions an event has")
+            raise ValueError(
+                "give event_dim: functions do not tell how many dimensions an event has"
+            )
+        if len(set(known)) > 1:
+            raise ValueError(f"p and q have {known[0]} and {known[1]} event dimensions: to_event?")
         event_dim = known[0]
     difference = (score(p, x) - score(q, x)).square()
-    return difference.reshape(difference.shape[: x.dim() - event_dim] + (-1,)).sum(-1).mean() / 2
+    return (
+        difference.reshape(difference.shape[: difference.dim() - event_dim] + (-1,)).sum(-1).mean()
+        / 2
+    )
 
 
 def draw_probes(distribution: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -195,6 +195,7 @@ def test_expand_shares_the_energy_and_keeps_everything():
     assert (wide.num_steps, wide.constant_normalizer) == (7, True)
     assert wide.normalizer_state == "learned"
     assert wide.expand((4, 2, 3)).log_prob(x).shape == (4, 2, 3)
+    assert wide.starting_points((5,)).shape == (5, 2, 3)
 
 
 def test_to_event_and_mask():

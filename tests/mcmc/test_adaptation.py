@@ -96,7 +96,7 @@ def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
 
 def test_few_draws_do_not_make_a_dense_factor_singular():
     learn = adaptation(100, dim=30, full_mass=True)
-    z = 1e4 * torch.randn(3, 30)
+    z = torch.randn(3, 30)
     for t in range(100):
         learn.update(z[t % 3][None], torch.full((1,), 0.5))  # three points span no 30 dimensions
     assert learn.factor.isfinite().all()
@@ -143,6 +143,8 @@ def test_chains_have_steps_of_their_own_until_they_settle():
         if t == settling_step(300) - 1:
             want = -math.log(0.574) * scale
             torch.testing.assert_close(steps, want, rtol=0.2, atol=0.0)
+        if t == settling_step(300):  # a stuck chain does not move the median
+            torch.testing.assert_close(learn.step_size, want[:2], rtol=0.2, atol=0.0)
         learn.update(torch.zeros(6, 2), torch.exp(-steps / scale))
     # pooled at the end: the mean acceptance of each group, the stuck chain's included
     prob = torch.exp(-learn.step_size.repeat(3) / scale).reshape(3, 2).mean(0)

@@ -52,7 +52,7 @@ class NoDensity(Proposal):
         return 0.5 * z + torch.randn_like(z)
 
 
-# -- theory --------------------------------------------------------------------------------------
+# -- theory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_a_zuko_flow_proposes():
     assert_moments(draws, 0.0, COVARIANCE.diagonal())
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------
 
 
 def test_neither_symmetric_nor_density():
-    with pytest.raises(ValueError, match="NoDensity.*log_prob.*symmetric"):
+    with pytest.raises(ValueError, match=r"NoDensity.*log_prob.*symmetric"):
         MHKernel(proposal=NoDensity())
 
 
@@ -187,7 +187,7 @@ def test_a_density_of_the_wrong_shape(chains):
         def log_prob(self, new, old):
             return dist.Normal(0.5 * old, 1.0).log_prob(new)
 
-    with pytest.raises(ValueError, match="log_prob of the proposal Wrong.*one density per chain"):
+    with pytest.raises(ValueError, match=r"log_prob of the proposal Wrong.*one density per chain"):
         run_kernel(MHKernel(proposal=Wrong()), energy(), torch.zeros(chains, 2), 0, 1)
 
 
@@ -207,7 +207,7 @@ def test_an_independence_proposal_that_does_not_fit(q, match):
         kernel.setup(10)
 
 
-# -- the rest ----------------------------------------------------------------------------------------
+# -- the rest ----------------------------------------------------------------------------------
 
 
 def test_only_adaptive_proposals_adapt():
@@ -288,3 +288,13 @@ def test_one_bad_chain_touches_no_other():
     others = [0, 1, 3, 4]
     assert torch.equal(draws[0][others], draws[1][others])
     assert draws[1].isfinite().all()
+
+
+def test_an_energy_made_of_distributions_raises_at_no_proposal():
+    def function(x):  # the scale underflows to 0 far out, which Normal refuses to be made with
+        return -dist.Normal(0.0, (-x.square()).exp()).log_prob(torch.tensor(0.5)).sum(-1)
+
+    kernel = MHKernel(proposal=RandomWalk(50.0), adapt_step_size=False)
+    draws, info = run_kernel(kernel, energy(function), torch.zeros(20, 2), 0, 50)
+    assert draws.isfinite().all()
+    assert info.diverging.any()

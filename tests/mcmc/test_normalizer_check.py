@@ -604,6 +604,16 @@ def test_only_the_site_that_comes_and_goes_is_named():
     assert "'always'" not in str(caught.value)
 
 
+def test_an_energy_is_not_blamed_on_its_own_value():
+    def model():
+        w = positive("w").item()
+        x = pyro.sample("x", energy(lambda x: w * x**2))
+        assert math.isfinite(x.item())
+
+    with pytest.raises(NormalizerError, match=r"site 'x': its energy depends on 'w', read by"):
+        check_normalizers(model)
+
+
 def test_float64():
     def model():
         z = pyro.sample("z", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 1.0))

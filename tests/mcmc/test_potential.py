@@ -491,6 +491,9 @@ def made_outside():
     pyro.sample("g", OUTER_GAMMA.to_event(1))
     pyro.sample("m", OUTER_GAMMA.mask(torch.tensor([True, False])).to_event(1))
     pyro.sample("e", OUTER_ENERGY.to_event(1))
+    pyro.sample("t", dist.TransformedDistribution(OUTER_GAMMA, [ExpTransform().inv]).to_event(1))
+    mixed = dist.Categorical(torch.ones(2), validate_args=True)
+    pyro.sample("y", dist.MixtureSameFamily(mixed, OUTER_NORMAL), obs=torch.tensor(0.5))
 
 
 DATA = torch.randn(6, generator=torch.Generator().manual_seed(1))
@@ -514,6 +517,20 @@ def test_all_chains_at_once_equal_each_chain_alone(name):
     potential = ModelPotential(model, args)
     agrees(potential)
     assert potential._vectorizes is True
+
+
+def test_a_proposal_outside_every_support_is_no_error():
+    """Whatever a part of the model was told to validate: there is no density, and no exception."""
+    potential = ModelPotential(made_outside)
+    z = potential.initial(4)
+    for site_index in range(len(potential.sites)):
+        start = sum(potential.sizes[:site_index])
+        for chains in (4, 1):
+            bad = z[:chains].clone()
+            bad[0, start] = math.nan
+            value, _ = potential.value_and_grad(bad)
+            assert value[0].isnan()
+            assert value[1:].isfinite().all()
 
 
 def test_a_branch_on_a_value_falls_back_with_one_warning():

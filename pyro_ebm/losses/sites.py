@@ -1,0 +1,154 @@
+"""An energy site of a trace, looked at through its wrappers."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+
+
+@dataclasses.dataclass
+class EnergySite:
+    """One energy site of a trace.
+
+    Rows are the elements of the energy's batch, its plates among them.
+    """
+
+    name: str
+    energy: UnnormalizedEnergy
+    x: Tensor
+    """Values, shape ``(*batch, *event)``; rows masked out hold some point of the support."""
+    mask: Tensor | None
+    """Which rows count, boolean, shape ``batch``; None if all do."""
+    inner_dims: int
+    """How many batch dimensions the site's ``to_event`` sums over."""
+    scale: Any
+    """The site's scale, from its plates and ``poutine.scale``."""
+    is_observed: bool
+    latents: tuple[Tensor, ...] = ()
+    """The other latents of the model that a gradient may reach."""
+    guide_fn: Any = None
+    """The guide's distribution at an observed site: the noise."""
+    guide_value: Tensor | None = None
+    """The guide's draw from it, shape ``(*batch, *event)``."""
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the rows."""
+        return self.x.shape[: self.x.dim() - self.energy.event_dim]
+
+    def weighted(self, term: Tensor) -> Tensor:
+        """A term of shape ``(*batch)``, masked, summed over inner dimensions, and scaled."""
+        if self.mask is not None:
+            term = torch.where(self.mask, term, term.new_zeros(()))
+        return scale_and_mask(sum_rightmost(term, self.inner_dims), self.scale)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the rows that count, NaN if none does; ``value`` is ``(..., *batch)``."""
+        value = value.detach()
+        if self.mask is None:
+            return value.mean()
+        mask = self.mask.expand(value.shape)
+        return torch.where(mask, value, 0.0).sum() / mask.sum()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no parameter and no latent moves the density, but its own value alone."""
+        return not self.energy.unnormalized_log_prob(self.x.detach()).requires_grad
+
+    def has_latent_in(self, tensor: Tensor | None) -> bool:
+        """Whether a tensor was computed from a latent in front of the energy."""
+        if tensor is None or not tensor.requires_grad or not self.latents:
+            return False
+        grads = torch.autograd.grad(
+            tensor.sum(), self.latents, retain_graph=True, allow_unused=True
+        )
+        return any(grad is not None for grad in grads)
+
+
+def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> EnergySite:
+    """Looks through the wrappers of an energy site.
+
+    Args:
+        name: its name.
+        site: its node in the model's trace.
+        noise: its node in the guide's trace, if the site is observed.
+        latents: values of the other latents that a gradient may reach.
+
+    Raises:
+        ValueError: for NaN data or data outside the support, or a wrapper whose meaning for an
+            energy is not known.
+    """
+    fn, x = site["fn"], site["value"]
+    mask, inner_dims = site["mask"], 0
+    mask = None if mask is None else torch.as_tensor(mask)
+    while not isinstance(fn, UnnormalizedEnergy):
+        if isinstance(fn, MaskedDistribution):
+            inner = torch.as_tensor(fn._mask)
+            mask = inner if mask is None else mask & inner
+        elif isinstance(fn, Independent):
+            dims = fn.reinterpreted_batch_ndims
+            inner_dims += dims
+            if mask is not None:
+                mask = mask.reshape(mask.shape + (1,) * dims)
+        else:
+            raise ValueError(
+                f"site {name!r} is an energy inside {type(fn).__name__}, which the losses do not"
+                " look through: transform the data, or write the energy of what is observed"
+            )
+        fn = fn.base_dist
+    x = fn._broadcast(x)
+    batch = x.shape[: x.dim() - fn.event_dim]
+    if mask is not None:
+        mask = mask.to(x.device).expand(batch)
+        rows = mask.reshape(batch + (1,) * fn.event_dim)
+        x = torch.where(rows, x, fn.starting_points((1,))[0].detach().to(x))
+    if site["is_observed"]:
+        _check_data(name, fn, x)
+    return EnergySite(
+        name=name,
+        energy=fn,
+        x=x,
+        mask=mask,
+        inner_dims=inner_dims,
+        scale=site["scale"],
+        is_observed=site["is_observed"],
+        latents=tuple(latents),
+        guide_fn=None if noise is None else noise["fn"],
+        guide_value=None if noise is None else noise["value"],
+    )
+
+
+def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(
+            f"the data at site {name!r} hold NaN or infinite values: mask those rows"
+            " (poutine.mask) or drop them"
+        )
+    if not energy.support.check(x).all():
+        raise ValueError(
+            f"the data at site {name!r} leave the energy's support {energy.support}: give the"
+            " support that they live on"
+        )
+
+
+def leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors of an autograd graph that require gradients."""
+    if tensor.is_leaf and tensor.requires_grad:
+        yield tensor
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of the nodes that accumulate gradients
+        if variable is not None:
+            yield variable
+        stack.extend(parent for parent, _ in node.next_functions)

@@ -1,0 +1,54 @@
+"""Every example runs with small flags, in an empty folder, and says and draws what it should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# name: (small flags, pictures it writes, words of its report)
+EXAMPLES = {
+    "quickstart.py": (
+        "--num-samples 30 --warmup-steps 20 --num-chains 3 --output pictures/digit.png",
+        ["pictures/digit.png"],
+        ["Langevin", "Metropolis-Hastings", "NUTS", "R-hat", "bulk ESS/s", "PSNR", "digit.png"],
+    ),
+    "contrastive_divergence.py": (
+        "--num-steps 3 --batch-size 20 --output contrastive.png",
+        ["contrastive.png"],
+        ["acceptance", "log Z", "held-out", "contrastive.png"],
+    ),
+    "score_matching.py": (
+        "--num-steps 3 --batch-size 20 --output scores.png",
+        ["scores.png"],
+        ["score error", "KL(data || model)", "scores.png"],
+    ),
+}
+
+
+def test_every_example_is_listed():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path):
+    flags, pictures, words = EXAMPLES[name]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    for word in words:
+        assert word in done.stdout
+    for picture in pictures:
+        pixels = matplotlib.image.imread(tmp_path / picture)
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.05  # not blank
