@@ -107,7 +107,7 @@ def test_each_player_has_its_own_gradient_of_one_objective(ratio, form, alternat
     for got, want in ((for_energy, up), (for_flow, down)):
         for g, w in zip(got, want, strict=True):
             if w is None or g is None:
-                assert (g is None or not g.any()) and (w is None or not w.any())
+                assert not any(grad is not None and grad.any() for grad in (g, w))
             else:
                 torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-8)
     assert max(g.abs().max() for g in for_flow if g is not None) > 1e-3
@@ -259,7 +259,7 @@ def test_broad_noise_leaves_the_flow_its_gradient():
         pyro.clear_param_store()
 
         def guide(x):
-            m = pyro.param("m", torch.tensor(value).double())
+            m = pyro.param("m", torch.tensor(value, dtype=torch.float64))
             with pyro.plate("data", len(x)):
                 pyro.sample("x", dist.Normal(m, 1.5))
 
@@ -293,28 +293,28 @@ def test_reversal():
     torch.testing.assert_close(x.grad, -2 * x.detach())
 
 
-@pytest.mark.parametrize("alternate", [None, "accuracy", 3])
+@pytest.mark.parametrize("alternate", [None, "accuracy"])
 def test_noise_and_energy_both_find_the_data(alternate):
     # the data N(2, .5^2) lie in both families: the game ends where p = q = data
     x = 2.0 + 0.5 * torch.randn(1000)
 
     def model(x):
-        m, s = pyro.param("m", torch.tensor(0.0)), pyro.param("s", torch.tensor(0.0))
+        m, s = pyro.param("m", torch.tensor(1.0)), pyro.param("s", torch.tensor(0.0))
         log_z = pyro.param("log_z", torch.tensor(0.0))
         p = UnnormalizedEnergy(lambda x: (x - m) ** 2 * (-2 * s).exp() / 2, log_normalizer=log_z)
         with pyro.plate("data", len(x)):
             pyro.sample("x", p, obs=x)
 
     def guide(x):
-        loc, log_scale = pyro.param("loc", torch.tensor(0.5)), pyro.param("ls", torch.tensor(0.3))
+        loc, log_scale = pyro.param("loc", torch.tensor(1.0)), pyro.param("ls", torch.tensor(0.0))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, log_scale.exp()))
 
     loss = FlowNCE(noise_ratio=2, alternate=alternate, threshold=0.55)
     svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
-    for _ in range(1200):
+    for _ in range(800):
         svi.step(x)
-    store = {name: float(p) for name, p in pyro.get_param_store().items()}
+    store = {name: p.item() for name, p in pyro.get_param_store().items()}
     assert store["m"] == pytest.approx(2.0, abs=0.1)
     assert math.exp(store["s"]) == pytest.approx(0.5, abs=0.1)
     exact = 0.5 * math.log(2 * math.pi) + store["s"]

@@ -282,7 +282,7 @@ def test_ranking_recovers_a_conditional_energy():
 )
 def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
     # many fits at once: each column is a data set with its own parameters
-    fits, n = 600, 4000 if s2 < 1 else 1000
+    fits, n = (600, 4000 if s2 < 1 else 1000) if ratio < 100 else (400, 500)
     x, q = torch.randn(n, fits).double(), dist.Normal(torch.tensor(0.0).double(), s2**0.5)
     noise = q.sample((ratio, n, fits))
     fixed = [(noise, q.log_prob(noise), q.log_prob(x))]
@@ -291,8 +291,10 @@ def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
 
     def model(lam, log_z):
         with pyro.plate("rows", n, dim=-2), pyro.plate("fits", fits, dim=-1):
-            p = UnnormalizedEnergy(lambda x: lam * x**2 / 2, log_normalizer=log_z)
-            pyro.sample("x", p.expand([fits]), obs=x)
+            p = UnnormalizedEnergy(
+                lambda x: lam * x**2 / 2, batch_shape=(fits,), log_normalizer=log_z
+            )
+            pyro.sample("x", p, obs=x)
 
     def guide(lam, log_z):
         with pyro.plate("rows", n, dim=-2), pyro.plate("fits", fits, dim=-1):
@@ -308,7 +310,7 @@ def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
         theta = (theta - step).detach().requires_grad_()
     assert step.abs().max() < 1e-8
     lam, log_z = theta.detach()
-    tolerance = SIGMAS * (2 / fits) ** 0.5 + 8 / n**0.5  # Monte Carlo, and the finite n
+    tolerance = SIGMAS * (2 / fits) ** 0.5 + 20 * lam_variance / n  # Monte Carlo, and a finite n
     # maximum likelihood has n Var = 2 lam^2
     assert abs(float(lam.var()) * n / 2 / lam_variance - 1) < tolerance
     if c_variance is not None:

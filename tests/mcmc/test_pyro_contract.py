@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 
+import arviz
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -318,8 +319,6 @@ def test_our_runner_as_pyro_runs_chains(monkeypatch, num_chains):
 
 
 # -- arviz -----------------------------------------------------------------------------------------
-
-arviz = pytest.importorskip("arviz")
 
 
 @pytest.mark.skipif(not hasattr(arviz, "from_pyro"), reason="ArviZ 1.x has no from_pyro")
