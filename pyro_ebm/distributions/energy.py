@@ -216,6 +216,10 @@ class UnnormalizedEnergy(TorchDistribution):
 
         Returns:
             Shape ``(*sample, *batch)``.
+
+        Raises:
+            ValueError: under ``SVI.step`` with a plain ELBO that would train the energy without
+                its log Z.
         """
         if self._validate_args:
             self._validate_sample(value)

@@ -56,7 +56,7 @@ def test_the_density_is_that_of_the_draws(net):
     torch.testing.assert_close(q.log_prob(x.detach()), log_q, rtol=1e-3, atol=1e-3)
     line = torch.linspace(-8, 8, 321)
     grid = torch.cartesian_prod(line, line)
-    mass = q.log_prob(grid).exp() * (line[1] - line[0]) ** 2
+    mass = q.log_prob(grid).exp().detach() * (line[1] - line[0]) ** 2
     assert float(mass.sum()) == pytest.approx(1.0, abs=0.01)
     mean, draws = (mass[:, None] * grid).sum(0), q.sample((4000,))
     assert ((draws.mean(0) - mean).abs() < SIGMAS * draws.std(0) / 4000**0.5 + 0.01).all()

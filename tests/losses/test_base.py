@@ -70,8 +70,8 @@ def test_the_gradient_reaches_a_latent_in_front_of_an_energy():
         m_ = pyro.param("m", torch.tensor(m))
         pyro.sample("z", dist.Normal(m_, s))
 
-    loss = ContrastiveDivergence(kernel=MALA, num_steps=20)
-    draws = torch.stack([gradients(loss, model, guide, x)["m"] for _ in range(200)])
+    loss = ContrastiveDivergence(kernel=MALA, num_steps=12)
+    draws = torch.stack([gradients(loss, model, guide, x)["m"] for _ in range(100)])
     exact = -(-m + n / 2 - math.exp(m + s**2 / 2) * float(x.square().sum()) / 2)
     error = draws.std() / len(draws) ** 0.5
     assert (draws.mean() - exact).abs() < SIGMAS * error

@@ -153,13 +153,13 @@ def test_log_z_is_learned_beside_the_energy():
     svi = SVI(
         model_of(lam=1.0, log_z=0.0),
         guide_of(dist.Normal(0.0, 1.2)),
-        Adam({"lr": 0.02}),
+        Adam({"lr": 0.04}),
         NCE(noise_ratio=10),
     )
     tail = []
-    for step in range(600):
+    for step in range(320):
         svi.step(x)
-        if step >= 400:
+        if step >= 200:
             tail.append(torch.stack([pyro.param("lam"), pyro.param("log_z")]).detach().clone())
     lam, log_z = torch.stack(tail).mean(0)
     assert (lam / 2 - 1).abs() < SIGMAS * 1.3 * (2 / 4000) ** 0.5
@@ -227,8 +227,8 @@ def test_self_normalized_needs_none():
     guide = guide_of(dist.Normal(0.0, 1.5))
     with pytest.raises(ValueError, match=r"'x' has no log_normalizer.*self_normalized"):
         NCE().loss_and_grads(model, guide, x)
-    svi = SVI(model, guide, Adam({"lr": 0.03}), NCE(5, self_normalized=True))
-    for _ in range(400):
+    svi = SVI(model, guide, Adam({"lr": 0.05}), NCE(5, self_normalized=True))
+    for _ in range(250):
         svi.step(x)
     assert (pyro.param("c") - LOG_Z).abs() < 0.1
 
@@ -255,11 +255,11 @@ def test_ranking_recovers_a_conditional_energy():
         with pyro.plate("data", len(x)):
             pyro.sample("x", p, obs=x)
 
-    svi = SVI(model, guide_of(dist.Normal(0.0, 2.5)), Adam({"lr": 0.02}), RankingNCE(20))
+    svi = SVI(model, guide_of(dist.Normal(0.0, 2.5)), Adam({"lr": 0.04}), RankingNCE(20))
     tail = []
-    for step in range(500):
+    for step in range(260):
         svi.step(x)
-        if step >= 300:
+        if step >= 140:
             tail.append(torch.stack([pyro.param("w"), pyro.param("v")]).detach().clone())
     w, v = torch.stack(tail).mean(0)
     # standard errors of maximum likelihood are .016 and .011
@@ -407,7 +407,7 @@ def test_a_network_learns_a_density():
 
     module = NCE(5, init_log_normalizer=True)(model, guide_of(gaussian_noise(x)))
     optimiser = torch.optim.Adam([*net.parameters(), log_z], lr=0.01)
-    for _ in range(400):
+    for _ in range(250):
         optimiser.zero_grad()
         module(x).backward()
         optimiser.step()

@@ -9,7 +9,8 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
-from tests.statistics import assert_cdf, assert_mean, assert_moments
+from pyro_ebm.mcmc import EnergyPotential
+from tests.statistics import assert_cdf, assert_mean, assert_moments, run_kernel
 
 KERNELS = [
     pytest.param(LangevinKernel, id="langevin"),
@@ -80,7 +81,16 @@ def test_two_sites_of_different_support(make):
 
 
 @pytest.mark.parametrize("make", KERNELS)
-def test_energy_and_pyro_site_of_one_density_agree(make):
-    energy = UnnormalizedEnergy(lambda x: -3 * x.log() + 2 * x, support=constraints.positive)
-    x = draw(make(energy))
-    assert_moments(x, 2.0, 1.0)  # Gamma(4, 2)
+@pytest.mark.parametrize(
+    "target",
+    [dist.Gamma(4.0, 2.0), dist.Beta(2.0, 0.8), dist.Dirichlet(torch.tensor([0.7, 2.0, 5.0]))],
+    ids=["gamma", "beta", "dirichlet"],
+)
+def test_an_energy_without_a_model(target, make):
+    energy = UnnormalizedEnergy(
+        lambda x: -target.log_prob(x), event_shape=target.event_shape, support=target.support
+    )
+    potential = EnergyPotential(energy)
+    z, _ = run_kernel(make(None), potential, potential.initial(300), 150, 150)
+    x = potential.to_points(z.transpose(0, 1)).unflatten(0, (150, 300)).transpose(0, 1)
+    assert_moments(x, target.mean, target.variance)

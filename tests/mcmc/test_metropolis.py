@@ -56,7 +56,7 @@ class NoDensity(Proposal):
 
 
 @pytest.mark.parametrize(
-    ("dim", "chains", "accept"), [(10, 4000, 0.2611), (100, 2000, 0.2366), (1000, 1000, 0.2342)]
+    ("dim", "chains", "accept"), [(10, 4000, 0.2611), (100, 2000, 0.2366), (1000, 500, 0.2342)]
 )
 def test_acceptance_at_the_optimal_scaling(dim, chains, accept):
     kernel = MHKernel(proposal=RandomWalk(2.381 / dim**0.5), adapt_step_size=False)
