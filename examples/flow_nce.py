@@ -108,7 +108,7 @@ def picture(truth, densities, history, path):
         ax.set(xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[], aspect="equal")
     accuracy, log_z = torch.tensor(history).T
     axes[-1].plot(accuracy, color="tab:blue", lw=1)
-    axes[-1].set(title="the game", xlabel="step", ylim=(0.4, 1))
+    axes[-1].set(title="the game", xlabel="step", ylim=(0.4, 0.75))
     axes[-1].set_ylabel("accuracy, smoothed", color="tab:blue")
     twin = axes[-1].twinx()
     twin.plot(log_z, color="tab:red")
@@ -123,7 +123,9 @@ def main():
     parser.add_argument("--warm-up", type=int, default=200, help="likelihood steps of the flow")
     parser.add_argument("--num-steps", type=int, default=1500, help="moves of the game")
     parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--threshold", type=float, default=0.57, help="accuracy of a change of turn")
+    parser.add_argument(
+        "--threshold", type=float, default=0.57, help="accuracy of a change of turn"
+    )
     parser.add_argument("--output", type=Path, default=Path("examples/output/flow_nce.png"))
     args = parser.parse_args()
 

@@ -282,7 +282,7 @@ def test_ranking_recovers_a_conditional_energy():
 )
 def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
     # many fits at once: each column is a data set with its own parameters
-    fits, n = (600, 4000 if s2 < 1 else 1000) if ratio < 100 else (400, 500)
+    fits, n = {1: (600, 4000 if s2 < 1 else 1000), 10: (400, 1000), 100: (300, 400)}[ratio]
     x, q = torch.randn(n, fits).double(), dist.Normal(torch.tensor(0.0).double(), s2**0.5)
     noise = q.sample((ratio, n, fits))
     fixed = [(noise, q.log_prob(noise), q.log_prob(x))]
