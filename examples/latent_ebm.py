@@ -113,7 +113,7 @@ def log_mean_exp(x, dim):
 
 @torch.no_grad()
 def log_normalizer(digits, z, n=50_000):
-    """log Z = log E_q[h exp(-E) / q], q a Gaussian like the codes z and wider; its ESS."""
+    """Log Z = log E_q[h exp(-E) / q], q a Gaussian like the codes z and wider; its ESS."""
     if digits.energy is None:
         return torch.tensor(0.0), n
     q = gaussian_noise(z, width=1.3)
@@ -125,7 +125,7 @@ def log_normalizer(digits, z, n=50_000):
 
 @torch.no_grad()
 def log_likelihood(digits, x, log_z, n=100):
-    """log p(x) = log E_q[p(x | z) p(z) / q(z | x)] of each digit."""
+    """Log p(x) = log E_q[p(x | z) p(z) / q(z | x)] of each digit."""
     q = digits.posterior(x)
     z = q.sample((n,))
     prior = digits.prior()
@@ -137,12 +137,12 @@ def log_likelihood(digits, x, log_z, n=100):
 def picture(x, runs, path):
     (_, first), (_, second) = runs.items()
     names = list(runs)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.4), layout="constrained")
     panels = {
         "real digits": x,
         f"generated, {names[0]}": first["x"],
         f"generated, {names[1]}": second["x"],
-        f"the real digits from their codes, {names[1]}": second["again"],
+        "the real digits from their codes": second["again"],
     }
     for ax, (name, images) in zip(axes.flat, panels.items()):
         tiles = nn.functional.pad(images[:80].reshape(8, 10, 8, 8), (1, 1, 1, 1), value=0.4)
@@ -157,7 +157,7 @@ def picture(x, runs, path):
         ):
             ax.plot(*((points - mean) @ plane)[:900].T, ".", ms=4, mew=0, alpha=0.6, color=color)
             ax.plot([], [], "o", color=color, label=label)
-        ax.set_title(f"the latent space, {name}: the codes' principal plane")
+        ax.set_title(f"latent space, {name}")
         ax.legend(fontsize="small", frameon=False, loc="upper right")
         ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,18 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 
+def checked_shape(name: str, shape: Iterable[int]) -> torch.Size:
+    """The shape as a ``torch.Size``.
+
+    Raises:
+        ValueError: if it is no tuple of sizes, such as a number.
+    """
+    try:
+        return torch.Size(shape)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {shape!r}") from error
+
+
 def lift_support(
     support: constraints.Constraint, event_shape: torch.Size
 ) -> constraints.Constraint:
@@ -27,13 +39,18 @@ def lift_support(
         event_shape: the shape of one event.
 
     Raises:
-        ValueError: if the support has more event dimensions than the event.
+        ValueError: if it is no constraint, or has more event dimensions than the event.
 
     Example:
         >>> from torch.distributions import constraints
         >>> lift_support(constraints.positive, torch.Size([3])).event_dim
         1
     """
+    if not isinstance(support, constraints.Constraint):
+        raise ValueError(
+            "support must be a constraint, such as pyro.distributions.constraints.positive, got"
+            f" {support!r}"
+        )
     while isinstance(support, MixtureSameFamilyConstraint):
         support = support.base_constraint  # that of the components, and biject_to knows it
     missing = len(event_shape) - support.event_dim
@@ -143,7 +160,8 @@ def refuse_plain_elbo(log_prob: Callable[[Tensor], Tensor], x: Tensor, name: str
             f"SVI trains something that moves {name}, and a plain ELBO lacks the gradient of its"
             " log Z: use one of the losses of pyro_ebm, such as"
             " SVI(..., loss=ContrastiveDivergence()), or give log_normalizer= in closed form, or"
-            " say constant_normalizer=True if Z does not depend on it (a location family)"
+            " say constant_normalizer=True if Z does not depend on it (a location family), or"
+            " freeze a network that is not to be trained: net.requires_grad_(False)"
         )
 
 

@@ -15,6 +15,7 @@ with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a t
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,10 +24,12 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_ebm.distributions.checks import (
     check_bijection,
     checked_normalizer,
+    checked_shape,
     expanded_base,
     fixed_weights,
     lift_support,
@@ -90,7 +93,8 @@ class UnnormalizedEnergy(TorchDistribution):
 
     Raises:
         ValueError: for a support whose event dimensions exceed the event's, a base of another
-            shape, a normalizer of another shape, or (when called) an energy of the wrong shape.
+            shape, a normalizer of another shape or not finite, or (when called) an energy of the
+            wrong shape.
 
     Reference:
         LeCun et al. (2006), A tutorial on energy-based learning.
@@ -129,11 +133,14 @@ class UnnormalizedEnergy(TorchDistribution):
             raise ValueError(f"energy must be callable, got {type(energy).__name__}")
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+        if base is not None and not isinstance(base, Distribution):
+            raise ValueError(f"base must be a distribution, got {base!r}")
         if event_shape is None:
             event_shape = () if base is None else base.event_shape
         if batch_shape is None:
             batch_shape = () if base is None else base.batch_shape
-        event_shape, batch_shape = torch.Size(event_shape), torch.Size(batch_shape)
+        event_shape = checked_shape("event_shape", event_shape)
+        batch_shape = checked_shape("batch_shape", batch_shape)
         if base is not None:
             base = expanded_base(base, batch_shape, event_shape)
             if (inner := find_energy(base)) is not None and not inner.is_normalized:
@@ -152,6 +159,8 @@ class UnnormalizedEnergy(TorchDistribution):
         self.num_steps = num_steps
         self.constant_normalizer = constant_normalizer
         if log_normalizer is not None and not isinstance(log_normalizer, Tensor):
+            if not math.isfinite(float(log_normalizer)):
+                raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
             # in the energy's own precision: float32 keeps 7 digits of a double
             like = self._like()
             log_normalizer = torch.tensor(

@@ -150,8 +150,8 @@ class ModelPotential(FunctionPotential):
             support = node["fn"].support
             if support.is_discrete:
                 raise ValueError(
-                    f"site {name!r} is discrete and cannot be summed out: {type(self).__name__}"
-                    " moves continuous latents only"
+                    f"site {name!r} is discrete and cannot be summed out: the kernels move"
+                    " continuous latents only"
                 )
             if latents := get_provenance(tensors_of(support)) - {name}:
                 raise ValueError(
@@ -184,7 +184,8 @@ class ModelPotential(FunctionPotential):
             try:
                 trace = self._run(_Unvalidated()(self.model))
             except torch.linalg.LinAlgError:  # no start: the next try draws another
-                return torch.full((self.dim,), torch.nan, dtype=self.dtype)
+                nothing = {"dtype": self.dtype, "device": self.sites[0].device}
+                return torch.full((self.dim,), torch.nan, **nothing)
         points = {site.name: _value(trace, site.name) for site in self.sites}
         return self.ravel({s.name: _to_reals(s.transform, points[s.name]) for s in self.sites})
 

@@ -89,6 +89,11 @@ class MCMC(AbstractMCMC):
         thinning: int = 1,
         save_warmup: bool = False,
     ):
+        if not isinstance(kernel, MCMCKernel):
+            raise ValueError(
+                f"kernel must be an MCMC kernel, as in MCMC(LangevinKernel(model), ...), got"
+                f" {kernel!r}"
+            )
         if chain_method is None:
             chain_method = "vectorized" if isinstance(kernel, Kernel) else "sequential"
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
@@ -109,13 +114,14 @@ class MCMC(AbstractMCMC):
             raise ValueError(
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
-        if initial_params is not None and num_chains > 1:
-            for name, value in initial_params.items():
-                if value.shape[:1] != (num_chains,):
-                    raise ValueError(
-                        f"initial_params[{name!r}] must lead with num_chains={num_chains}, got"
-                        f" shape {tuple(value.shape)}"
-                    )
+        for name, value in (initial_params or {}).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"initial_params[{name!r}] must be a tensor, got {value!r}")
+            if num_chains > 1 and value.shape[:1] != (num_chains,):
+                raise ValueError(
+                    f"initial_params[{name!r}] must lead with num_chains={num_chains}, got"
+                    f" shape {tuple(value.shape)}"
+                )
         super().__init__(kernel, num_chains, transforms)
         self._given_transforms = transforms
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
@@ -311,6 +317,8 @@ class MCMC(AbstractMCMC):
 
     def _kept(self, names: Any) -> list[str]:
         names = sorted(names)
+        if not names:  # the kernels of this package say so themselves
+            raise ValueError("the model has no latent site to sample")
         if self.save_params is None:
             return names
         if unknown := set(self.save_params) - set(names):

@@ -65,7 +65,7 @@ class Method:
     pace: float = 1.0
     """Steps, as a fraction of ``--steps``."""
     batch: int = 256
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Adam's; falls to a twentieth by the end."""
     noise: str | None = None
     """What the guide holds: nothing, a broad ``"gaussian"``, or a ``"flow"``."""
@@ -274,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fits densities in the plane by every loss.")
     parser.add_argument("--losses", nargs="+", default=list(methods()), choices=list(methods()))
     parser.add_argument("--sets", nargs="+", default=list(TOY_SETS), choices=list(TOY_SETS))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--warm-up", type=int, default=500, help="of the flow, by likelihood")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it all run?")
     parser.add_argument("--workers", type=int, default=2, help="processes, a fit each")

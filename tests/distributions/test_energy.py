@@ -439,6 +439,17 @@ def test_repr():
             lambda: UnnormalizedEnergy(half_square, base=UnnormalizedEnergy(half_square)),
             r"base must be normalized, .* is unknown",
         ),
+        (
+            lambda: UnnormalizedEnergy(half_square, event_shape=3),
+            r"event_shape must be a tuple of sizes, such as \(3,\), got 3",
+        ),
+        (lambda: UnnormalizedEnergy(half_square, batch_shape=3), r"batch_shape must be a tuple"),
+        (lambda: UnnormalizedEnergy(half_square, support=3), r"support must be a constraint"),
+        (lambda: UnnormalizedEnergy(half_square, base=3.0), r"base must be a distribution, got 3"),
+        (
+            lambda: UnnormalizedEnergy(half_square, log_normalizer=math.nan),
+            r"log_normalizer must be finite, got nan",
+        ),
     ],
 )
 def test_the_constructor_refuses(make, message):

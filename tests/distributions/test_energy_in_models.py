@@ -1,5 +1,7 @@
 """An energy is a Pyro distribution: sites, plates, handlers, guides, Predictive, NUTS."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -248,3 +250,17 @@ def test_nuts_with_a_network():
     ess = mcmc.diagnostics()["x"]["n_eff"]
     error = mcmc.get_samples()["x"].mean(0) - net.mean.detach()
     assert (error.abs() < 5 / ess.sqrt()).all()
+
+
+def test_a_network_that_svi_is_not_to_train_is_frozen():
+    net = torch.nn.Linear(1, 1)
+
+    def model():
+        pyro.sample("x", UnnormalizedEnergy(lambda x: net(x[..., None])[..., 0] ** 2))
+
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"net\.requires_grad_\(False\)"):
+        svi.step()
+    net.requires_grad_(False)
+    assert math.isfinite(svi.step())

@@ -169,6 +169,7 @@ def test_initial_params_that_do_not_fit(chain_method):
     for params, num_chains, match in (
         (START, 2, r"initial_params\['scale'\] must lead with num_chains=2"),
         ({**START, "x": torch.tensor(0.0)}, 3, r"initial_params\['x'\] must lead with"),
+        ({"scale": 0.0, "x": torch.zeros(2)}, 1, r"initial_params\['scale'\] must be a tensor"),
         ({"x": START["x"]}, 3, r"initial_params has sites \['x'\], the model has"),
         ({**START, "x": torch.zeros(3, 4)}, 3, r"initial_params\['x'\] must be unconstrained"),
         ({**START, "x": START["x"] * math.nan}, 3, "site 'x' is nan"),
@@ -285,6 +286,12 @@ def test_divergences_of_pyros_kernels_are_told_per_draw():
     assert fields_of(told, 4, 1)["diverging"].int().tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
     assert fields_of(told, 2, 2)["diverging"].int().tolist() == [[0, 1], [0, 0]]
     assert fields_of([{}], 2, 2) == {}
+
+
+@pytest.mark.parametrize("kernel", [LangevinKernel, NUTS])
+def test_a_model_without_latents(kernel):
+    with pytest.raises(ValueError, match=r"no (continuous )?latent site to sample"):
+        run(5, 5, kernel=kernel(lambda: None))
 
 
 @pytest.mark.parametrize("kernel", [LangevinKernel, NUTS])
@@ -411,6 +418,8 @@ def test_bad_numbers():
             MCMC(kernel, **kwargs)
     with pytest.raises(ValueError, match="NUTS moves one chain at a time"):
         MCMC(NUTS(model), 5, chain_method="vectorized")
+    with pytest.raises(ValueError, match=r"kernel must be an MCMC kernel, .* got <function model"):
+        MCMC(model, 5)
     assert MCMC(kernel, numpy.int64(3)).num_samples == 3
     assert MCMC(kernel, 7).warmup_steps == 7
 
