@@ -293,30 +293,7 @@ class Kernel(MCMCKernel):
                 the potential is not finite.
         """
         given = self._given_params
-        if given is None:
-            return potential.initial(num_chains)
-        if given.keys() != set(potential.names):
-            raise ValueError(
-                f"initial_params has sites {sorted(given)}, the model has {sorted(potential.names)}"
-            )
-        lead = () if num_chains == 1 else (num_chains,)
-        for site in potential.sites:
-            want, got = lead + tuple(site.shape), tuple(given[site.name].shape)
-            if got != want and got != (num_chains, *site.shape):
-                raise ValueError(
-                    f"initial_params[{site.name!r}] must be unconstrained values of shape {want},"
-                    f" got {got}"
-                )
-        z = potential.ravel(given).detach().reshape(num_chains, potential.dim)
-        z = z.to(potential.sites[0].device)
-        value, grad = potential.value_and_grad(z)
-        bad = ~(value.isfinite() & grad.isfinite().all(-1))
-        if bad.any():
-            raise ValueError(
-                f"initial_params of chain {int(bad.nonzero()[0])} do not do:"
-                f" {potential.blame(z[bad][0])}"
-            )
-        return z
+        return potential.initial(num_chains) if given is None else potential.at(given, num_chains)
 
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One transition from a dict of unconstrained values to the next."""
@@ -329,12 +306,15 @@ class Kernel(MCMCKernel):
         self._seen += 1
         if self._steps == self._warmup_steps:
             self._mean_accept, self._seen = 0.0, 0
+        self.last_stats = {
+            "lp": -float(self._state.potential),
+            "acceptance_rate": float(info.accept_prob),
+            "step_size": float(self.adaptation.step_size.mean()),
+            "diverging": bool(info.diverging),
+        }
         if self._steps > self._warmup_steps:
-            step_size = float(self.adaptation.step_size.mean())
-            step = (-float(self._state.potential), float(info.accept_prob), step_size)
-            for name, number in zip(("lp", "acceptance_rate", "step_size"), step, strict=True):
+            for name, number in self.last_stats.items():
                 self._stats.setdefault(name, []).append(number)
-            self._stats.setdefault("diverging", []).append(bool(info.diverging))
         return {k: v.squeeze(0) for k, v in self.potential.unravel(self._state.z).items()}
 
     @property
@@ -396,6 +376,7 @@ class Kernel(MCMCKernel):
         self._steps = 0
         self._mean_accept, self._seen = 0.0, 0
         self._stats: dict[str, list[Any]] = {}
+        self.last_stats: dict[str, Any] = {}
 
     def copy(self: Self) -> Self:
         """A kernel with the same settings that has seen nothing."""

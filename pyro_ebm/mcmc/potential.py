@@ -152,6 +152,34 @@ class Potential(ABC):
             " initial_params"
         )
 
+    def at(self, params: Mapping[str, Tensor], num_chains: int) -> Tensor:
+        """The positions ``(num_chains, dim)`` of the user's unconstrained ``initial_params``.
+
+        Raises:
+            ValueError: if they have other names or shapes than the sites, or lie where the
+                potential is not finite.
+        """
+        if params.keys() != set(self.names):
+            raise ValueError(
+                f"initial_params has sites {sorted(params)}, the model has {sorted(self.names)}"
+            )
+        lead = () if num_chains == 1 else (num_chains,)
+        for site in self.sites:
+            want, got = lead + tuple(site.shape), tuple(params[site.name].shape)
+            if got != want and got != (num_chains, *site.shape):
+                raise ValueError(
+                    f"initial_params[{site.name!r}] must be unconstrained values of shape {want},"
+                    f" got {got}"
+                )
+        z = self.ravel(params).detach().reshape(num_chains, self.dim).to(self.sites[0].device)
+        bad = self._not_finite(z)
+        if bad.any():
+            raise ValueError(
+                f"initial_params of chain {int(bad.nonzero()[0])} do not do:"
+                f" {self.blame(z[bad][0])}"
+            )
+        return z
+
     def _draw(self, num_chains: int) -> Tensor:
         """Tentative starting positions, ``(num_chains, dim)``."""
         z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.sites[0].device)

@@ -77,6 +77,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.warmup: list[dict[str, Tensor]] = []
+        self.warmup_stats: list[dict[str, Any]] = []
         self.draws: list[dict[str, Tensor]] = []
 
 
@@ -92,6 +93,15 @@ def stack(
         transform = (transforms or {}).get(name)
         found[name] = z if transform is None else to_support(transform, z)
     return found
+
+
+def warmup_fields_of(chains: list[Chain]) -> dict[str, Tensor]:
+    """The statistics of each warmup step, shape ``(chains, steps)``; none of Pyro's own kernels."""
+    names = chains[0].warmup_stats[0] if chains[0].warmup_stats else {}
+    return {
+        name: torch.tensor([[stats[name] for stats in chain.warmup_stats] for chain in chains])
+        for name in names
+    }
 
 
 def fields_of(

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
-from pyro_ebm.mcmc.record import Bar, Chain, Draws, fields_of, stack
+from pyro_ebm.mcmc.record import Bar, Chain, Draws, fields_of, stack, warmup_fields_of
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
 
@@ -159,6 +160,8 @@ class MCMC(AbstractMCMC):
         ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
         if model is not None and not ours:
             check_normalizers(model, args, kwargs)
+            if self.initial_params is not None:  # Pyro's kernels take any names and shapes
+                ModelPotential(model, args, kwargs).at(self.initial_params, self.num_chains)
         if self.chain_method == "vectorized":
             self._run_vectorized(args, kwargs)
         elif self.chain_method == "sequential":
@@ -234,6 +237,7 @@ class MCMC(AbstractMCMC):
         self._samples = stack([chain.draws for chain in chains], self.transforms)
         if self.save_warmup:
             self._warmup_samples = stack([chain.warmup for chain in chains], self.transforms)
+            self._warmup_fields = warmup_fields_of(chains)
         self._take_fields(len(chains[0].draws))
 
     def _run_chain(
@@ -254,6 +258,8 @@ class MCMC(AbstractMCMC):
                     kept = {name: params[name] for name in keep}
                     if stage == "Warmup" and self.save_warmup:
                         chain.warmup.append(kept)
+                        if isinstance(kernel, Kernel):
+                            chain.warmup_stats.append(kernel.last_stats)
                     elif stage == "Sample" and (i + 1) % self.thinning == 0:
                         chain.draws.append(kept)
                     bar.update(stage.lower(), kernel)

@@ -577,3 +577,44 @@ def test_the_bar_asks_the_chains_only_when_it_redraws(monkeypatch):
         for _ in range(1000):
             bar.update("sample", kernel, Info())
     assert len(asked) == 2  # at the first step and the last
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            {"x": torch.zeros(3)},
+            r"initial_params\['x'\] must be unconstrained values of shape \(\)",
+        ),
+        ({"q": torch.zeros(())}, r"initial_params has sites \['q'\], the model has \['x'\]"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused_for_the_kernels_of_pyro_too(params, message):
+    def one():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    mcmc = MCMC(NUTS(one), 4, initial_params=params, disable_progbar=True)
+    with pytest.raises(ValueError, match=message):
+        mcmc.run()
+
+
+def test_a_sequential_run_keeps_the_statistics_of_its_warmup():
+    def one():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    mcmc = MCMC(
+        LangevinKernel(one),
+        5,
+        warmup_steps=7,
+        num_chains=2,
+        chain_method="sequential",
+        save_warmup=True,
+        disable_progbar=True,
+    )
+    mcmc.run()
+    assert {k: tuple(v.shape) for k, v in mcmc._warmup_fields.items()} == dict.fromkeys(
+        ("lp", "acceptance_rate", "step_size", "diverging"), (2, 7)
+    )
+    x = mcmc.get_warmup_samples(group_by_chain=True)["x"]
+    torch.testing.assert_close(mcmc._warmup_fields["lp"], dist.Normal(0.0, 1.0).log_prob(x))
+    assert mcmc.to_arviz().warmup_sample_stats["lp"].shape == (2, 7)
