@@ -27,6 +27,31 @@ EXAMPLES = {
         ["scores.png"],
         ["score error", "KL(data || model)", "scores.png"],
     ),
+    "noise_contrastive.py": (
+        "--num-steps 3 --batch-size 20 --output noises.png",
+        ["noises.png"],
+        ["accuracy", "log Z learned", "noises.png"],
+    ),
+    "flow_nce.py": (
+        "--warm-up 3 --num-steps 3 --batch-size 20 --output flow.png",
+        ["flow.png"],
+        ["learned log Z", "log-likelihood", "flow.png"],
+    ),
+    "latent_ebm.py": (
+        "--num-steps 3 --num-chains 16 --num-samples 90 --output latent.png",
+        ["latent.png"],
+        ["energy prior", "log-likelihood", "latent.png"],
+    ),
+    "anomaly.py": (
+        "--num-steps 3 --output anomaly.png",
+        ["anomaly.png"],
+        ["Area under the ROC curve", "anomaly.png"],
+    ),
+    "denoise.py": (
+        "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
+        ["denoise.png"],
+        ["PSNR", "denoise.png"],
+    ),
 }
 
 
