@@ -175,6 +175,8 @@ def test_render_model_sees_the_relations():
         "e": "UnnormalizedEnergy",
     }
     assert relations["plate_sample"] == {"data": ["e"]}
+    drawn = str(pyro.render_model(model, (torch.zeros(3),)))
+    assert all(edge in drawn for edge in ("z -> x", "x -> e"))
     assert relations["observed"] == ["e"]
 
 
