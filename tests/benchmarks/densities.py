@@ -66,7 +66,7 @@ class Method:
     pace: float = 1.0
     """Steps, as a fraction of ``--steps``."""
     batch: int = 256
-    lr: float = 4e-3
+    lr: float = 1e-2
     """Adam's; falls to a twentieth by the end."""
     noise: str | None = None
     """What the guide holds: nothing, a broad ``"gaussian"``, or a ``"flow"``."""
@@ -94,7 +94,7 @@ def methods() -> dict[str, Method]:
         "FlowNCE": Method(
             lambda broad: FlowNCE(broad_noise=broad, broad_weight=0.2, init_log_normalizer=True),
             batch=500,
-            lr=3e-3,
+            lr=5e-3,
             noise="flow",
             learns_log_z=True,
         ),
