@@ -15,6 +15,7 @@ with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a t
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -117,7 +118,7 @@ class UnnormalizedEnergy(TorchDistribution):
 
     def __init__(
         self,
-        energy: Callable[[Tensor], Tensor],
+        energy: Callable[[Tensor], Tensor] | None,
         event_shape: torch.Size | tuple[int, ...] | None = None,
         support: constraints.Constraint | None = None,
         batch_shape: torch.Size | tuple[int, ...] | None = None,
@@ -129,7 +130,9 @@ class UnnormalizedEnergy(TorchDistribution):
         learned_normalizer: bool | None = None,
         validate_args: bool | None = None,
     ):
-        if not callable(energy):
+        if energy is not None:
+            self._energy = energy
+        if not callable(getattr(self, "_energy", None)):
             raise ValueError(f"energy must be callable, got {type(energy).__name__}")
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
@@ -152,7 +155,6 @@ class UnnormalizedEnergy(TorchDistribution):
             support = constraints.real if base is None else base.support
         support = cast(constraints.Constraint, support)
 
-        self._energy = energy
         self._support = lift_support(support, event_shape)
         self.base = base
         self.kernel = kernel
@@ -289,6 +291,33 @@ class UnnormalizedEnergy(TorchDistribution):
         r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
         return self.normalizer_state == "known"
 
+    def normalized(self, log_normalizer: Tensor | float) -> "UnnormalizedEnergy":
+        r"""This density with its :math:`\log Z` known: from a formula, an enumeration, an estimate.
+
+        Args:
+            log_normalizer: :math:`\log Z`, broadcastable to ``batch_shape``.
+
+        Raises:
+            ValueError: if it is not finite, or of another shape.
+
+        Example:
+            >>> p = UnnormalizedEnergy(lambda x: x**2 / 2).normalized(0.9189)
+            >>> p.log_prob(torch.tensor(0.0))
+            tensor(-0.9189)
+        """
+        new = copy.copy(self)
+        like = self._like()
+        value = torch.as_tensor(log_normalizer, dtype=like.dtype, device=like.device)
+        if not value.isfinite().all():
+            raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
+        new._log_normalizer = checked_normalizer(value, self.batch_shape)
+        new._learned_normalizer = False
+        if self._unexpanded is not None:
+            # a log Z for each row belongs to the expanded energy alone
+            fits = value.numel() == 1
+            new._unexpanded = self._unexpanded.normalized(value.reshape(())) if fits else None
+        return new
+
     # -- draws -------------------------------------------------------------------------------
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
@@ -376,22 +405,16 @@ class UnnormalizedEnergy(TorchDistribution):
         self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
     ) -> "UnnormalizedEnergy":
         """A copy with a larger batch: the elements are independent and share the energy."""
-        new: Any = self._get_checked_instance(UnnormalizedEnergy, _instance)
-        batch_shape = torch.Size(batch_shape)
-        for name in (
-            "_energy",
-            "_support",
-            "kernel",
-            "num_steps",
-            "constant_normalizer",
-            "_log_normalizer",
-            "_learned_normalizer",
-        ):
-            setattr(new, name, getattr(self, name))
-        new.base = None if self.base is None else self.base.expand(batch_shape)
+        new: Any = copy.copy(self) if _instance is None else _instance
+        if _instance is not None:
+            vars(new).update(vars(self))
         new._unexpanded = self.unexpanded
-        super(UnnormalizedEnergy, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        new._batch_shape = torch.Size(batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, new._batch_shape) != new._batch_shape:
+            raise ValueError(
+                f"batch_shape={tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}"
+            )
+        new.base = None if self.base is None else self.base.expand(batch_shape)
         return new
 
     @property

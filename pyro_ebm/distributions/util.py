@@ -13,6 +13,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from pyro_ebm.distributions.discrete import codewords
+
 
 def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
     """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
@@ -23,7 +25,7 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         like: a tensor that tells dtype and device.
 
     Raises:
-        NotImplementedError: for a discrete support without two finite bounds.
+        ValueError: for a discrete support that is not a finite set.
 
     Example:
         >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
@@ -33,18 +35,11 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         bijection = biject_to(support)
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if isinstance(support, type(constraints.boolean)):
-        low, high = 0, 1
-    else:
-        low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    if low is None or high is None:
-        raise NotImplementedError(
-            f"no starting point is known on the support {support}: give base="
-        )
-    uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
-    return low + (uniform * (high - low + 1)).floor()
+    codes = codewords(support, shape)
+    assert codes is not None
+    codes = codes.to(like)
+    variables = shape[: len(shape) - (codes.shape[1] > 1)]
+    return codes[torch.randint(len(codes), variables, device=like.device)].reshape(shape)
 
 
 def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:

@@ -75,12 +75,13 @@ class Method:
 
 def methods() -> dict[str, Method]:
     chains = {"num_steps": 10, "persistent": True, "num_chains": 512, "restart_prob": 0.05}
+    slow = 4e-3  # at 1e-2 the energy outruns the chains, and masses appear where nobody looks
     return {
-        "CD-1": Method(lambda broad: ContrastiveDivergence(num_steps=1)),
-        "CD-10": Method(lambda broad: ContrastiveDivergence(num_steps=10), pace=0.5),
-        "PCD-10": Method(lambda broad: ContrastiveDivergence(**chains), pace=0.5),
-        "ScoreMatching": Method(lambda broad: ScoreMatching()),
-        "Sliced": Method(lambda broad: SlicedScoreMatching()),
+        "CD-1": Method(lambda broad: ContrastiveDivergence(num_steps=1), lr=slow),
+        "CD-10": Method(lambda broad: ContrastiveDivergence(num_steps=10), pace=0.5, lr=slow),
+        "PCD-10": Method(lambda broad: ContrastiveDivergence(**chains), pace=0.5, lr=slow),
+        "ScoreMatching": Method(lambda broad: ScoreMatching(), lr=6e-3),
+        "Sliced": Method(lambda broad: SlicedScoreMatching(), lr=6e-3),
         "Denoising": Method(lambda broad: DenoisingScoreMatching(0.1, control_variate=True)),
         "NCE": Method(
             lambda broad: NCE(noise_ratio=4, init_log_normalizer=True),

@@ -497,7 +497,7 @@ def test_log_prob_refuses(p, x, message):
 def test_discrete_starts_need_bounds_or_a_base():
     p = UnnormalizedEnergy(lambda x: x, support=constraints.nonnegative_integer)
     assert_close(p.log_prob(torch.tensor(3.0)), torch.tensor(-3.0))
-    with pytest.raises(NotImplementedError, match=r"no starting point is known .*: give base="):
+    with pytest.raises(ValueError, match=r"is not a finite set .* give base="):
         p.starting_points()
     based = UnnormalizedEnergy(lambda x: x, base=dist.Poisson(2.0))
     assert based.starting_points((3,)).shape == (3,)

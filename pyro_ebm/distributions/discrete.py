@@ -1,0 +1,109 @@
+r"""Discrete supports: which values an element may take, and distributions that know their blocks.
+
+A discrete event is a set of *variables*, each of which takes one of :math:`K` *codewords* in
+:math:`\mathbb R^b`: a binary element one of ``[0], [1]``, a spin one of ``[-1], [1]``, a one-hot row
+one of the :math:`K` unit vectors. Samplers of discrete states see nothing else: a flat event of
+``n * b`` numbers is ``n`` variables of ``b`` coordinates.
+"""
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+MAX_CODEWORDS = 10_000
+
+
+class _Spin(constraints.Constraint):
+    """Elements that are -1 or 1."""
+
+    is_discrete = True
+    event_dim = 0
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each element is -1 or 1."""
+        return value.abs() == 1
+
+    def __repr__(self) -> str:
+        return "spin"
+
+
+spin = _Spin()
+
+
+def codewords(support: constraints.Constraint, event_shape: torch.Size) -> Tensor | None:
+    r"""The codewords of each variable of a discrete event, shape ``(K, b)``; None if continuous.
+
+    Args:
+        support: the support of a whole event.
+        event_shape: shape of one event.
+
+    Returns:
+        The values that a variable can take. An event has ``event_shape.numel() / b`` variables.
+
+    Raises:
+        ValueError: for a discrete support without two finite bounds that all elements share.
+
+    Example:
+        >>> codewords(constraints.boolean, torch.Size([3]))
+        tensor([[0.],
+                [1.]])
+        >>> codewords(constraints.one_hot, torch.Size([5, 3])).shape
+        torch.Size([3, 3])
+        >>> codewords(constraints.positive, torch.Size([])) is None
+        True
+    """
+    if not support.is_discrete:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.one_hot)):
+        return torch.eye(event_shape[-1])
+    if isinstance(support, type(constraints.boolean)):
+        return torch.tensor([[0.0], [1.0]])
+    if isinstance(support, _Spin):
+        return torch.tensor([[-1.0], [1.0]])
+    low, high = (_one_number(getattr(support, f"{e}_bound", None)) for e in ("lower", "upper"))
+    if low is None or high is None or not high - low < MAX_CODEWORDS:
+        raise ValueError(
+            f"the discrete support {support} is not a finite set of values that all elements"
+            " share: use constraints.boolean, spin, one_hot, or an integer_interval with numbers"
+            " as bounds; where only starting points are missing, give base="
+        )
+    return torch.arange(low, high + 1)[:, None]
+
+
+def _one_number(bound: Any) -> float | None:
+    if bound is None:
+        return None
+    bound = torch.as_tensor(bound, dtype=torch.get_default_dtype())
+    number = float(bound.flatten()[0])
+    return number if math.isfinite(number) and bool((bound == number).all()) else None
+
+
+@runtime_checkable
+class BlockGibbs(Protocol):
+    r"""A distribution that can resample its variables in blocks, each given the rest.
+
+    One *sweep* leaves the distribution exactly invariant. It is a pure function of the points and
+    of random numbers drawn beforehand, batched over everything in front of the event.
+    """
+
+    tempers: bool
+    r"""Whether a sweep can leave :math:`e^{-\beta E}` invariant at other :math:`\beta` than 1."""
+
+    def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The random numbers of a sweep of points ``(*sample, *batch, *event)``."""
+        ...
+
+    def gibbs_sweep(self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None) -> Tensor:
+        r"""New points, of the shape of ``x``.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+            noise: what :meth:`gibbs_noise` gave.
+            beta: inverse temperatures that broadcast with ``(*sample, *batch)``; None is 1.
+        """
+        ...
