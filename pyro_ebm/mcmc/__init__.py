@@ -5,22 +5,33 @@ Pyro's own ``HMC`` and ``NUTS`` stand beside this package's kernels.
 
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 
+from pyro_ebm.mcmc.composite import CompositeKernel
+from pyro_ebm.mcmc.discrete_gradient import DiscreteLangevinKernel, GibbsWithGradientsKernel
+from pyro_ebm.mcmc.discrete_proposals import Flip, Swap
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import LangevinKernel
 from pyro_ebm.mcmc.metropolis import Independence, MHKernel, Proposal, RandomWalk
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import NormalizerError, check_normalizers
-from pyro_ebm.mcmc.potential import EnergyPotential, FunctionPotential, Potential, Site
+from pyro_ebm.mcmc.potential import FunctionPotential, Potential, Site
 from pyro_ebm.mcmc.runner import MCMC
 from pyro_ebm.mcmc.short_run import ChainDiagnostics
+from pyro_ebm.mcmc.tempering import TemperingKernel, geometric_betas
 
 __all__ = [
     "HMC",
     "MCMC",
     "NUTS",
     "ChainDiagnostics",
+    "CompositeKernel",
+    "DiscreteLangevinKernel",
     "EnergyPotential",
+    "Flip",
     "FunctionPotential",
+    "GibbsKernel",
+    "GibbsWithGradientsKernel",
     "Independence",
     "Info",
     "Kernel",
@@ -34,5 +45,8 @@ __all__ = [
     "Site",
     "State",
     "StreamingMCMC",
+    "Swap",
+    "TemperingKernel",
     "check_normalizers",
+    "geometric_betas",
 ]

@@ -23,8 +23,9 @@ from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.adaptation import Adaptation
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.engine import Engine
-from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.model import ModelPotential, lone_energy
 from pyro_ebm.mcmc.potential import FunctionPotential, Potential, sites_of
 from pyro_ebm.ops.metropolis import select
 
@@ -104,6 +105,8 @@ class Kernel(MCMCKernel):
 
     needs_grad = True
     has_momentum = False
+    discrete = False
+    """Whether it moves discrete sites; they are then not summed out."""
 
     def __init__(
         self,
@@ -199,6 +202,8 @@ class Kernel(MCMCKernel):
         """The potential of the model at its arguments, or of the ``potential_fn``."""
         self._restore_params()
         if self.model is not None:
+            if self.discrete and (lone := lone_energy(self.model, args, kwargs)) is not None:
+                return EnergyPotential(lone[1], lone[0])
             return ModelPotential(
                 self.model,
                 args,
@@ -206,6 +211,7 @@ class Kernel(MCMCKernel):
                 transforms=self._given_transforms,
                 max_plate_nesting=self.max_plate_nesting,
                 init_strategy=self.init_strategy,
+                keep_discrete=self.discrete,
             )
         if self.potential_fn is None:
             raise ValueError(
@@ -219,13 +225,28 @@ class Kernel(MCMCKernel):
         sites = sites_of(self._given_params, self._given_transforms)
         return FunctionPotential(self.potential_fn, sites)
 
+    def check(self, potential: Potential) -> None:
+        """Raises a ValueError if the potential has sites that the kernel does not move."""
+        kind = "discrete" if self.discrete else "continuous"
+        others = [s.name for s in potential.sites if (s.codes is not None) != self.discrete]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__} moves {kind} sites, and {others} are not: use"
+                f" {'LangevinKernel or MHKernel' if self.discrete else 'GibbsKernel'}, or a"
+                " CompositeKernel where a model has sites of both kinds"
+            )
+
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """Takes a potential and forgets everything learned on another.
 
         Args:
             potential: what to sample.
             warmup_steps: how many of the coming steps adapt the kernel.
+
+        Raises:
+            ValueError: if the potential has sites that the kernel does not move.
         """
+        self.check(potential)
         self._release()
         self._potential = potential
         self.transforms = potential.transforms
@@ -255,11 +276,15 @@ class Kernel(MCMCKernel):
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
-        state, info = self._engine(state, *self.draw(state))
+        state, info = self.move(state)
         if self.adaptation.update(state.z, info.accept_prob) and self.adapt_step_size:
             self._find_step_size(state)
         self._steps += 1
         return state, info
+
+    def move(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains: one :meth:`transition`, or several."""
+        return self._engine(state, *self.draw(state))
 
     def _find_step_size(self, state: State) -> None:
         """Doubles or halves each step size until the acceptance crosses the target."""

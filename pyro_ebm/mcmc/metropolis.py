@@ -47,6 +47,8 @@ class Proposal(ABC):
 
     symmetric = False
     adaptive = False
+    discrete = False
+    """Whether it moves discrete sites."""
 
     @abstractmethod
     def sample(self, z: Tensor) -> Tensor:
@@ -205,7 +207,8 @@ class MHKernel(Kernel):
         potential_fn: instead of a model, the potential of one chain as a function of a dict of
             unconstrained values; needs ``initial_params``.
         proposal: a :class:`Proposal`; an adapted :class:`RandomWalk` by default. A distribution,
-            or a dict of them, is taken as :class:`Independence`.
+            or a dict of them, is taken as :class:`Independence`. Discrete sites are moved by
+            :class:`~pyro_ebm.mcmc.Flip` or :class:`~pyro_ebm.mcmc.Swap`.
         adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
         adapt_mass_matrix: whether warmup adapts its shape.
         full_mass: whether the shape is a dense covariance (the default here) or a diagonal one.
@@ -276,7 +279,7 @@ class MHKernel(Kernel):
             ignore_jit_warnings=ignore_jit_warnings,
             init_strategy=init_strategy,
         )
-        self.proposal = proposal
+        self.proposal, self.discrete = proposal, proposal.discrete
         self._default_target = target_accept_prob is None
         self._default_scale = scale is None and proposal.adaptive
 

@@ -8,16 +8,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
-from torch.distributions.transforms import Transform
+from torch.distributions import Distribution, Independent, biject_to
+from torch.distributions.transforms import Transform, identity_transform
 
-from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.distributions.discrete import codewords
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
 from pyro_ebm.distributions.util import modules, tensors_of, unvalidated
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import check_normalizers, trace_latents
@@ -40,7 +42,9 @@ class ModelPotential(FunctionPotential):
         kwargs: its keyword arguments.
         transforms: from a site's support to the reals, for sites that want another than Pyro's.
         max_plate_nesting: as in Pyro's kernels; needed with enumerated sites.
-        init_strategy: where chains start, as in Pyro's kernels; honoured for each chain.
+        init_strategy: where chains start, as in Pyro's kernels; honoured for each chain. Discrete
+            sites start at draws from their prior.
+        keep_discrete: whether discrete latents are sites to be sampled, and not summed out.
 
     Raises:
         NormalizerError: if an unknown or learned log Z depends on a latent.
@@ -67,11 +71,12 @@ class ModelPotential(FunctionPotential):
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
         init_strategy: Callable[..., Any] = init_to_uniform,
+        keep_discrete: bool = False,
     ):
         if isinstance(model, Distribution):
             model = functools.partial(_sample_site, model)
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
-        self.init_strategy = init_strategy
+        self.init_strategy, self.keep_discrete = init_strategy, keep_discrete
         with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
             trace = self._run_in_the_open()
             self._refuse_subsampling(trace)
@@ -79,7 +84,8 @@ class ModelPotential(FunctionPotential):
             all_transforms = self._find_transforms(trace, transforms or {})
             model = _Unvalidated()(model)
             potential_fn = functools.partial(_potential, model, args, self.kwargs, all_transforms)
-            if any(node["fn"].has_enumerate_support for node in _latents(trace).values()):
+            discrete = [node for node in _latents(trace).values() if _is_discrete(node["fn"])]
+            if discrete and not keep_discrete:
                 _, potential_fn, _, _ = initialize_model(  # Pyro's sums the discrete sites out
                     model,
                     args,
@@ -92,7 +98,8 @@ class ModelPotential(FunctionPotential):
         sites = []
         for name, transform in all_transforms.items():
             value = _to_reals(transform, _value(trace, name))
-            sites.append(Site(name, value.shape, value.dtype, transform, value.device))
+            codes = site_codes(name, trace.nodes[name]["fn"]) if keep_discrete else None
+            sites.append(Site(name, value.shape, value.dtype, transform, value.device, codes))
         super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
 
     def _run(self, model: Callable[..., Any]) -> poutine.Trace:
@@ -145,13 +152,14 @@ class ModelPotential(FunctionPotential):
         trace = trace_latents(self.model, self.args, self.kwargs, again)
         found = {}
         for name, node in _latents(trace).items():
-            if node["fn"].has_enumerate_support:
+            support, enumerable = node["fn"].support, node["fn"].has_enumerate_support
+            if not self.keep_discrete and enumerable:
                 continue
-            support = node["fn"].support
-            if support.is_discrete:
+            if not self.keep_discrete and support.is_discrete:
                 raise ValueError(
-                    f"site {name!r} is discrete and cannot be summed out: the kernels move"
-                    " continuous latents only"
+                    f"site {name!r} is discrete and cannot be summed out: this kernel moves"
+                    " continuous latents only. Use GibbsKernel for discrete ones, or a"
+                    " CompositeKernel of both"
                 )
             if latents := get_provenance(tensors_of(support)) - {name}:
                 raise ValueError(
@@ -159,22 +167,24 @@ class ModelPotential(FunctionPotential):
                     " transform maps it to the reals: sample a site on a fixed support, such as"
                     " Uniform(0, 1), and compute this one from it"
                 )
-            found[name] = given[name] if name in given else biject_to(support).inv
+            identity = identity_transform if support.is_discrete else None
+            found[name] = given[name] if name in given else identity or biject_to(support).inv
         if unknown := given.keys() - found.keys():
             raise ValueError(
                 f"transforms= names {sorted(unknown)}, but the continuous latent sites are"
                 f" {sorted(found)}"
             )
         if not found:
+            kind = "" if self.keep_discrete else "continuous "
             raise ValueError(
-                f"the model {_name(self.model)} has no continuous latent site to sample: every"
-                " sample statement is observed or discrete"
+                f"the model {_name(self.model)} has no {kind}latent site to sample: every"
+                f" sample statement is observed{'' if self.keep_discrete else ' or discrete'}"
             )
         return found
 
     def _draw(self, num_chains: int) -> Tensor:
         radius = _uniform_radius(self.init_strategy)
-        if radius is not None:
+        if radius is not None and not self.is_discrete:
             z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.sites[0].device)
             return z.uniform_(-radius, radius)
         return torch.stack([self._draw_one() for _ in range(num_chains)])
@@ -199,6 +209,72 @@ class ModelPotential(FunctionPotential):
                 return f"a matrix in the model is singular ({error})"
             bad = _not_finite_sites(trace)
         return "; ".join(bad) if bad else super().blame(z)
+
+
+def lone_energy(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, UnnormalizedEnergy] | None:
+    """The energy of a model that consists of it and of nothing else, with the site's name.
+
+    Its own blocks can then be resampled: nothing else weighs on them.
+
+    Example:
+        >>> p = UnnormalizedEnergy(torch.square)
+        >>> lone_energy(lambda: pyro.sample("y", p), (), {})
+        ('y', UnnormalizedEnergy(energy=square, event_shape=(), log_normalizer=unknown))
+    """
+    if isinstance(model, Distribution):
+        model = functools.partial(_sample_site, model)
+    with starting_points_only(), poutine.block(), torch.random.fork_rng(devices=()):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
+    if len(nodes) != 1:
+        return None
+    ((name, node),) = nodes.items()
+    plain = not node["is_observed"] and node["mask"] is None and float(node["scale"]) == 1.0
+    fn = node["fn"]
+    bare = isinstance(fn, UnnormalizedEnergy) and not fn.batch_shape
+    return (name, fn) if plain and bare else None
+
+
+def site_codes(name: str, fn: Any) -> Tensor | None:
+    """The codewords ``(K, b)`` of the variables of a discrete site; None if it is continuous.
+
+    Raises:
+        ValueError: for a discrete site whose variables do not share a finite set of values.
+
+    Example:
+        >>> site_codes("k", dist.Categorical(torch.ones(3)).expand([5]).to_event(1))
+        tensor([[0],
+                [1],
+                [2]])
+    """
+    if not fn.support.is_discrete:
+        return None
+    energy = find_energy(fn)
+    if energy is not None:
+        return codewords(energy.support, energy.event_shape)
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    error: Exception | None = None
+    if fn.has_enumerate_support:
+        try:
+            return fn.enumerate_support(expand=False).reshape(-1, max(fn.event_shape.numel(), 1))
+        except (NotImplementedError, ValueError) as raised:
+            error = raised
+    raise ValueError(
+        f"site {name!r} ({type(fn).__name__}) has no finite set of values that all its elements"
+        " share, so that it cannot be resampled: use a distribution that can be enumerated"
+        f" (Bernoulli, Categorical, Binomial with one total_count), or sum it out{_because(error)}"
+    )
+
+
+def _because(error: Exception | None) -> str:
+    return "" if error is None else f" ({error})"
+
+
+def _is_discrete(fn: Any) -> bool:
+    return fn.has_enumerate_support or fn.support.is_discrete
 
 
 def _check_shapes(trace: poutine.Trace) -> None:

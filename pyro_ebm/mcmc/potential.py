@@ -9,21 +9,19 @@ shape ``(chains,)``, where :math:`x(z)` maps the reals onto the support of every
 """
 
 import contextlib
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to
 from torch.distributions.transforms import Transform, identity_transform
 from torch.func import vmap
 
-from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
@@ -40,6 +38,18 @@ class Site(NamedTuple):
     transform: Transform
     """From the support to the reals, as in Pyro's ``kernel.transforms``."""
     device: torch.device = torch.device("cpu")
+    codes: Tensor | None = None
+    """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers."""
+
+    def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
+        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over the codewords."""
+        size = self.shape.numel()
+        if self.codes is None:
+            z = torch.empty(num_chains, size, dtype=dtype, device=self.device)
+            return z.uniform_(-2.0, 2.0)
+        k, b = self.codes.shape
+        which = torch.randint(k, (num_chains, size // b), device=self.device)
+        return self.codes.to(self.device, dtype)[which].reshape(num_chains, size)
 
 
 class Potential(ABC):
@@ -64,14 +74,17 @@ class Potential(ABC):
             :mod:`pyro_ebm.ops.precondition`.
 
     Raises:
-        ValueError: if there are no sites, or a site is not floating.
+        ValueError: if there are no sites, or a continuous site is not floating.
     """
+
+    blocks: BlockGibbs | None = None
+    """The distribution, where it knows how to resample its own variables in blocks."""
 
     def __init__(self, sites: Sequence[Site], groups: int = 1):
         if not sites:
             raise ValueError("the model has no latent site to sample")
         for site in sites:
-            if not site.dtype.is_floating_point:
+            if site.codes is None and not site.dtype.is_floating_point:
                 raise ValueError(
                     f"site {site.name!r} has dtype {site.dtype}, but positions are continuous:"
                     " start it at floating values, or marginalize it"
@@ -80,9 +93,8 @@ class Potential(ABC):
         self.groups = groups
         self.sizes = [site.shape.numel() for site in sites]
         self.dim = sum(self.sizes)
-        self.dtype = sites[0].dtype
-        for site in sites[1:]:
-            self.dtype = torch.promote_types(self.dtype, site.dtype)
+        floating = [site.dtype for site in sites if site.dtype.is_floating_point]
+        self.dtype = functools.reduce(torch.promote_types, floating or [torch.get_default_dtype()])
 
     # -- evaluation --------------------------------------------------------------------------
 
@@ -93,6 +105,29 @@ class Potential(ABC):
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
         return value_and_grad(self, z)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether a site is discrete; its gradient then need not exist."""
+        return any(site.codes is not None for site in self.sites)
+
+    # -- blocks ------------------------------------------------------------------------------
+
+    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The random numbers of a block sweep of positions ``(chains, dim)``."""
+        raise NotImplementedError
+
+    def gibbs_sweep(
+        self, z: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        """Positions ``(chains, dim)`` after each block was resampled given the rest.
+
+        Args:
+            z: positions, shape ``(chains, dim)``.
+            noise: what :meth:`gibbs_noise` gave.
+            beta: inverse temperatures, shape ``(chains,)``; None is 1.
+        """
+        raise NotImplementedError
 
     # -- positions and sites -----------------------------------------------------------------
 
@@ -172,6 +207,16 @@ class Potential(ABC):
                     f" got {got}"
                 )
         z = self.ravel(params).detach().reshape(num_chains, self.dim).to(self.sites[0].device)
+        for site, part in zip(self.sites, z.split(self.sizes, -1), strict=True):
+            if site.codes is None:
+                continue
+            codes = site.codes.to(part)
+            variables = part.reshape(-1, 1, codes.shape[-1])
+            if not (variables == codes).all(-1).any(-1).all():
+                raise ValueError(
+                    f"initial_params[{site.name!r}] must hold the values {codes.tolist()} of a"
+                    " discrete site, and holds others"
+                )
         bad = self._not_finite(z)
         if bad.any():
             raise ValueError(
@@ -182,92 +227,25 @@ class Potential(ABC):
 
     def _draw(self, num_chains: int) -> Tensor:
         """Tentative starting positions, ``(num_chains, dim)``."""
-        z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.sites[0].device)
-        return z.uniform_(-2.0, 2.0)
+        return torch.cat([site.start(num_chains, self.dtype) for site in self.sites], -1)
 
     def _not_finite(self, z: Tensor) -> Tensor:
+        if self.is_discrete:
+            with torch.no_grad():
+                return ~self(z).isfinite()
         value, grad = self.value_and_grad(z)
         return ~(value.isfinite() & grad.isfinite().all(-1))
 
     def blame(self, z: Tensor) -> str:
         """What is not finite at the position ``(dim,)``, in words."""
+        if self.is_discrete:
+            return f"the potential is {self(z[None]).item()}"
         value, grad = self.value_and_grad(z[None])
         if value.isfinite().all():
             grads = self.unravel(grad[0])
             bad = [name for name, g in grads.items() if not g.isfinite().all()]
             return f"the gradient of the potential in site(s) {_listed(bad)} is not finite"
         return f"the potential is {value.item()}"
-
-
-class EnergyPotential(Potential):
-    r"""The potential of an energy, all chains in one call of the energy.
-
-    There are ``chains_per_group`` x ``batch_shape`` chains; each batch element is a group.
-
-    Args:
-        energy: the distribution.
-        name: what to call its site.
-        like: a point of the support, which tells dtype and device; else one is drawn.
-        groups: number of groups, where the batch elements should share their adaptation.
-
-    Example:
-        >>> p = UnnormalizedEnergy(lambda x: x, support=dist.constraints.positive)
-        >>> EnergyPotential(p)(torch.zeros(1, 1))  # E(exp z) - z
-        tensor([1.])
-    """
-
-    def __init__(
-        self,
-        energy: UnnormalizedEnergy,
-        name: str = "x",
-        like: Tensor | None = None,
-        groups: int | None = None,
-    ):
-        self.energy: UnnormalizedEnergy = unvalidated(energy)
-        if energy.support.is_discrete:
-            raise NotImplementedError(
-                f"the support {energy.support} is discrete, but positions are continuous: use a"
-                " kernel for discrete sites"
-            )
-        start = energy.starting_points() if like is None else like
-        self.bijection = biject_to(energy.support)
-        # of batch and event together: the bounds of a support may have the batch's shape
-        shape = self.bijection.inverse_shape(energy.batch_shape + energy.event_shape)
-        shape = shape[len(energy.batch_shape) :]
-        site = Site(name, torch.Size(shape), start.dtype, self.bijection.inv, start.device)
-        self._rows = max(energy.batch_shape.numel(), 1)
-        super().__init__([site], groups=self._rows if groups is None else groups)
-        self._modules = modules(energy._energy)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
-        return nan_where_singular(lambda z: (self._value(z),), z, self._rows)[0]
-
-    def _value(self, z: Tensor) -> Tensor:
-        unconstrained = self._grouped(z)
-        if unconstrained.shape[0] == 1:  # one chain per row: the energy sees the rows themselves
-            unconstrained = unconstrained[0]
-        x = self.bijection(unconstrained)
-        jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
-        batch_dim = x.dim() - self.energy.event_dim
-        jacobian = jacobian.reshape(jacobian.shape[:batch_dim] + (-1,)).sum(-1)
-        # an energy may be made of distributions, which would raise at a far-out proposal
-        with pyro.validation_enabled(False), eval_mode(self._modules):
-            return -(self.energy.unnormalized_log_prob(x) + jacobian).reshape(-1)
-
-    def to_position(self, x: Tensor) -> Tensor:
-        """Positions ``(chains, dim)`` of points ``(n, *batch, *event)``."""
-        return self.bijection.inv(x).reshape(-1, self.dim)
-
-    def to_points(self, z: Tensor) -> Tensor:
-        """Points ``(n, *batch, *event)`` of positions ``(chains, dim)``."""
-        return self.bijection(self._grouped(z))
-
-    def _grouped(self, z: Tensor) -> Tensor:
-        return z.reshape((-1,) + self.energy.batch_shape + self.sites[0].shape)
-
-    def _draw(self, num_chains: int) -> Tensor:
-        return self.to_position(self.energy.starting_points((num_chains // self._rows,)))
 
 
 class FunctionPotential(Potential):
@@ -308,7 +286,7 @@ class FunctionPotential(Potential):
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
         with self._quiet():
-            value, grad = nan_where_singular(partial(value_and_grad, self._value), z)
+            value, grad = nan_where_singular(functools.partial(value_and_grad, self._value), z)
         return value, grad
 
     def _value(self, z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer.mcmc.api import MCMC as PyroMCMC
 from pyro.infer.mcmc.api import AbstractMCMC
@@ -371,7 +372,7 @@ class MCMC(AbstractMCMC):
     def diagnostics(self) -> dict[str, Any]:
         """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
         self._refuse_short("diagnostics")
-        result = dict(chain_diagnostics(self._done()))
+        result = dict(chain_diagnostics(self._numbers()))
         for name in self._diagnostics[0]:
             result[name] = {f"chain {i}": d[name] for i, d in enumerate(self._diagnostics)}
         return result
@@ -379,7 +380,7 @@ class MCMC(AbstractMCMC):
     def summary(self, prob: float = 0.9) -> None:
         """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
         self._refuse_short("a summary")
-        print_summary(self._done(), prob=prob)
+        print_summary(self._numbers(), prob=prob)
         if "diverging" in self._fields:
             print(f"Number of divergences: {int(self._fields['diverging'].sum())}")  # noqa: T201
 
@@ -393,6 +394,14 @@ class MCMC(AbstractMCMC):
         if self._samples is None:
             raise RuntimeError("there are no draws yet: call run first")
         return self._samples
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """The draws, whole numbers as real ones: their means are no whole numbers."""
+        default = torch.get_default_dtype()
+        return {
+            name: draws if draws.is_floating_point() else draws.to(default)
+            for name, draws in self._done().items()
+        }
 
     def _refuse_short(self, what: str) -> None:
         got = next(iter(self._done().values())).shape[1]

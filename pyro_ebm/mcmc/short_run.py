@@ -6,10 +6,12 @@ import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
+from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel
-from pyro_ebm.mcmc.potential import EnergyPotential
 
 
 class ChainDiagnostics(NamedTuple):
@@ -34,14 +36,16 @@ class ChainDiagnostics(NamedTuple):
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
     """The kernel of an energy that was given none.
 
-    Raises:
-        NotImplementedError: for a discrete support.
+    Gibbs sweeps where the distribution knows its blocks or is discrete, Langevin elsewhere.
+
+    Example:
+        >>> default_kernel(UnnormalizedEnergy(torch.square))
+        LangevinKernel()
+        >>> default_kernel(UnnormalizedEnergy(torch.square, support=dist.constraints.boolean))
+        GibbsKernel()
     """
-    if energy.support.is_discrete:
-        raise NotImplementedError(
-            f"no kernel is known for draws on the discrete support {energy.support}: give kernel="
-        )
-    return LangevinKernel()
+    discrete = energy.support.is_discrete or isinstance(energy, BlockGibbs)
+    return GibbsKernel() if discrete else LangevinKernel()
 
 
 @torch.no_grad()

@@ -248,12 +248,15 @@ def test_one_step():
 
 
 @pytest.mark.parametrize("support", [constraints.boolean, constraints.integer_interval(0, 3)])
-def test_discrete_supports_need_a_kernel(support):
-    p = UnnormalizedEnergy(lambda x: x, support=support)
-    with pytest.raises(NotImplementedError, match=r"discrete support .*: give kernel="):
-        p.sample((3,))
+def test_discrete_supports_move_by_gibbs(support):
+    p = UnnormalizedEnergy(lambda x: x, support=support)  # p(k) prop. to exp(-k)
+    x = p.sample((4000,))
+    values = x.unique()
+    want = (-values).softmax(0)
+    got = torch.stack([(x == v).float().mean() for v in values])
+    assert ((got - want).abs() < 4.5 * (want * (1 - want) / 4000).sqrt()).all()
     moved = UnnormalizedEnergy(lambda x: x, support=support, kernel=LangevinKernel())
-    with pytest.raises(NotImplementedError, match="is discrete, but positions are continuous"):
+    with pytest.raises(ValueError, match=r"moves continuous sites, and \['x'\] are not: use Gibbs"):
         moved.sample((3,))
 
 

@@ -1,0 +1,204 @@
+r"""Metropolis within Gibbs: kernels that take turns, each on some of the sites.
+
+Let a position be :math:`z = (a, b)`. A transition that leaves :math:`p(a \mid b)` invariant leaves
+:math:`p(a, b)` invariant too, and so does one after another. The potential of a block given the
+rest is the whole potential, seen as a function of the block.
+
+Reference:
+    Tierney (1994), Markov chains for exploring posterior distributions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.potential import Potential
+
+
+class BlockPotential(Potential):
+    """A potential as a function of some of its sites, the others held where they are.
+
+    Args:
+        whole: the potential.
+        names: the sites of the block.
+
+    Attributes:
+        rest: whole positions ``(chains, dim)``; the block's own columns in it are not read.
+    """
+
+    def __init__(self, whole: Potential, names: Sequence[str]):
+        super().__init__([site for site in whole.sites if site.name in names], whole.groups)
+        self.dtype, self.whole = whole.dtype, whole
+        columns = torch.arange(whole.dim, device=whole.sites[0].device).split(whole.sizes)
+        self.columns = torch.cat(
+            [part for site, part in zip(whole.sites, columns, strict=True) if site.name in names]
+        )
+        self.rest = torch.empty(0, whole.dim)
+        self._modules = getattr(whole, "_modules", ())
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each chain, ``(chains, block dim) -> (chains,)``, differentiable."""
+        return self.whole(self.insert(z))
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential ``(chains,)`` and its gradient in the block, detached."""
+        value, grad = self.whole.value_and_grad(self.insert(z))
+        return value, grad[:, self.columns]
+
+    def insert(self, z: Tensor) -> Tensor:
+        """Whole positions with the block's columns replaced; ``z`` may be several for each."""
+        rest = self.rest.repeat(z.shape[0] // self.rest.shape[0], 1)
+        return rest.index_copy(1, self.columns, z)
+
+
+class CompositeKernel(Kernel):
+    """Kernels that take turns: discrete ones on discrete sites, the others on continuous ones.
+
+    One transition is one of each, in the order given. A model with a ``Categorical`` and a
+    ``Normal`` is moved by Gibbs and Langevin in turn:
+
+    Args:
+        model: a Pyro model.
+        kernels: kernels without a model, as ``[GibbsKernel(), LangevinKernel()]`` (the default).
+            All discrete sites are moved by each discrete kernel, all continuous sites by each
+            other.
+        max_plate_nesting: as in Pyro's kernels.
+        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+
+    The statistics ``acceptance_rate`` and ``step_size`` are those of the last kernel.
+
+    Raises:
+        ValueError: for a kernel with a model of its own, or (when run) sites that no kernel moves.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC
+        >>> def model(y):
+        ...     k = pyro.sample("k", dist.Bernoulli(0.3))
+        ...     x = pyro.sample("x", dist.Normal(4 * k, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> mcmc = MCMC(CompositeKernel(model), 500, num_chains=20, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(2.5))
+        >>> sorted(mcmc.get_samples())
+        ['k', 'x']
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        kernels: Sequence[Kernel] | None = None,
+        max_plate_nesting: int | None = None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        if kernels is None:
+            from pyro_ebm.mcmc.gibbs import GibbsKernel
+            from pyro_ebm.mcmc.langevin import LangevinKernel
+
+            kernels = [GibbsKernel(), LangevinKernel()]
+        if not kernels:
+            raise ValueError("kernels must hold at least one kernel, as [GibbsKernel()]")
+        for kernel in kernels:
+            if not isinstance(kernel, Kernel):
+                raise ValueError(
+                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(), got {kernel!r}"
+                )
+            if kernel.model is not None or kernel.potential_fn is not None:
+                raise ValueError(
+                    f"give the model to CompositeKernel, not to {kernel!r}: CompositeKernel(model,"
+                    " [GibbsKernel(), LangevinKernel()])"
+                )
+        super().__init__(
+            model=model,
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+            max_plate_nesting=max_plate_nesting,
+            init_strategy=init_strategy,
+        )
+        self.kernels = list(kernels)
+
+    def check(self, potential: Potential) -> None:
+        """Every site needs a kernel that moves it."""
+        for discrete in (True, False):
+            names = self._names(potential, discrete)
+            if names and not any(kernel.discrete == discrete for kernel in self.kernels):
+                kind = "discrete" if discrete else "continuous"
+                kernel = "GibbsKernel()" if discrete else "LangevinKernel()"
+                raise ValueError(
+                    f"no kernel of this CompositeKernel moves the {kind} sites {names}: add a"
+                    f" {kernel}"
+                )
+
+    @staticmethod
+    def _names(potential: Potential, discrete: bool) -> list[str]:
+        return [site.name for site in potential.sites if (site.codes is not None) == discrete]
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel, and binds its own."""
+        super().bind(potential, warmup_steps)
+        self._bound: list[tuple[Kernel, BlockPotential]] = []
+        for kernel in self.kernels:
+            names = self._names(potential, kernel.discrete)
+            if names:
+                kernel, block = kernel.copy(), BlockPotential(potential, names)
+                kernel.bind(block, warmup_steps)
+                self._bound.append((kernel, block))
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; each kernel finds its first step size."""
+        for kernel, block in self._bound:
+            block.rest = z.clone()
+            kernel.init(z[:, block.columns])
+        return self.evaluate(z)
+
+    def evaluate(self, z: Tensor) -> State:
+        """The state at the positions ``z``, without a gradient: the rest moves in between."""
+        with torch.no_grad():
+            return State(z, self.potential(z), None)
+
+    def move(self, state: State) -> tuple[State, Info]:
+        """A transition of each kernel in turn."""
+        info = None
+        for kernel, block in self._bound:
+            block.rest.copy_(state.z)  # in place: a captured graph holds this very tensor
+            z = state.z[:, block.columns]
+            inner = kernel.evaluate(z) if kernel.needs_grad else State(z, state.potential, None)
+            inner, now = kernel.step(inner)
+            state = State(state.z.index_copy(1, block.columns, inner.z), inner.potential, None)
+            diverging = now.diverging if info is None else now.diverging | info.diverging
+            info = Info(now.accept_prob, diverging)
+        assert info is not None
+        return state, info
+
+    def step(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains; each kernel learns from its own."""
+        state, info = self.move(state)
+        self._steps += 1
+        return state, info
+
+    @property
+    def adaptation(self) -> Any:
+        """The step size and mass matrix of the last kernel."""
+        return self._bound[-1][0].adaptation if self._bound else super().adaptation
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """Each kernel draws for itself, see :meth:`move`."""
+        raise NotImplementedError
+
+    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
+        """Each kernel has its own, see :meth:`move`."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        super()._release()
+        self._bound = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bound": []}
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}{', ' if self.model else ''}kernels={self.kernels!r})"

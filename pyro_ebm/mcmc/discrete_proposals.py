@@ -1,0 +1,116 @@
+r"""Proposals of :class:`~pyro_ebm.mcmc.MHKernel` for discrete sites: flip a variable, swap two."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.metropolis import Proposal
+from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.variables import Variables, gumbel
+
+
+class _DiscreteProposal(Proposal):
+    symmetric = True
+    discrete = True
+    _variables: Variables | None = None
+
+    def bind(self, potential: Potential) -> "_DiscreteProposal":
+        """This proposal for the variables of a potential's discrete sites."""
+        new = copy.copy(self)
+        like = torch.empty(0, dtype=potential.dtype, device=potential.sites[0].device)
+        new._variables = Variables(potential.sites, like)
+        return new
+
+    @property
+    def variables(self) -> Variables:
+        """The variables, once bound."""
+        if self._variables is None:
+            raise RuntimeError(f"{type(self).__name__} is not bound to a potential")
+        return self._variables
+
+
+class Flip(_DiscreteProposal):
+    """Gives variables chosen at random other values, uniformly.
+
+    Args:
+        num_flips: how many distinct variables; all others keep their values.
+
+    Raises:
+        ValueError: for a number below 1, or (when run) above that of the variables.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC, MHKernel
+        >>> p = UnnormalizedEnergy(lambda x: -x.sum(-1), (5,), dist.constraints.boolean)
+        >>> kernel = MHKernel(p, proposal=Flip())
+        >>> mcmc = MCMC(kernel, 2000, 50, num_chains=10, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].mean()  # 1 / (1 + exp(-1)) = .731
+        tensor(0.7...)
+    """
+
+    def __init__(self, num_flips: int = 1):
+        if not isinstance(num_flips, int) or num_flips < 1:
+            raise ValueError(f"num_flips must be an integer of at least 1, got {num_flips!r}")
+        self.num_flips = num_flips
+
+    def sample(self, z: Tensor) -> Tensor:
+        """Positions with ``num_flips`` variables changed."""
+        variables = self.variables
+        total = sum(variables.counts)
+        if self.num_flips > total:
+            raise ValueError(f"num_flips={self.num_flips}, but there are {total} variables")
+        picked = torch.rand(z.shape[0], total, dtype=z.dtype, device=z.device)
+        picked = picked >= picked.topk(self.num_flips, -1).values[:, -1:]
+        distance = variables.by_variable(variables.moves(z, torch.zeros_like(z)).distance)
+        chosen = []
+        for part, flips in zip(distance, picked.split(variables.counts, -1), strict=True):
+            # one of the other codewords, uniformly; a variable with a single one keeps it
+            noise = gumbel(part.shape, part).masked_fill(part < 0.5, -torch.inf)
+            other = torch.zeros_like(part).scatter(-1, noise.argmax(-1, keepdim=True), 1.0)
+            chosen.append((other > 0) & flips[..., None])
+        return variables.after(z, variables.flat(chosen))
+
+
+class Swap(_DiscreteProposal):
+    """Exchanges the values of two variables of one site, chosen at random.
+
+    Sums are kept (the magnetization of spins, the number of ones), so that by itself it moves
+    within a layer of constant sum; a start decides which.
+
+    Raises:
+        ValueError: (when run) for several sites, or fewer than two variables.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC, MHKernel
+        >>> p = UnnormalizedEnergy(lambda x: -x[..., 0], (3,), dist.constraints.boolean)
+        >>> start = {"x": torch.tensor([[1.0, 0.0, 0.0]]).expand(20, 3)}
+        >>> kernel = MHKernel(p, proposal=Swap())
+        >>> mcmc = MCMC(kernel, 1000, 50, start, num_chains=20, disable_progbar=True)
+        >>> mcmc.run()
+        >>> x = mcmc.get_samples()["x"]
+        >>> x.sum(-1).unique(), x[:, 0].mean()  # e / (e + 2) = .576
+        (tensor([1.]), tensor(0.5...))
+    """
+
+    def bind(self, potential: Potential) -> "_DiscreteProposal":
+        """This proposal, if there is one site with at least two variables."""
+        new = super().bind(potential)
+        counts = new.variables.counts
+        if len(counts) != 1 or counts[0] < 2:
+            raise ValueError(
+                f"Swap exchanges two variables of one site, the sites {potential.names} have"
+                f" {counts} variables"
+            )
+        return new
+
+    def sample(self, z: Tensor) -> Tensor:
+        """Positions with two variables exchanged."""
+        n = self.variables.counts[0]
+        x = z.reshape(z.shape[0], n, -1)
+        first = torch.randint(n, z.shape[:1], device=z.device)
+        second = (first + torch.randint(1, n, z.shape[:1], device=z.device)) % n
+        rows = torch.arange(z.shape[0], device=z.device)
+        new = x.clone()
+        new[rows, first], new[rows, second] = x[rows, second], x[rows, first]
+        return new.reshape(z.shape)

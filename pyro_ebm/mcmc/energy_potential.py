@@ -1,0 +1,101 @@
+"""An energy by itself as a potential: no model around it, all chains in one call."""
+
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+from pyro_ebm.distributions.discrete import BlockGibbs, codewords
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.mcmc.potential import Potential, Site, nan_where_singular
+
+
+class EnergyPotential(Potential):
+    r"""The potential of an energy, all chains in one call of the energy.
+
+    There are ``chains_per_group`` x ``batch_shape`` chains; each batch element is a group.
+
+    Args:
+        energy: the distribution.
+        name: what to call its site.
+        like: a point of the support, which tells dtype and device; else one is drawn.
+        groups: number of groups, where the batch elements should share their adaptation.
+
+    Example:
+        >>> p = UnnormalizedEnergy(lambda x: x, support=dist.constraints.positive)
+        >>> EnergyPotential(p)(torch.zeros(1, 1))  # E(exp z) - z
+        tensor([1.])
+    """
+
+    def __init__(
+        self,
+        energy: UnnormalizedEnergy,
+        name: str = "x",
+        like: Tensor | None = None,
+        groups: int | None = None,
+    ):
+        self.energy: UnnormalizedEnergy = unvalidated(energy)
+        start = energy.starting_points() if like is None else like
+        codes = codewords(energy.support, energy.event_shape)
+        # the support of a discrete event is what it is: positions are its points, as numbers
+        self.bijection: Any = identity_transform if codes is not None else biject_to(energy.support)
+        # of batch and event together: the bounds of a support may have the batch's shape
+        shape = self.bijection.inverse_shape(energy.batch_shape + energy.event_shape)
+        shape = torch.Size(shape[len(energy.batch_shape) :])
+        site = Site(name, shape, start.dtype, self.bijection.inv, start.device, codes)
+        self._rows = max(energy.batch_shape.numel(), 1)
+        super().__init__([site], groups=self._rows if groups is None else groups)
+        self._modules = modules(energy._energy)
+        if isinstance(self.energy, BlockGibbs):
+            self.blocks = self.energy
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
+        return nan_where_singular(lambda z: (self._value(z),), z, self._rows)[0]
+
+    def _value(self, z: Tensor) -> Tensor:
+        unconstrained = self._grouped(z)
+        if unconstrained.shape[0] == 1:  # one chain per row: the energy sees the rows themselves
+            unconstrained = unconstrained[0]
+        x = self.bijection(unconstrained)
+        # an energy may be made of distributions, which would raise at a far-out proposal
+        with pyro.validation_enabled(False), eval_mode(self._modules):
+            log_prob = self.energy.unnormalized_log_prob(x)
+        if self.bijection is not identity_transform:
+            jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
+            batch_dim = x.dim() - self.energy.event_dim
+            log_prob = log_prob + jacobian.reshape(jacobian.shape[:batch_dim] + (-1,)).sum(-1)
+        return -log_prob.reshape(-1).to(z.dtype)
+
+    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The random numbers of a block sweep of positions ``(chains, dim)``."""
+        assert self.blocks is not None
+        return self.blocks.gibbs_noise(self._grouped(z))
+
+    def gibbs_sweep(
+        self, z: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        """Positions ``(chains, dim)`` after each block was resampled given the rest."""
+        assert self.blocks is not None
+        if beta is not None:
+            beta = beta.reshape((-1,) + self.energy.batch_shape)
+        return self.blocks.gibbs_sweep(self._grouped(z), noise, beta).reshape(z.shape)
+
+    def to_position(self, x: Tensor) -> Tensor:
+        """Positions ``(chains, dim)`` of points ``(n, *batch, *event)``."""
+        return self.bijection.inv(x).reshape(-1, self.dim).to(self.dtype)
+
+    def to_points(self, z: Tensor) -> Tensor:
+        """Points ``(n, *batch, *event)`` of positions ``(chains, dim)``."""
+        return self.bijection(self._grouped(z)).to(self.sites[0].dtype)
+
+    def _grouped(self, z: Tensor) -> Tensor:
+        return z.reshape((-1,) + self.energy.batch_shape + self.sites[0].shape)
+
+    def _draw(self, num_chains: int) -> Tensor:
+        return self.to_position(self.energy.starting_points((num_chains // self._rows,)))
