@@ -13,8 +13,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def checked_shape(name: str, shape: Iterable[int]) -> torch.Size:
@@ -78,6 +80,19 @@ def check_bijection(support: constraints.Constraint, event_shape: torch.Size) ->
         ) from error
 
 
+def expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a shape broadcasts to another.
+
+    Example:
+        >>> expands(torch.Size([3, 1]), torch.Size([3, 2])), expands((2,), torch.Size([3]))
+        (True, False)
+    """
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False
+
+
 def expanded_base(
     base: TorchDistribution, batch_shape: torch.Size, event_shape: torch.Size
 ) -> TorchDistribution:
@@ -105,6 +120,26 @@ def expanded_base(
         ) from error
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor.
+
+    Example:
+        >>> readable(torch.ones(2))
+        True
+        >>> seen = []
+        >>> _ = torch.vmap(lambda x: seen.append(readable(x)) or x)(torch.ones(2))
+        >>> seen
+        [False]
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not is_functorch_wrapped_tensor(tensor)
+        and get_proxy_mode() is None
+        and not torch.jit.is_tracing()
+    )
+
+
 def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -> Tensor | None:
     """The normalizer, if there is one log Z for each batch element.
 
@@ -113,11 +148,7 @@ def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -
     """
     if log_normalizer is None:
         return None
-    try:
-        fits = torch.broadcast_shapes(log_normalizer.shape, batch_shape) == batch_shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not expands(log_normalizer.shape, batch_shape):
         raise ValueError(
             f"log_normalizer has shape {tuple(log_normalizer.shape)}, which does not broadcast to"
             f" batch_shape={tuple(batch_shape)}: there is one log Z for each batch element"

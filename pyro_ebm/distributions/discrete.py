@@ -1,9 +1,9 @@
 r"""Discrete supports: which values an element may take, and distributions that know their blocks.
 
 A discrete event is a set of *variables*, each of which takes one of :math:`K` *codewords* in
-:math:`\mathbb R^b`: a binary element one of ``[0], [1]``, a spin one of ``[-1], [1]``, a one-hot row
-one of the :math:`K` unit vectors. Samplers of discrete states see nothing else: a flat event of
-``n * b`` numbers is ``n`` variables of ``b`` coordinates.
+:math:`\mathbb R^b`: a binary element one of ``[0], [1]``, a spin one of ``[-1], [1]``, a one-hot
+row one of the :math:`K` unit vectors. Samplers of discrete states see nothing else: a flat event
+of ``n * b`` numbers is ``n`` variables of ``b`` coordinates.
 """
 
 import math

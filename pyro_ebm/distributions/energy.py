@@ -32,8 +32,10 @@ from pyro_ebm.distributions.checks import (
     checked_normalizer,
     checked_shape,
     expanded_base,
+    expands,
     fixed_weights,
     lift_support,
+    readable,
     refuse_plain_elbo,
 )
 from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
@@ -308,7 +310,7 @@ class UnnormalizedEnergy(TorchDistribution):
         new = copy.copy(self)
         like = self._like()
         value = torch.as_tensor(log_normalizer, dtype=like.dtype, device=like.device)
-        if not value.isfinite().all():
+        if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
         new._log_normalizer = checked_normalizer(value, self.batch_shape)
         new._learned_normalizer = False
@@ -317,6 +319,30 @@ class UnnormalizedEnergy(TorchDistribution):
             fits = value.numel() == 1
             new._unexpanded = self._unexpanded.normalized(value.reshape(())) if fits else None
         return new
+
+    def tempered(self, beta: Tensor | float) -> "UnnormalizedEnergy":
+        r"""This density at the inverse temperature :math:`\beta`, which multiplies its *energy*.
+
+        .. math:: p_\beta(x) \propto h(x)\, e^{-\beta E(x)}
+
+        Without a base this is :math:`p^\beta` up to its constant; with one it is the path from the
+        base (:math:`\beta = 0`) to the density (:math:`\beta = 1`). :math:`\log Z` is known at the
+        numbers 0, if the base has this support, and 1, if it is known here.
+
+        Args:
+            beta: a positive number or tensor, broadcastable to ``batch_shape``; 0 needs a base.
+
+        Raises:
+            ValueError: if it is negative, infinite, 0 without a base, or of another shape.
+
+        Example:
+            >>> cold = UnnormalizedEnergy(lambda x: x**2 / 2).tempered(4.0)
+            >>> cold.log_prob(torch.tensor(1.0))
+            tensor(-2.)
+        """
+        from pyro_ebm.distributions.combine import tempered  # which combines energies
+
+        return tempered(self, beta)
 
     # -- draws -------------------------------------------------------------------------------
 
@@ -410,7 +436,7 @@ class UnnormalizedEnergy(TorchDistribution):
             vars(new).update(vars(self))
         new._unexpanded = self.unexpanded
         new._batch_shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, new._batch_shape) != new._batch_shape:
+        if not expands(self.batch_shape, new._batch_shape):
             raise ValueError(
                 f"batch_shape={tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}"
             )

@@ -167,4 +167,5 @@ _PARTS = (
     "_mixture_distribution",
     "component0",
     "component1",
+    "_dirichlet",  # of Beta
 )

@@ -3,6 +3,7 @@
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.flow_contrastive import FlowNCE
+from pyro_ebm.losses.layers import fit_layers, fit_rbm
 from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
 from pyro_ebm.losses.score_matching import (
     DenoisingScoreMatching,
@@ -21,5 +22,7 @@ __all__ = [
     "RankingNCE",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "fit_layers",
+    "fit_rbm",
     "gaussian_noise",
 ]

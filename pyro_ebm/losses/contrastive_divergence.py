@@ -26,9 +26,9 @@ from torch import Tensor
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite, leaves
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.short_run import default_kernel
 
 STEP_SIZE_GAIN = 0.1
