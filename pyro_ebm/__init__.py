@@ -1,12 +1,23 @@
 """pyro_ebm: energy-based models in Pyro.
 
-Write an energy in a model (:class:`UnnormalizedEnergy`), sample it (:class:`MCMC` with
-:class:`LangevinKernel` or :class:`MHKernel`), fit it (``SVI`` with :class:`ContrastiveDivergence`
-and the other losses), check it (:func:`to_arviz`).
+Write an energy in a model (:class:`UnnormalizedEnergy`, :class:`RBM`, :func:`product`, ...), sample
+it (:class:`MCMC` with :class:`LangevinKernel`, :class:`GibbsKernel`, ...), fit it (``SVI`` with
+:class:`ContrastiveDivergence` and the other losses), check it (:func:`to_arviz`).
 """
 
 from pyro_ebm.diagnostics import to_arviz
-from pyro_ebm.distributions import UnnormalizedEnergy
+from pyro_ebm.distributions import (
+    RBM,
+    BoltzmannMachine,
+    DeepBeliefNetwork,
+    ExponentialFamily,
+    GaussianRBM,
+    Potts,
+    UnnormalizedEnergy,
+    contrast,
+    mixture,
+    product,
+)
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
@@ -16,7 +27,17 @@ from pyro_ebm.losses import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from pyro_ebm.mcmc import MCMC, LangevinKernel, MHKernel, NormalizerError
+from pyro_ebm.mcmc import (
+    MCMC,
+    CompositeKernel,
+    DiscreteLangevinKernel,
+    GibbsKernel,
+    GibbsWithGradientsKernel,
+    LangevinKernel,
+    MHKernel,
+    NormalizerError,
+    TemperingKernel,
+)
 from pyro_ebm.ops import fisher_divergence, score
 
 __version__ = "0.1.0"
@@ -24,18 +45,32 @@ __version__ = "0.1.0"
 __all__ = [
     "MCMC",
     "NCE",
+    "RBM",
+    "BoltzmannMachine",
+    "CompositeKernel",
     "ContrastiveDivergence",
+    "DeepBeliefNetwork",
     "DenoisingScoreMatching",
+    "DiscreteLangevinKernel",
+    "ExponentialFamily",
     "FlowNCE",
+    "GaussianRBM",
+    "GibbsKernel",
+    "GibbsWithGradientsKernel",
     "LangevinKernel",
     "MHKernel",
     "NormalizerError",
+    "Potts",
     "RankingNCE",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "TemperingKernel",
     "UnnormalizedEnergy",
     "__version__",
+    "contrast",
     "fisher_divergence",
+    "mixture",
+    "product",
     "score",
     "to_arviz",
 ]

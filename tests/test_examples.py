@@ -47,6 +47,16 @@ EXAMPLES = {
         ["anomaly.png"],
         ["Area under the ROC curve", "anomaly.png"],
     ),
+    "rbm_digits.py": (
+        "--num-epochs 1 --num-hidden 6 --num-features 8 --output rbm.png",
+        ["rbm.png"],
+        ["independent pixels", "scikit-learn", "pyro_ebm", "bound", "rbm.png"],
+    ),
+    "ising.py": (
+        "--sides 4 6 --num-samples 20 --num-chains 4 --num-temperatures 3 --output ising.png",
+        ["ising.png"],
+        ["4 x 4", "ESS", "R-hat", "ising.png"],
+    ),
     "denoise.py": (
         "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
         ["denoise.png"],

@@ -14,7 +14,6 @@ usual :math:`e^{\beta M^2 / 2N}` has the constant :math:`\beta / 2` of the diago
 
 from typing import Any
 
-import torch
 from pyro.distributions import constraints
 from torch import Tensor
 

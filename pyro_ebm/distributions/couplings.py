@@ -1,7 +1,6 @@
 """The forms in which couplings are given: dense or sparse matrices, one for each edge or for all.
 
-Their values are checked where that is possible. Under ``vmap``, while a graph is captured, or where
-a tensor keeps account of the latents it came from, values cannot be read, or must not be.
+A matrix holds each coupling twice and must say the same both times; the other forms hold it once.
 """
 
 from collections.abc import Sequence

@@ -293,11 +293,12 @@ class UnnormalizedEnergy(TorchDistribution):
         r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
         return self.normalizer_state == "known"
 
-    def normalized(self, log_normalizer: Tensor | float) -> "UnnormalizedEnergy":
+    def normalized(self, log_normalizer: Any) -> "UnnormalizedEnergy":
         r"""This density with its :math:`\log Z` known: from a formula, an enumeration, an estimate.
 
         Args:
-            log_normalizer: :math:`\log Z`, broadcastable to ``batch_shape``.
+            log_normalizer: :math:`\log Z`, a number or a tensor that broadcasts to
+                ``batch_shape``, or what :func:`~pyro_ebm.estimate_log_normalizer` returns.
 
         Raises:
             ValueError: if it is not finite, or of another shape.
@@ -309,6 +310,7 @@ class UnnormalizedEnergy(TorchDistribution):
         """
         new = copy.copy(self)
         like = self._like()
+        log_normalizer = getattr(log_normalizer, "value", log_normalizer)
         value = torch.as_tensor(log_normalizer, dtype=like.dtype, device=like.device)
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
+from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.tempering import TemperingKernel
 
 
 class BlockPotential(Potential):
@@ -66,13 +68,15 @@ class CompositeKernel(Kernel):
         kernels: kernels without a model, as ``[GibbsKernel(), LangevinKernel()]`` (the default).
             All discrete sites are moved by each discrete kernel, all continuous sites by each
             other.
+        transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
         init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
 
     The statistics ``acceptance_rate`` and ``step_size`` are those of the last kernel.
 
     Raises:
-        ValueError: for a kernel with a model of its own, or (when run) sites that no kernel moves.
+        ValueError: for a kernel with a model or transforms of its own, one that is itself made of
+            others, or (when run) sites that no kernel moves.
 
     Example:
         >>> from pyro_ebm.mcmc import MCMC
@@ -92,6 +96,7 @@ class CompositeKernel(Kernel):
         self,
         model: Callable[..., Any] | None = None,
         kernels: Sequence[Kernel] | None = None,
+        transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
@@ -107,15 +112,24 @@ class CompositeKernel(Kernel):
                 raise ValueError(
                     f"kernels must be kernels of pyro_ebm, such as LangevinKernel(), got {kernel!r}"
                 )
-            if kernel.model is not None or kernel.potential_fn is not None:
+            if isinstance(kernel, TemperingKernel):  # its replicas need the rest at their own place
                 raise ValueError(
-                    f"give the model to CompositeKernel, not to {kernel!r}: CompositeKernel(model,"
-                    " [GibbsKernel(), LangevinKernel()])"
+                    "replicas are of all sites: write TemperingKernel(CompositeKernel(model, ...),"
+                    f" betas), not {kernel!r} inside a CompositeKernel"
+                )
+            if isinstance(kernel, CompositeKernel):
+                raise ValueError(f"give the kernels of {kernel!r} in one list")
+            own = (kernel.model, kernel.potential_fn, kernel._given_transforms)
+            if any(x is not None for x in own):
+                raise ValueError(
+                    f"give model and transforms to CompositeKernel, not to {kernel!r}:"
+                    " CompositeKernel(model, [GibbsKernel(), LangevinKernel()])"
                 )
         super().__init__(
             model=model,
             adapt_step_size=False,
             adapt_mass_matrix=False,
+            transforms=transforms,
             max_plate_nesting=max_plate_nesting,
             init_strategy=init_strategy,
         )
@@ -201,4 +215,5 @@ class CompositeKernel(Kernel):
         return {**super().__getstate__(), "_bound": []}
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}{', ' if self.model else ''}kernels={self.kernels!r})"
+        comma = "" if self.model is None else ", "
+        return f"{super().__repr__()[:-1]}{comma}kernels={self.kernels!r})"

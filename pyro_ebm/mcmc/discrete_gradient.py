@@ -27,6 +27,8 @@ from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
 from pyro_ebm.ops.metropolis import metropolis_accept
 
+NUM_COMPARED = 16
+
 
 class _GradientKernel(Kernel):
     """A discrete kernel that reads the gradient of the potential at the points themselves."""
@@ -54,8 +56,8 @@ class _GradientKernel(Kernel):
         """The state at the first positions; refuses a density that the points do not move.
 
         Raises:
-            ValueError: if the gradient is 0 at every start, as for a density of indices: proposals
-                would be blind. Or if it is not finite.
+            ValueError: if the gradient is 0 at every start and the density is not flat, as for a
+                density of indices: proposals would be blind. Or if it is not finite.
         """
         state = super().init(z)
         assert state.grad is not None
@@ -64,13 +66,23 @@ class _GradientKernel(Kernel):
                 f"the gradient in {self.potential.names} is not finite at a starting point, though"
                 " the density is: use GibbsKernel, which needs none"
             )
-        if not state.grad.any():
+        if not state.grad.any() and not self._is_flat(state):
             raise ValueError(
                 f"the gradient in {self.potential.names} is 0 at every starting point: the log"
                 " density is no differentiable function of the points, so that"
                 f" {type(self).__name__} would propose blindly. Use GibbsKernel"
             )
         return state
+
+    def _is_flat(self, state: State) -> bool:
+        """Whether random points have the density of the state's, so that a gradient of 0 is right.
+
+        So has a machine whose couplings start at 0.
+        """
+        num, like = NUM_COMPARED * state.z.shape[0], state.z
+        others = torch.cat([s.start(num, like.dtype) for s in self.potential.sites], -1)
+        with torch.no_grad():
+            return torch.allclose(self.potential(others), state.potential.repeat(NUM_COMPARED))
 
     @property
     def variables(self) -> Variables:
@@ -95,8 +107,8 @@ class _GradientKernel(Kernel):
         #      p(x)  q(x' | x)
         log_ratio = state.potential - new.potential + log_q_ratio
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        # a state of probability 0 is no accident on a discrete space, a NaN is
-        diverging = new.potential.isnan() | new.grad.isnan().any(-1)
+        # a state of probability 0 is no accident on a discrete space
+        diverging = ~valid & (new.potential != torch.inf)
         return self.choose(accepted, new, state), Info(accept_prob, diverging)
 
 
@@ -180,8 +192,8 @@ class GibbsWithGradientsKernel(_GradientKernel):
         """Log probabilities of the moves, and which of them would move nothing."""
         assert state.grad is not None
         moves = self.variables.moves(state.z, state.grad)
-        stays = moves.distance < 0.5
-        return torch.where(stays, -torch.inf, moves.change / 2).log_softmax(-1), stays
+        log_q = torch.where(moves.stays, -torch.inf, moves.change / 2).log_softmax(-1)
+        return log_q, moves.stays
 
 
 class DiscreteLangevinKernel(_GradientKernel):
@@ -252,6 +264,17 @@ class DiscreteLangevinKernel(_GradientKernel):
         )
         self.adjusted = adjusted
 
+    def check(self, potential: Potential) -> None:
+        """Unadjusted, the gradient is all that is known of a site."""
+        super().check(potential)
+        blind = [site.name for site in potential.sites if not site.differentiable]
+        if blind and not self.adjusted:
+            raise ValueError(
+                f"the log density of {blind} has no gradient in its values (as that of a"
+                " OneHotCategorical, which looks up an index), and adjusted=False sees nothing but"
+                " gradients: use adjusted=True, or GibbsKernel"
+            )
+
     def draw(self, state: State) -> tuple[Any, ...]:
         """The step size, a Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
@@ -265,18 +288,21 @@ class DiscreteLangevinKernel(_GradientKernel):
         variables = self.variables
         log_q = self._log_q(state, step_size)
         noisy = [a + b for a, b in zip(log_q, variables.by_variable(noise), strict=True)]
-        chosen = [torch.zeros_like(x).scatter(-1, x.argmax(-1, keepdim=True), 1.0) for x in noisy]
-        new = self.evaluate(variables.after(state.z, variables.flat(chosen) > 0))
+        chosen = [
+            torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.argmax(-1, keepdim=True), True)
+            for x in noisy
+        ]
+        new = self.evaluate(variables.after(state.z, variables.flat(chosen)))
         if not self.adjusted:
             assert new.grad is not None
             valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
             return self.choose(valid, new, state), Info(valid.to(state.z.dtype), ~valid)
         assert state.grad is not None
-        stays = variables.by_variable(variables.moves(state.z, state.grad).distance < 0.5)
-        forth = sum(_log_prob(p.flatten(1), c.flatten(1) > 0) for p, c in zip(log_q, chosen))
-        new_log_q = self._log_q(new, step_size)
-        back = sum(_log_prob(p.flatten(1), c.flatten(1)) for p, c in zip(new_log_q, stays))
-        return self._accept(state, new, torch.as_tensor(back - forth), log_u)
+        # the way back gives every variable its old codeword
+        old = variables.moves(state.z, state.grad).stays
+        forth = _log_prob(variables.flat(log_q), variables.flat(chosen))
+        back = _log_prob(variables.flat(self._log_q(new, step_size)), old)
+        return self._accept(state, new, back - forth, log_u)
 
     def _log_q(self, state: State, step_size: Tensor) -> list[Tensor]:
         """Log probabilities of the codewords of each variable, ``(chains, n, K)`` by site."""

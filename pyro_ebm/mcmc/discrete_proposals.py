@@ -62,13 +62,13 @@ class Flip(_DiscreteProposal):
             raise ValueError(f"num_flips={self.num_flips}, but there are {total} variables")
         picked = torch.rand(z.shape[0], total, dtype=z.dtype, device=z.device)
         picked = picked >= picked.topk(self.num_flips, -1).values[:, -1:]
-        distance = variables.by_variable(variables.moves(z, torch.zeros_like(z)).distance)
+        stays = variables.by_variable(variables.moves(z, torch.zeros_like(z)).stays)
         chosen = []
-        for part, flips in zip(distance, picked.split(variables.counts, -1), strict=True):
+        for own, flips in zip(stays, picked.split(variables.counts, -1), strict=True):
             # one of the other codewords, uniformly; a variable with a single one keeps it
-            noise = gumbel(part.shape, part).masked_fill(part < 0.5, -torch.inf)
-            other = torch.zeros_like(part).scatter(-1, noise.argmax(-1, keepdim=True), 1.0)
-            chosen.append((other > 0) & flips[..., None])
+            noise = gumbel(own.shape, z).masked_fill(own, -torch.inf)
+            other = torch.zeros_like(own).scatter(-1, noise.argmax(-1, keepdim=True), True)
+            chosen.append(other & flips[..., None])
         return variables.after(z, variables.flat(chosen))
 
 

@@ -62,7 +62,7 @@ class EnergyPotential(Potential):
         unconstrained = self._grouped(z)
         if unconstrained.shape[0] == 1:  # one chain per row: the energy sees the rows themselves
             unconstrained = unconstrained[0]
-        x = self.bijection(unconstrained)
+        x = self.bijection(unconstrained).to(self.sites[0].dtype)  # whole numbers may be indices
         # an energy may be made of distributions, which would raise at a far-out proposal
         with pyro.validation_enabled(False), eval_mode(self._modules):
             log_prob = self.energy.unnormalized_log_prob(x)

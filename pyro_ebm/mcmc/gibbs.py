@@ -96,13 +96,12 @@ class GibbsKernel(Kernel):
         """One sweep."""
         if self.potential.blocks is not None:
             return super().move(state)
-        info = None
+        diverging = torch.zeros_like(state.potential, dtype=torch.bool)
         for columns, codes in self._columns:
             noise = gumbel((len(codes), state.z.shape[0]), state.z)
-            state, now = self._engine(state, columns, codes, noise)
-            info = now if info is None else Info(now.accept_prob, info.diverging | now.diverging)
-        assert info is not None
-        return state, info
+            state, info = self._engine(state, columns, codes, noise)
+            diverging = diverging | info.diverging
+        return state, Info(torch.ones_like(state.potential), diverging)
 
     def draw(self, state: State) -> tuple[Any, ...]:
         """The random numbers of a sweep of blocks."""
@@ -113,7 +112,9 @@ class GibbsKernel(Kernel):
         if self.potential.blocks is None:
             return self._draw_variable(state, *draws)
         new = self.evaluate(self.potential.gibbs_sweep(state.z, draws))
-        return new, Info(torch.ones_like(new.potential), ~new.potential.isfinite())
+        # a sweep leads to states of positive probability alone, unless a parameter is no number
+        valid = new.potential.isfinite()
+        return self.choose(valid, new, state), Info(valid.to(state.potential.dtype), ~valid)
 
     def _draw_variable(
         self, state: State, columns: Tensor, codes: Tensor, noise: Tensor
@@ -126,13 +127,14 @@ class GibbsKernel(Kernel):
         with torch.no_grad():
             potential = self.potential(moved).reshape(k - 1, chains)
         potential = torch.cat([state.potential[None], potential])
-        #   P(candidate j) = exp(-U_j) / sum_i exp(-U_i), and 0 where U is no number
-        logits = torch.where(potential.isnan(), -torch.inf, -potential)
+        #   P(candidate j) = exp(-U_j) / sum_i exp(-U_i), and 0 where U is not finite
+        logits = torch.where(potential.isfinite(), -potential, -torch.inf)
         chosen = (logits + noise).argmax(0, keepdim=True)
         candidates = torch.cat([z[None], moved.reshape(k - 1, chains, -1)])
         new = candidates.gather(0, chosen[..., None].expand(1, chains, z.shape[1]))[0]
+        # a state of probability 0 is no accident on a discrete space
+        diverging = ~(potential > -torch.inf).all(0)
         accept_prob = torch.ones_like(state.potential)
-        diverging = potential.isnan().any(0)
         return State(new, potential.gather(0, chosen)[0], None), Info(accept_prob, diverging)
 
     def _release(self) -> None:

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -48,9 +48,6 @@ class Info(NamedTuple):
     """Probability of acceptance, shape ``(chains,)``."""
     diverging: Tensor
     """Whether the proposal was rejected because it went astray, boolean, shape ``(chains,)``."""
-
-
-Self = TypeVar("Self", bound="Kernel")
 
 
 class Kernel(MCMCKernel):
@@ -189,7 +186,7 @@ class Kernel(MCMCKernel):
     @property
     def step_size(self) -> Tensor | float:
         """The step size as :class:`Adaptation` holds it, ``(groups,)``; before setup, the first."""
-        return self._init_step_size if self._adaptation is None else self._adaptation.step_size
+        return self._init_step_size if self._adaptation is None else self.adaptation.step_size
 
     def step_size_of(self, state: State) -> Tensor:
         """The step size of each chain, shape ``(chains, 1)``."""
@@ -202,7 +199,8 @@ class Kernel(MCMCKernel):
         """The potential of the model at its arguments, or of the ``potential_fn``."""
         self._restore_params()
         if self.model is not None:
-            if self.discrete and (lone := lone_energy(self.model, args, kwargs)) is not None:
+            lone = self.discrete and lone_energy(self.model, args, kwargs, self.init_strategy)
+            if lone:
                 return EnergyPotential(lone[1], lone[0])
             return ModelPotential(
                 self.model,
@@ -227,12 +225,12 @@ class Kernel(MCMCKernel):
 
     def check(self, potential: Potential) -> None:
         """Raises a ValueError if the potential has sites that the kernel does not move."""
-        kind = "discrete" if self.discrete else "continuous"
         others = [s.name for s in potential.sites if (s.codes is not None) != self.discrete]
         if others:
+            kind = "discrete" if self.discrete else "continuous"
             raise ValueError(
                 f"{type(self).__name__} moves {kind} sites, and {others} are not: use"
-                f" {'LangevinKernel or MHKernel' if self.discrete else 'GibbsKernel'}, or a"
+                f" {'LangevinKernel' if self.discrete else 'GibbsKernel'}, or a"
                 " CompositeKernel where a model has sites of both kinds"
             )
 
@@ -325,7 +323,8 @@ class Kernel(MCMCKernel):
         if self._state is None:
             raise RuntimeError(f"{type(self).__name__}.sample needs setup first")
         z = self.potential.ravel(params)[None]
-        state = self._state if torch.equal(z, self._state.z) else self.evaluate(z)
+        here = self.potential.ravel(self.potential.unravel(self._state.z))  # as sites round it
+        state = self._state if torch.equal(z, here) else self.evaluate(z)
         self._state, info = self.step(state)
         self._mean_accept += (float(info.accept_prob) - self._mean_accept) / (self._seen + 1)
         self._seen += 1
@@ -403,7 +402,7 @@ class Kernel(MCMCKernel):
         self._stats: dict[str, list[Any]] = {}
         self.last_stats: dict[str, Any] = {}
 
-    def copy(self: Self) -> Self:
+    def copy(self) -> Self:
         """A kernel with the same settings that has seen nothing."""
         new = object.__new__(type(self))
         vars(new).update(vars(self))

@@ -337,7 +337,9 @@ class MHKernel(Kernel):
         log_ratio = state.potential - new.potential + log_q_ratio
         valid = new.potential.isfinite() & ~log_ratio.isnan()
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        return self.choose(accepted, new, state), Info(accept_prob, ~valid)
+        # a state of probability 0 is no accident on a discrete space
+        diverging = ~valid & (new.potential != torch.inf) if self.discrete else ~valid
+        return self.choose(accepted, new, state), Info(accept_prob, diverging)
 
     def __repr__(self) -> str:
         model = super().__repr__()[:-1]

@@ -8,21 +8,20 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Independent, biject_to
+from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import Transform, identity_transform
 
-from pyro_ebm.distributions.discrete import codewords
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import modules, tensors_of, unvalidated
+from pyro_ebm.mcmc.discrete_sites import is_differentiable, keeps_values, site_codes
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
-from pyro_ebm.mcmc.normalizer_check import check_normalizers, trace_latents
+from pyro_ebm.mcmc.normalizer_check import HostReads, check_normalizers, trace_latents
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
 from pyro_ebm.mcmc.starts import trace_from_start
 
@@ -98,8 +97,12 @@ class ModelPotential(FunctionPotential):
         sites = []
         for name, transform in all_transforms.items():
             value = _to_reals(transform, _value(trace, name))
-            codes = site_codes(name, trace.nodes[name]["fn"]) if keep_discrete else None
-            sites.append(Site(name, value.shape, value.dtype, transform, value.device, codes))
+            site = Site(name, value.shape, value.dtype, transform, value.device)
+            fn = trace.nodes[name]["fn"]
+            if keep_discrete and fn.support.is_discrete:
+                codes = site_codes(name, fn)
+                site = site._replace(codes=codes, differentiable=is_differentiable(fn, value))
+            sites.append(site)
         super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
 
     def _run(self, model: Callable[..., Any]) -> poutine.Trace:
@@ -161,7 +164,9 @@ class ModelPotential(FunctionPotential):
                     " continuous latents only. Use GibbsKernel for discrete ones, or a"
                     " CompositeKernel of both"
                 )
-            if latents := get_provenance(tensors_of(support)) - {name}:
+            latents = get_provenance(tensors_of(support)) - {name}
+            run = (self.model, self.args, self.kwargs)
+            if latents and not (support.is_discrete and keeps_values(*run, name)):
                 raise ValueError(
                     f"the support of site {name!r} depends on {sorted(latents)}, so no fixed"
                     " transform maps it to the reals: sample a site on a fixed support, such as"
@@ -184,7 +189,7 @@ class ModelPotential(FunctionPotential):
 
     def _draw(self, num_chains: int) -> Tensor:
         radius = _uniform_radius(self.init_strategy)
-        if radius is not None and not self.is_discrete:
+        if radius is not None and all(site.codes is None for site in self.sites):
             z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.sites[0].device)
             return z.uniform_(-radius, radius)
         return torch.stack([self._draw_one() for _ in range(num_chains)])
@@ -212,7 +217,10 @@ class ModelPotential(FunctionPotential):
 
 
 def lone_energy(
-    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    init_strategy: Callable[..., Any] = init_to_uniform,
 ) -> tuple[str, UnnormalizedEnergy] | None:
     """The energy of a model that consists of it and of nothing else, with the site's name.
 
@@ -225,52 +233,26 @@ def lone_energy(
     """
     if isinstance(model, Distribution):
         model = functools.partial(_sample_site, model)
-    with starting_points_only(), poutine.block(), torch.random.fork_rng(devices=()):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    reads = HostReads()
+    try:
+        with torch.random.fork_rng(devices=()), starting_points_only(), called_in_eval_mode():
+            with poutine.block():
+                trace = trace_from_start(model, args, kwargs, init_strategy)
+            with reads:
+                trace_latents(model, args, kwargs, init_strategy)
+    except (ValueError, torch.linalg.LinAlgError):
+        return None  # an unlucky start of a model with more sites: ModelPotential tries again
+    if reads.latents:
+        return None  # a branch may have factors on its other side
     nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
     if len(nodes) != 1:
         return None
     ((name, node),) = nodes.items()
-    plain = not node["is_observed"] and node["mask"] is None and float(node["scale"]) == 1.0
+    scale = torch.as_tensor(node["scale"])
+    plain = not node["is_observed"] and node["mask"] is None and scale.dim() == 0 and scale == 1
     fn = node["fn"]
     bare = isinstance(fn, UnnormalizedEnergy) and not fn.batch_shape
     return (name, fn) if plain and bare else None
-
-
-def site_codes(name: str, fn: Any) -> Tensor | None:
-    """The codewords ``(K, b)`` of the variables of a discrete site; None if it is continuous.
-
-    Raises:
-        ValueError: for a discrete site whose variables do not share a finite set of values.
-
-    Example:
-        >>> site_codes("k", dist.Categorical(torch.ones(3)).expand([5]).to_event(1))
-        tensor([[0],
-                [1],
-                [2]])
-    """
-    if not fn.support.is_discrete:
-        return None
-    energy = find_energy(fn)
-    if energy is not None:
-        return codewords(energy.support, energy.event_shape)
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    error: Exception | None = None
-    if fn.has_enumerate_support:
-        try:
-            return fn.enumerate_support(expand=False).reshape(-1, max(fn.event_shape.numel(), 1))
-        except (NotImplementedError, ValueError) as raised:
-            error = raised
-    raise ValueError(
-        f"site {name!r} ({type(fn).__name__}) has no finite set of values that all its elements"
-        " share, so that it cannot be resampled: use a distribution that can be enumerated"
-        f" (Bernoulli, Categorical, Binomial with one total_count), or sum it out{_because(error)}"
-    )
-
-
-def _because(error: Exception | None) -> str:
-    return "" if error is None else f" ({error})"
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -5,11 +5,11 @@ A posterior over :math:`\theta` that is observed through an energy is proportion
 answer is the posterior of another model. This module finds such sites before anything is sampled.
 
 A first run of the model tracks which latents each tensor was computed from (Pyro's provenance
-tensors): at a *fixed* point :math:`x`, does :math:`E_\theta(x)`, the base, the support's bounds, or
-the site's scale or mask come from a latent? Then further runs with other latents and the point
-pinned compare values, to catch what tensors cannot carry, such as ``theta.item()`` or a branch;
-there are more of them when the first run saw such a read. A branch that hardly any start takes
-can still be missed.
+tensors): at *fixed* points :math:`x`, does :math:`E_\theta(x)`, the base, the support's bounds, or
+the site's scale or mask come from a latent? Then further runs with other latents and the same
+points compare values, to catch what tensors cannot carry, such as ``theta.item()``, a branch, a
+number of rows, or a weight that is overwritten; there are more of them when the first run saw such
+a read, or a discrete latent. A branch that hardly any start takes can still be missed.
 
 The first run cannot see that a dependence cancels, as in a location family :math:`E(x - \mu)`:
 there the user's word ``constant_normalizer=True`` waives the check.
@@ -17,7 +17,7 @@ there the user's word ``constant_normalizer=True`` waives the check.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -32,11 +32,12 @@ from torch.distributions import Independent, TransformedDistribution
 from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
-from pyro_ebm.distributions.util import bounds_of
+from pyro_ebm.distributions.util import bounds_of, uniform_start
 from pyro_ebm.mcmc.mode import called_in_eval_mode
 from pyro_ebm.mcmc.starts import trace_from_start
 
 NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
+NUM_PROBES = 2  # further points at which energies are compared
 
 
 class NormalizerError(ValueError):
@@ -69,28 +70,99 @@ def check_normalizers(
             ...
         pyro_ebm.mcmc.normalizer_check.NormalizerError: site 'x': its energy depends on...
     """
+    for moving in moving_normalizers(model, args, kwargs, init_strategy):
+        raise NormalizerError(f"{moving}{_WAYS_OUT}")
+
+
+class MovingNormalizer(NamedTuple):
+    """A site whose unknown log Z depends on latents."""
+
+    name: str
+    """The site."""
+    parts: dict[str, frozenset[str]]
+    """What depends on which latents, as far as is known: the site's ``"energy"`` (or its base),
+    ``"support"``, ``"scale or mask"``, ``"shape"``, or, if it comes and goes, ``"presence"``."""
+    was_read: bool
+    """Whether a latent's value left the tensors: by ``.item()``, a branch or the like."""
+    state: str
+    """What is known of log Z: ``"unknown"`` or ``"learned"``."""
+
+    @property
+    def latents(self) -> frozenset[str]:
+        """All latents that are known to move it."""
+        return frozenset().union(*self.parts.values())
+
+    def __str__(self) -> str:
+        part, latents = next(iter(self.parts.items()))
+        if part == "presence":
+            return (
+                f"site {self.name!r}: an energy with an unknown log Z is in the model for some"
+                f" values of {_listed(latents)} only"
+            )
+        how = ", read by .item(), a branch or the like" if self.was_read else ""
+        return (
+            f"site {self.name!r}: its {part} depends on {_listed(latents)}{how}, and its log Z is"
+            f" {self.state}"
+        )
+
+
+def moving_normalizers(
+    model: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    init_strategy: Callable[..., Any] = init_to_uniform,
+) -> list[MovingNormalizer]:
+    """The sites whose unknown or learned log Z depends on a latent.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        init_strategy: gives values to the latents, as in Pyro's kernels.
+
+    Example:
+        >>> def model(x):
+        ...     theta = pyro.sample("theta", dist.Gamma(1.0, 1.0))
+        ...     pyro.sample("x", UnnormalizedEnergy(lambda x: theta * x**4), obs=x)
+        >>> [(moving.name, moving.parts) for moving in moving_normalizers(model, (torch.ones(()),))]
+        [('x', {'energy': frozenset({'theta'})})]
+    """
     kwargs = dict(kwargs or {})
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    reads = _HostReads()
+    reads = HostReads()
+    found: dict[_Key, dict[str, frozenset[str]]] = {}
+    seen: dict[_Key, _Suspect] = {}
+    was_read: set[_Key] = set()
     with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
         with reads:
             tracked = trace_latents(model, args, kwargs, init_strategy)
             suspects = _suspects(tracked)
-            for suspect in suspects.values():
-                _refuse(suspect, get_provenance(suspect.evaluate(suspect.x)))
+            # evaluated now: the next run may overwrite the weights of a module
+            first = {key: suspect.evaluate(suspect.points) for key, suspect in suspects.items()}
+        for key, parts in first.items():
+            for part, values in parts.items():
+                if latents := get_provenance(values) - {key[0]}:
+                    found.setdefault(key, {})[part] = latents
+        again = reads.latents or (suspects and _has_discrete_latents(tracked))
         same_data = poutine.replay(model, trace=_subsamples(tracked))
-        for _ in range(NUM_RERUNS_AFTER_READS if reads.latents else NUM_RERUNS):
-            again = _suspects(_trace(same_data, args, kwargs, init_strategy))
-            if changed := suspects.keys() ^ again.keys():
-                names = ", ".join(sorted({repr(name) for name, _ in changed}))
-                raise NormalizerError(
-                    f"site(s) {names}: an energy with an unknown log Z is in the model for some"
-                    f" values of {_listed(reads.latents)} only{_WAYS_OUT}"
-                )
-            for key, suspect in suspects.items():
-                x = suspect.x
-                if not _close(suspect.evaluate(x), again[key].evaluate(x)):
-                    _refuse(suspect, reads.latents, how=", read by .item(), a branch or the like")
+        for _ in range(NUM_RERUNS_AFTER_READS if again else NUM_RERUNS):
+            others = _suspects(_trace(same_data, args, kwargs, init_strategy))
+            seen = {**others, **seen}
+            for key in suspects.keys() ^ others.keys():
+                found.setdefault(key, {}).setdefault("presence", reads.latents - {key[0]})
+            for key in suspects.keys() & others.keys():
+                now = others[key].evaluate(suspects[key].points)
+                for part, values in first[key].items():
+                    known = part in found.get(key, {})
+                    if not known and not _close(values, now[part]):
+                        found.setdefault(key, {})[part] = reads.latents - {key[0]}
+                        was_read.add(key)
+    seen = {**seen, **suspects}
+    return [
+        MovingNormalizer(key[0], found[key], key in was_read, suspect.state)
+        for key, suspect in seen.items()
+        if key in found
+    ]
 
 
 def trace_latents(
@@ -104,27 +176,18 @@ def trace_latents(
 
 
 _WAYS_OUT = (
-    ". Its log Z is then part of the posterior and cannot be left out. Ways out: give"
-    " log_normalizer= as a function of these latents; say constant_normalizer=True if you know"
-    " that Z does not depend on them (a location family); or fit them with one of the losses of"
-    " pyro_ebm instead of sampling them"
+    ". Its log Z is then part of the posterior and cannot be left out. Ways out: sample them with"
+    " ExchangeKernel, which needs no log Z; give log_normalizer= as a function of these latents;"
+    " say constant_normalizer=True if you know that Z does not depend on them (a location family);"
+    " or fit them with one of the losses of pyro_ebm instead of sampling them"
 )
-
-
-def _refuse(suspect: "_Suspect", latents: Iterable[str], how: str = "") -> None:
-    latents = set(latents) - {suspect.name}
-    if latents or how:
-        raise NormalizerError(
-            f"site {suspect.name!r}: its energy depends on {_listed(latents)}{how}, and its log Z"
-            f" is {suspect.energies[0].normalizer_state}{_WAYS_OUT}"
-        )
 
 
 def _listed(latents: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, latents))) or "a latent"
 
 
-class _HostReads(TorchFunctionMode):
+class HostReads(TorchFunctionMode):
     """Notes the latents whose values leave the tensors, where provenance is lost."""
 
     def __init__(self) -> None:
@@ -171,25 +234,67 @@ def _subsamples(trace: poutine.Trace) -> poutine.Trace:
     return new
 
 
+def _has_discrete_latents(trace: poutine.Trace) -> bool:
+    return any(
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and site["fn"].support.is_discrete
+        for site in trace.nodes.values()
+    )
+
+
+_Key = tuple[str, int]
+
+
 @dataclasses.dataclass
 class _Suspect:
     """A density with unknown constants, where a site's distribution holds it."""
 
     name: str
     energies: tuple[UnnormalizedEnergy, ...]
-    density: Callable[[Tensor], Tensor]
-    x: Tensor
-    """A point of the density's support, without provenance."""
+    fn: Any
+    """The distribution that is made of them: the energy itself, or a mixture."""
+    points: tuple[Tensor, ...]
+    """Points of the density's support, without provenance: first that of the site."""
     counted: tuple[Any, ...]
     """How often the density counts: the scale and the masks around it."""
 
-    def evaluate(self, x: Tensor) -> list[Any]:
-        """All that the constants may depend on, at a fixed point."""
-        bounds = [bound for p in self.energies for bound in bounds_of(p.support)]
-        return [self.density(x), *bounds, *self.counted]
+    @property
+    def state(self) -> str:
+        """What is known of log Z."""
+        return self.energies[0].normalizer_state
+
+    def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Any]]:
+        """All that the constants may depend on, at fixed points."""
+        return {
+            "shape": [torch.tensor(self.fn.batch_shape + self.fn.event_shape)],
+            "energy": [self._log_density(x) for x in points],
+            "support": [bound for p in self.energies for bound in bounds_of(p.support)],
+            "scale or mask": list(self.counted),
+        }
+
+    def _log_density(self, x: Tensor) -> Tensor | None:
+        """None where there is none: at a singular matrix, a point of another shape."""
+        fn, batch_dim = self.fn, x.dim() - len(self.fn.event_shape)
+        if x.shape[batch_dim:] != fn.event_shape or not _fit(x.shape[:batch_dim], fn.batch_shape):
+            return None
+        energy = isinstance(fn, UnnormalizedEnergy)
+        try:
+            return fn.unnormalized_log_prob(x) if energy else fn.log_prob(x)
+        except torch.linalg.LinAlgError:
+            return None
 
 
-def _suspects(trace: poutine.Trace) -> dict[tuple[str, int], _Suspect]:
+def _fit(*shapes: tuple[int, ...]) -> bool:
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _suspects(trace: poutine.Trace) -> dict[_Key, _Suspect]:
     return {
         (name, index): suspect
         for name, site in trace.nodes.items()
@@ -208,7 +313,7 @@ def _suspects(trace: poutine.Trace) -> dict[tuple[str, int], _Suspect]:
 def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[_Suspect]:
     if isinstance(fn, UnnormalizedEnergy):
         if not fn.is_normalized and not fn.constant_normalizer:
-            yield _Suspect(name, (fn,), fn.unnormalized_log_prob, x, counted)
+            yield _Suspect(name, (fn,), fn, (x, *_probes(fn, x)), counted)
     elif isinstance(fn, Independent):
         yield from _suspects_in(name, fn.base_dist, x, counted)
     elif isinstance(fn, MaskedDistribution):
@@ -218,7 +323,15 @@ def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Ite
             x = detach_provenance(cast(Tensor, transform.inv(x)))
         yield from _suspects_in(name, fn.base_dist, x, counted)
     elif energies := tuple(_energies_in(fn)):  # a mixture: its normalizer mixes those of its parts
-        yield _Suspect(name, energies, fn.log_prob, x, counted)
+        yield _Suspect(name, energies, fn, (x,), counted)
+
+
+def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
+    """Points where chains may start: a threshold may hide a dependence at the data alone."""
+    if x.numel() == 0 or x.is_complex():
+        return []
+    like = x if p.support.is_discrete or x.is_floating_point() else x.to(p._like())
+    return [detach_provenance(uniform_start(p.support, x.shape, like)) for _ in range(NUM_PROBES)]
 
 
 def _energies_in(fn: Any) -> Iterator[UnnormalizedEnergy]:
@@ -236,6 +349,7 @@ def _close(a: list[Any], b: list[Any]) -> bool:
 def _close_values(a: Any, b: Any) -> bool:
     if a is None or b is None:
         return a is b
+    a, b = detach_provenance(a), detach_provenance(b)
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b.to(a.dtype))

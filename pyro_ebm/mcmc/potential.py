@@ -40,6 +40,8 @@ class Site(NamedTuple):
     device: torch.device = torch.device("cpu")
     codes: Tensor | None = None
     """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers."""
+    differentiable: bool = True
+    """Whether its own log density has a gradient in its value."""
 
     def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
         """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over the codewords."""
@@ -105,11 +107,6 @@ class Potential(ABC):
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
         return value_and_grad(self, z)
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether a site is discrete; its gradient then need not exist."""
-        return any(site.codes is not None for site in self.sites)
 
     # -- blocks ------------------------------------------------------------------------------
 
@@ -230,20 +227,27 @@ class Potential(ABC):
         return torch.cat([site.start(num_chains, self.dtype) for site in self.sites], -1)
 
     def _not_finite(self, z: Tensor) -> Tensor:
-        if self.is_discrete:
+        if all(site.codes is not None for site in self.sites):  # there may be no gradient at all
             with torch.no_grad():
                 return ~self(z).isfinite()
         value, grad = self.value_and_grad(z)
-        return ~(value.isfinite() & grad.isfinite().all(-1))
+        return ~(value.isfinite() & self._of_reals(grad).isfinite().all(-1))
+
+    def _of_reals(self, z: Tensor) -> Tensor:
+        """The columns of the continuous sites."""
+        parts = zip(self.sites, z.split(self.sizes, -1), strict=True)
+        return torch.cat([z[:, :0], *(part for site, part in parts if site.codes is None)], -1)
 
     def blame(self, z: Tensor) -> str:
         """What is not finite at the position ``(dim,)``, in words."""
-        if self.is_discrete:
-            return f"the potential is {self(z[None]).item()}"
-        value, grad = self.value_and_grad(z[None])
+        value = self(z[None]).detach()
         if value.isfinite().all():
-            grads = self.unravel(grad[0])
-            bad = [name for name, g in grads.items() if not g.isfinite().all()]
+            grads = self.value_and_grad(z[None])[1][0].split(self.sizes)
+            bad = [
+                site.name
+                for site, grad in zip(self.sites, grads, strict=True)
+                if site.codes is None and not grad.isfinite().all()
+            ]
             return f"the gradient of the potential in site(s) {_listed(bad)} is not finite"
         return f"the potential is {value.item()}"
 
@@ -308,14 +312,15 @@ class FunctionPotential(Potential):
     def _can_vectorize(self, z: Tensor) -> bool:
         if self._vectorizes is None:
             some = z[:2].detach()
-            want = value_and_grad(self._one_by_one, some)
+            want = self._compared(self._one_by_one, some)
             if not all(w.isfinite().all() for w in want):
                 return False  # nothing to compare with yet
             try:
-                got = value_and_grad(vmap(self._one), some)
+                got = self._compared(vmap(self._one), some)
                 same = all(
                     ((g - w).abs().max() <= 1e-3 * (1 + w.abs().max()))
                     for g, w in zip(got, want, strict=True)
+                    if w.numel()
                 )
                 reason = "its vectorized value differs from its plain value"
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -328,6 +333,10 @@ class FunctionPotential(Potential):
                     stacklevel=2,
                 )
         return self._vectorizes
+
+    def _compared(self, function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = value_and_grad(function, z)
+        return value, self._of_reals(grad)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """What a run of many chains keeps, and what it shows while it runs."""
 
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,6 +127,11 @@ def fields_of(
         rows = [torch.isin(steps, torch.tensor(told["divergences"])) for told in diagnostics]
         return {"diverging": torch.stack(rows)[:, thin]}
     return {}
+
+
+def cut_short(got: int, wanted: int, what: str = "draws per chain") -> None:
+    """Warns that a run was cut short."""
+    warnings.warn(f"interrupted: {got} of {wanted} {what} are kept", stacklevel=3)
 
 
 class Bar:

@@ -8,7 +8,6 @@ kernel, ``NUTS`` and ``HMC`` among them.
 
 import contextlib
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
-from pyro_ebm.mcmc.record import Bar, Chain, Draws, fields_of, stack, warmup_fields_of
+from pyro_ebm.mcmc.record import Bar, Chain, Draws, cut_short, fields_of, stack, warmup_fields_of
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
 
@@ -162,7 +161,11 @@ class MCMC(AbstractMCMC):
         if model is not None and not ours:
             check_normalizers(model, args, kwargs)
             if self.initial_params is not None:  # Pyro's kernels take any names and shapes
-                ModelPotential(model, args, kwargs).at(self.initial_params, self.num_chains)
+                if isinstance(self.kernel, Kernel):
+                    potential = self.kernel.make_potential(*args, **kwargs)
+                else:
+                    potential = ModelPotential(model, args, kwargs)
+                potential.at(self.initial_params, self.num_chains)
         if self.chain_method == "vectorized":
             self._run_vectorized(args, kwargs)
         elif self.chain_method == "sequential":
@@ -203,7 +206,7 @@ class MCMC(AbstractMCMC):
         except KeyboardInterrupt:
             if draws.count == 0:
                 raise
-            _warn_interrupted(draws.count, self.num_samples // self.thinning)
+            cut_short(draws.count, self.num_samples // self.thinning)
         if self.save_warmup:
             self._warmup_samples = warmup.samples(self.transforms)
             self._warmup_fields = warmup.fields()
@@ -226,10 +229,10 @@ class MCMC(AbstractMCMC):
                 if not chains and not chain.draws:
                     raise
                 if chains:  # chains of one length: the one that was cut short goes
-                    _warn_interrupted(len(chains), self.num_chains, "chains")
+                    cut_short(len(chains), self.num_chains, "chains")
                     kernel.cleanup()
                     break
-                _warn_interrupted(len(chain.draws), self.num_samples // self.thinning)
+                cut_short(len(chain.draws), self.num_samples // self.thinning)
                 self._finish_chain(chain, chains)
                 break
             self._finish_chain(chain, chains)
@@ -417,7 +420,3 @@ def _count(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return number
-
-
-def _warn_interrupted(got: int, wanted: int, what: str = "draws per chain") -> None:
-    warnings.warn(f"interrupted: {got} of {wanted} {what} are kept", stacklevel=3)

@@ -73,7 +73,7 @@ def short_run(
     kernel = kernel.copy()
     if shape.numel() == 0:
         empty = energy.starting_points(sample_shape)
-        nothing = empty.new_full(energy.batch_shape, torch.nan)
+        nothing = torch.full(energy.batch_shape, torch.nan, device=empty.device)
         return empty, ChainDiagnostics(nothing, nothing, nothing, nothing, 0)
     potential = EnergyPotential(energy)
     kernel.bind(potential, warmup_steps=steps // 2)
@@ -86,11 +86,11 @@ def short_run(
             continue
         diverging = diverging + info.diverging.sum()
         if diagnose:
-            history.append(potential.to_points(state.z))
+            history.append(potential.to_points(state.z).to(state.z.dtype))  # means of whole numbers
             accept = accept + info.accept_prob
     draws = potential.to_points(state.z).reshape(shape)
     batch = energy.batch_shape
-    nothing = draws.new_full(batch, torch.nan)
+    nothing = state.potential.new_full(batch, torch.nan)
     if not diagnose:
         return draws, ChainDiagnostics(nothing, nothing, nothing, nothing, int(diverging))
     step_size = torch.as_tensor(kernel.step_size).reshape(batch)

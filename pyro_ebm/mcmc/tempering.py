@@ -128,6 +128,12 @@ class TemperingKernel(Kernel):
                 "kernel must be a kernel of pyro_ebm that moves one temperature, such as"
                 f" LangevinKernel(model), got {kernel!r}"
             )
+        for part in (kernel, *getattr(kernel, "kernels", ())):
+            if (temperature := getattr(part, "temperature", 1.0)) != 1:
+                raise ValueError(
+                    f"{part!r} has temperature={temperature}, but exchanges are between replicas at"
+                    " the temperatures 1 / betas: leave it at 1"
+                )
         super().__init__(
             model=kernel.model,
             potential_fn=kernel.potential_fn,
@@ -176,8 +182,9 @@ class TemperingKernel(Kernel):
         replicas, info = inner.step(state.replicas)
         replicas = self._exchange(replicas)
         self._steps += 1
-        first = Info(*(self._rows(x)[:, 0].reshape(-1) for x in info))
-        return self._outward(replicas), first
+        accept_prob = self._rows(info.accept_prob)[:, 0].reshape(-1)
+        diverging = self._rows(info.diverging).any(1).reshape(-1)  # of any replica
+        return self._outward(replicas), Info(accept_prob, diverging)
 
     def _exchange(self, state: State) -> State:
         _, tempered = self._parts
@@ -198,7 +205,7 @@ class TemperingKernel(Kernel):
         source = torch.arange(r, device=u.device)[:, None].expand(u.shape).clone()
         source[:, :-1] += accepted.long()
         source[:, 1:] -= accepted.long()
-        if self._steps > self._num_warmup and self._swaps is not None:
+        if self._steps >= self._num_warmup and self._swaps is not None:
             self._swaps = self._swaps + torch.where(turn, prob, 0.0).mean((0, 2))
             self._num_swaps = self._num_swaps + turn[:, 0]
         # what replica r now sees of the state that came from replica s:  U b_r / b_s
@@ -301,7 +308,12 @@ def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
 
 
 def _checked(betas: Sequence[float] | Tensor) -> tuple[float, ...]:
-    values = tuple(float(b) for b in betas)
+    try:
+        values = tuple(float(b) for b in betas)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"betas must be a sequence of numbers, as in [1.0, 0.5, 0.25]; got {betas!r}"
+        ) from error
     if len(values) < 2:
         raise ValueError(f"betas must hold at least two inverse temperatures, got {list(values)}")
     if any(not (math.isfinite(b) and 0 < b <= 1) for b in values):

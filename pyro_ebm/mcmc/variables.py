@@ -21,7 +21,9 @@ class Moves(NamedTuple):
     change: Tensor
     r"""The first-order change :math:`\nabla \log p(z)^\top (z' - z)` of the log density."""
     distance: Tensor
-    """The squared distance :math:`|z' - z|^2`; 0 where the variable keeps its codeword."""
+    """The squared distance :math:`|z' - z|^2`."""
+    stays: Tensor
+    """Whether it would leave its variable as it is, boolean."""
 
 
 class Variables:
@@ -65,13 +67,18 @@ class Variables:
             z: positions, shape ``(chains, dim)``.
             grad: the gradient of the potential :math:`U = -\log p` there, shape ``(chains, dim)``.
         """
-        change, distance = [], []
+        change, distance, stays = [], [], []
         for (x, codes), (g, _) in zip(self._parts(z), self._parts(grad), strict=True):
-            #  -g . (c - x)   and   |c - x|^2 = |c|^2 - 2 c . x + |x|^2, exact for whole numbers
-            change.append(((g * x).sum(-1, keepdim=True) - g @ codes.T).flatten(1))
-            square = codes.square().sum(-1) + x.square().sum(-1, keepdim=True)
-            distance.append((square - 2 * x @ codes.T).flatten(1))
-        return Moves(torch.cat(change, -1), torch.cat(distance, -1))
+            #  -g . (c - x)   and   |c - x|^2
+            change.append((g * x).sum(-1, keepdim=True) - g @ codes.T)
+            if codes.shape[1] == 1:
+                square = (codes[:, 0] - x).square()
+            else:  # |c|^2 - 2 c . x + |x|^2: exact for unit vectors, and one number a move
+                square = codes.square().sum(-1) + x.square().sum(-1, keepdim=True)
+                square = square - 2 * x @ codes.T
+            distance.append(square)
+            stays.append(square == square.amin(-1, keepdim=True))
+        return Moves(self.flat(change), self.flat(distance), self.flat(stays))
 
     def after(self, z: Tensor, chosen: Tensor) -> Tensor:
         """Positions after the chosen moves, at most one for each variable.
@@ -82,7 +89,7 @@ class Variables:
         """
         new = []
         for (x, codes), choice in zip(self._parts(z), self.by_variable(chosen), strict=True):
-            moved = choice.to(z.dtype) @ codes
+            moved = codes[choice.long().argmax(-1)]
             new.append(torch.where(choice.any(-1, keepdim=True), moved, x).flatten(1))
         return torch.cat(new, -1)
 
@@ -99,11 +106,14 @@ class Variables:
         return torch.cat([part.flatten(1) for part in by_variable], -1)
 
     def columns(self) -> list[tuple[Tensor, Tensor]]:
-        """For each variable in turn, its columns ``(b,)`` of the position, and its codewords."""
+        """Of each variable in turn its columns ``(b,)`` of the position, and its codewords.
+
+        Variables with a single codeword, which nothing can move, are left out.
+        """
         found, start = [], 0
         for size, n, codes in zip(self.sizes, self.counts, self.codes, strict=True):
             columns = torch.arange(start, start + size, device=codes.device).reshape(n, -1)
-            found += [(row, codes) for row in columns]
+            found += [(row, codes) for row in columns if len(codes) > 1]
             start += size
         return found
 

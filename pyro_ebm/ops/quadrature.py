@@ -54,9 +54,9 @@ MAX_EVALUATIONS = 2**24
 """How many values of the integrands one sum may take by default."""
 
 _NATS = 45.0  # e^-45 is less than a double's precision
-_SIZES = {1: (1025, 2**14 + 1, 65), 2: (129, 257, 33)}
+_SIZES = {1: (1025, 2**13 + 1, 65), 2: (129, 257, 33)}
 """Nodes per dimension: to bound, at least and at most, and to refine at least."""
-_SCOUTS = 2**18  # values to bound all batch elements with, if they are many
+_SCOUTS = 2**15  # values to bound all batch elements with, between these
 
 ZERO, INFINITE, UNDEFINED, IMPROPER, UNCONVERGED = range(1, 6)
 _MESSAGES = {
