@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import networkx
 import numpy as np
 import torch
 from torch import Tensor
@@ -321,6 +320,8 @@ def colour_sites(edges: Any, num_sites: int) -> np.ndarray:
         >>> colour_sites([[0, 1], [1, 2]], 3)
         array([0, 1, 0])
     """
+    import networkx  # late: it takes a while to import
+
     graph = networkx.Graph()
     graph.add_nodes_from(range(num_sites))
     graph.add_edges_from(np.asarray(edges).tolist())

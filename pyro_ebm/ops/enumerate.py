@@ -73,7 +73,7 @@ def states(codes: Tensor, variables: int, start: int = 0, stop: int | None = Non
     powers = [base**i for i in reversed(range(variables))]
     place = torch.tensor(powers, dtype=torch.long, device=codes.device)
     digits = (numbers[:, None] // place) % base
-    return codes[digits].reshape(len(numbers), -1)
+    return codes[digits].reshape(len(numbers), variables * codes.shape[1])
 
 
 def values_of_states(
