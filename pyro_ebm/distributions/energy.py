@@ -196,7 +196,7 @@ class UnnormalizedEnergy(TorchDistribution):
             ValueError: if the energy function returns another shape.
         """
         x = self._broadcast(x)
-        with fixed_weights(modules(self._energy)):
+        with fixed_weights(self.modules):
             value = self._energy(x)
         want = x.shape[: x.dim() - self.event_dim]
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -208,6 +208,13 @@ class UnnormalizedEnergy(TorchDistribution):
                 " batch_shape= to a conditional energy"
             )
         return value
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that the energy holds, as far as they can be found: looked for once."""
+        if self._modules is None:
+            self._modules = modules(self._energy)
+        return self._modules
 
     def unnormalized_log_prob(self, x: Tensor) -> Tensor:
         r""":math:`\log h(x) - E(x)`: the log density without its constant.
@@ -451,6 +458,7 @@ class UnnormalizedEnergy(TorchDistribution):
         return self if self._unexpanded is None else self._unexpanded
 
     _unexpanded: "UnnormalizedEnergy | None" = None
+    _modules: tuple[nn.Module, ...] | None = None
 
     def __repr__(self) -> str:
         parts = [f"energy={_name_of(self._energy)}"]
@@ -469,6 +477,8 @@ class UnnormalizedEnergy(TorchDistribution):
                 f"points of {type(self).__name__} must end in event_shape="
                 f"{tuple(self.event_shape)}, got shape {tuple(x.shape)}"
             )
+        if not self.batch_shape or batch[-len(self.batch_shape) :] == self.batch_shape:
+            return x
         try:
             shape = torch.broadcast_shapes(batch, self.batch_shape)
         except RuntimeError as error:

@@ -10,7 +10,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.discrete import BlockGibbs, codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.distributions.util import unvalidated
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.potential import Potential, Site, nan_where_singular
 
@@ -50,7 +50,7 @@ class EnergyPotential(Potential):
         site = Site(name, shape, start.dtype, self.bijection.inv, start.device, codes)
         self._rows = max(energy.batch_shape.numel(), 1)
         super().__init__([site], groups=self._rows if groups is None else groups)
-        self._modules = modules(energy._energy)
+        self._modules = energy.modules
         if isinstance(self.energy, BlockGibbs):
             self.blocks = self.energy
 
