@@ -67,7 +67,8 @@ class CompositeKernel(Kernel):
         model: a Pyro model.
         kernels: kernels without a model, as ``[GibbsKernel(), LangevinKernel()]`` (the default).
             All discrete sites are moved by each discrete kernel, all continuous sites by each
-            other.
+            other. With an :class:`~pyro_ebm.mcmc.ExchangeKernel` among them, it alone moves the
+            sites on which an unknown log Z depends, and no others.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
         init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
@@ -134,12 +135,35 @@ class CompositeKernel(Kernel):
             init_strategy=init_strategy,
         )
         self.kernels = list(kernels)
+        exchanges = [kernel for kernel in kernels if kernel.cancels_normalizers]
+        if len(exchanges) > 1:
+            raise ValueError("one ExchangeKernel moves all sites on which an unknown log Z depends")
+        self.cancels_normalizers = bool(exchanges)
+
+    @property
+    def _exchange(self) -> Kernel | None:
+        return next((kernel for kernel in self.kernels if kernel.cancels_normalizers), None)
+
+    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+        """The potential of the model at its arguments."""
+        if (exchange := self._exchange) is None:
+            return super().make_potential(*args, **kwargs)
+        settings = ("model", "_given_transforms", "max_plate_nesting", "init_strategy")
+        kernel: Any = exchange.copy()
+        vars(kernel).update({name: getattr(self, name) for name in settings}, keep_discrete=True)
+        return kernel.make_potential(*args, **kwargs)
 
     def check(self, potential: Potential) -> None:
         """Every site needs a kernel that moves it."""
+        if self._exchange is not None and not potential.moving:
+            raise ValueError(
+                f"{self._exchange!r} draws auxiliaries from the model, and the kernel that it is"
+                " a part of cannot be a part of another"
+            )
+        moved = {name for kernel in self.kernels for name in self._names(potential, kernel)}
         for discrete in (True, False):
-            names = self._names(potential, discrete)
-            if names and not any(kernel.discrete == discrete for kernel in self.kernels):
+            sites = [site for site in potential.sites if (site.codes is not None) == discrete]
+            if names := [site.name for site in sites if site.name not in moved]:
                 kind = "discrete" if discrete else "continuous"
                 kernel = "GibbsKernel()" if discrete else "LangevinKernel()"
                 raise ValueError(
@@ -148,15 +172,20 @@ class CompositeKernel(Kernel):
                 )
 
     @staticmethod
-    def _names(potential: Potential, discrete: bool) -> list[str]:
-        return [site.name for site in potential.sites if (site.codes is not None) == discrete]
+    def _names(potential: Potential, kernel: Kernel) -> list[str]:
+        return [
+            site.name
+            for site in potential.sites
+            if (site.codes is not None) == kernel.discrete
+            and (site.name in potential.moving) == kernel.cancels_normalizers
+        ]
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """As every kernel, and binds its own."""
         super().bind(potential, warmup_steps)
         self._bound: list[tuple[Kernel, BlockPotential]] = []
         for kernel in self.kernels:
-            names = self._names(potential, kernel.discrete)
+            names = self._names(potential, kernel)
             if names:
                 kernel, block = kernel.copy(), BlockPotential(potential, names)
                 kernel.bind(block, warmup_steps)

@@ -30,7 +30,7 @@ from pyro_ebm.ops.metropolis import metropolis_accept
 NUM_COMPARED = 16
 
 
-class _GradientKernel(Kernel):
+class GradientKernel(Kernel):
     """A discrete kernel that reads the gradient of the potential at the points themselves."""
 
     discrete = True
@@ -112,7 +112,7 @@ class _GradientKernel(Kernel):
         return self.choose(accepted, new, state), Info(accept_prob, diverging)
 
 
-class GibbsWithGradientsKernel(_GradientKernel):
+class GibbsWithGradientsKernel(GradientKernel):
     r"""Changes one variable at a time, chosen by the gradient.
 
     .. math:: q(x' \mid x) \propto e^{d(x \to x') / 2},
@@ -196,14 +196,15 @@ class GibbsWithGradientsKernel(_GradientKernel):
         return log_q, moves.stays
 
 
-class DiscreteLangevinKernel(_GradientKernel):
+class DiscreteLangevinKernel(GradientKernel):
     r"""Changes all variables at once, each by its own gradient: Langevin's step on discrete points.
 
     .. math:: q(x' \mid x) \propto \prod_i \exp\Big( \tfrac12\, g_i^\top (x'_i - x_i)
               - \frac{|x'_i - x_i|^2}{2 \alpha} \Big), \qquad g = \nabla \log p(x),
 
     with the step size :math:`\alpha`. Adjusted (DMALA), proposals are accepted or rejected and the
-    target is exactly invariant. Unadjusted (DULA) it is biased, the more the larger :math:`\alpha`.
+    target is exactly invariant. Unadjusted (DULA) it is biased, the more the larger :math:`\alpha`,
+    and blind to what reads the points otherwise than by a formula of theirs: as indices, say.
 
     Args:
         model: a Pyro model, or a distribution.
@@ -218,7 +219,8 @@ class DiscreteLangevinKernel(_GradientKernel):
 
     Raises:
         ValueError: for a step size that is not positive, or one to be adapted although unadjusted;
-            (when run) for continuous sites, or sites of whole numbers or with a gradient of 0.
+            (when run) for continuous sites, or sites of whole numbers or with a gradient of 0;
+            unadjusted, for a site whose own density has none (``OneHotCategorical``).
 
     Reference:
         Zhang, Liu and Liu (2022), A Langevin-like sampler for discrete distributions.

@@ -10,12 +10,14 @@ from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
 
 
-class _DiscreteProposal(Proposal):
+class DiscreteProposal(Proposal):
+    """A symmetric proposal that sees a position as variables; a new one writes ``sample``."""
+
     symmetric = True
     discrete = True
     _variables: Variables | None = None
 
-    def bind(self, potential: Potential) -> "_DiscreteProposal":
+    def bind(self, potential: Potential) -> "DiscreteProposal":
         """This proposal for the variables of a potential's discrete sites."""
         new = copy.copy(self)
         like = torch.empty(0, dtype=potential.dtype, device=potential.sites[0].device)
@@ -30,7 +32,7 @@ class _DiscreteProposal(Proposal):
         return self._variables
 
 
-class Flip(_DiscreteProposal):
+class Flip(DiscreteProposal):
     """Gives variables chosen at random other values, uniformly.
 
     Args:
@@ -72,7 +74,7 @@ class Flip(_DiscreteProposal):
         return variables.after(z, variables.flat(chosen))
 
 
-class Swap(_DiscreteProposal):
+class Swap(DiscreteProposal):
     """Exchanges the values of two variables of one site, chosen at random.
 
     Sums are kept (the magnetization of spins, the number of ones), so that by itself it moves
@@ -93,7 +95,7 @@ class Swap(_DiscreteProposal):
         (tensor([1.]), tensor(0.5...))
     """
 
-    def bind(self, potential: Potential) -> "_DiscreteProposal":
+    def bind(self, potential: Potential) -> "DiscreteProposal":
         """This proposal, if there is one site with at least two variables."""
         new = super().bind(potential)
         counts = new.variables.counts

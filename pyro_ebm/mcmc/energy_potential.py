@@ -50,6 +50,8 @@ class EnergyPotential(Potential):
         site = Site(name, shape, start.dtype, self.bijection.inv, start.device, codes)
         self._rows = max(energy.batch_shape.numel(), 1)
         super().__init__([site], groups=self._rows if groups is None else groups)
+        if not start.is_floating_point():  # as precise as the energy
+            self.dtype = torch.promote_types(self.dtype, energy._like().dtype)
         self._modules = energy.modules
         if isinstance(self.energy, BlockGibbs):
             self.blocks = self.energy

@@ -104,6 +104,8 @@ class Kernel(MCMCKernel):
     has_momentum = False
     discrete = False
     """Whether it moves discrete sites; they are then not summed out."""
+    cancels_normalizers = False
+    """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
 
     def __init__(
         self,
@@ -331,7 +333,7 @@ class Kernel(MCMCKernel):
         if self._steps == self._warmup_steps:
             self._mean_accept, self._seen = 0.0, 0
         self.last_stats = {
-            "lp": -float(self._state.potential),
+            self.potential.lp_name: -float(self._state.potential),
             "acceptance_rate": float(info.accept_prob),
             "step_size": float(self.adaptation.step_size.mean()),
             "diverging": bool(info.diverging),

@@ -79,9 +79,9 @@ class ModelPotential(FunctionPotential):
         with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
             trace = self._run_in_the_open()
             self._refuse_subsampling(trace)
-            check_normalizers(model, args, self.kwargs, init_strategy)
+            self._check_normalizers()
             all_transforms = self._find_transforms(trace, transforms or {})
-            model = _Unvalidated()(model)
+            model = self._unvalidated = _Unvalidated()(model)
             potential_fn = functools.partial(_potential, model, args, self.kwargs, all_transforms)
             discrete = [node for node in _latents(trace).values() if _is_discrete(node["fn"])]
             if discrete and not keep_discrete:
@@ -104,6 +104,12 @@ class ModelPotential(FunctionPotential):
                 site = site._replace(codes=codes, differentiable=is_differentiable(fn, value))
             sites.append(site)
         super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
+        if not any(site.dtype.is_floating_point for site in sites):  # as precise as the density
+            log_p = torch.as_tensor(trace.log_prob_sum())
+            self.dtype = torch.promote_types(self.dtype, log_p.dtype)
+
+    def _check_normalizers(self) -> None:
+        check_normalizers(self.model, self.args, self.kwargs, self.init_strategy)
 
     def _run(self, model: Callable[..., Any]) -> poutine.Trace:
         return trace_from_start(model, self.args, self.kwargs, self.init_strategy)
@@ -197,7 +203,7 @@ class ModelPotential(FunctionPotential):
     def _draw_one(self) -> Tensor:
         with torch.no_grad(), self._quiet(), starting_points_only(), poutine.block():
             try:
-                trace = self._run(_Unvalidated()(self.model))
+                trace = self._run(self._unvalidated)
             except torch.linalg.LinAlgError:  # no start: the next try draws another
                 nothing = {"dtype": self.dtype, "device": self.sites[0].device}
                 return torch.full((self.dim,), torch.nan, **nothing)
@@ -206,7 +212,7 @@ class ModelPotential(FunctionPotential):
 
     def blame(self, z: Tensor) -> str:
         """What is not finite at the position ``(dim,)``, in words."""
-        conditioned = poutine.condition(_Unvalidated()(self.model), self.constrain(z))
+        conditioned = poutine.condition(self._unvalidated, self.constrain(z))
         with self._quiet(), starting_points_only(), poutine.block():
             try:
                 trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)

@@ -82,8 +82,8 @@ class MovingNormalizer(NamedTuple):
     parts: dict[str, frozenset[str]]
     """What depends on which latents, as far as is known: the site's ``"energy"`` (or its base),
     ``"support"``, ``"scale or mask"``, ``"shape"``, or, if it comes and goes, ``"presence"``."""
-    was_read: bool
-    """Whether a latent's value left the tensors: by ``.item()``, a branch or the like."""
+    was_read: frozenset[str]
+    """The parts for which a latent's value left the tensors: by ``.item()``, a branch, ..."""
     state: str
     """What is known of log Z: ``"unknown"`` or ``"learned"``."""
 
@@ -99,7 +99,7 @@ class MovingNormalizer(NamedTuple):
                 f"site {self.name!r}: an energy with an unknown log Z is in the model for some"
                 f" values of {_listed(latents)} only"
             )
-        how = ", read by .item(), a branch or the like" if self.was_read else ""
+        how = ", read by .item(), a branch or the like" if part in self.was_read else ""
         return (
             f"site {self.name!r}: its {part} depends on {_listed(latents)}{how}, and its log Z is"
             f" {self.state}"
@@ -132,7 +132,7 @@ def moving_normalizers(
     reads = HostReads()
     found: dict[_Key, dict[str, frozenset[str]]] = {}
     seen: dict[_Key, _Suspect] = {}
-    was_read: set[_Key] = set()
+    was_read: set[tuple[_Key, str]] = set()
     with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
         with reads:
             tracked = trace_latents(model, args, kwargs, init_strategy)
@@ -156,10 +156,15 @@ def moving_normalizers(
                     known = part in found.get(key, {})
                     if not known and not _close(values, now[part]):
                         found.setdefault(key, {})[part] = reads.latents - {key[0]}
-                        was_read.add(key)
+                        was_read.add((key, part))
     seen = {**seen, **suspects}
     return [
-        MovingNormalizer(key[0], found[key], key in was_read, suspect.state)
+        MovingNormalizer(
+            key[0],
+            found[key],
+            frozenset(part for part in found[key] if (key, part) in was_read),
+            suspect.state,
+        )
         for key, suspect in seen.items()
         if key in found
     ]

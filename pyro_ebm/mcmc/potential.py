@@ -79,6 +79,10 @@ class Potential(ABC):
         ValueError: if there are no sites, or a continuous site is not floating.
     """
 
+    lp_name = "lp"
+    """What the statistic :math:`-U(z)` of a draw is called."""
+    moving: frozenset[str] = frozenset()
+    """The sites on which a log Z depends that the potential lacks: for exchange moves alone."""
     blocks: BlockGibbs | None = None
     """The distribution, where it knows how to resample its own variables in blocks."""
 

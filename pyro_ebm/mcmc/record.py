@@ -42,9 +42,9 @@ class Draws:
         self.z = state.z.new_empty(self.capacity, chains, dim)
         self.stats = {
             name: state.potential.new_empty(self.capacity, chains)
-            for name in ("lp", "acceptance_rate", "step_size")
+            for name in (potential.lp_name, "acceptance_rate", "step_size")
         }
-        self.stats["diverging"] = torch.empty_like(self.stats["lp"], dtype=torch.bool)
+        self.stats["diverging"] = torch.empty_like(self.stats["step_size"], dtype=torch.bool)
 
     def add(self, state: State, info: Info, step_size: Tensor) -> None:
         """Takes what a transition gave; the step size is that it was made with."""

@@ -159,7 +159,10 @@ class MCMC(AbstractMCMC):
         # the kernels of this package check for themselves, but too late in a worker process
         ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
         if model is not None and not ours:
-            check_normalizers(model, args, kwargs)
+            if getattr(self.kernel, "cancels_normalizers", False):
+                self.kernel.make_potential(*args, **kwargs)  # which refuses what does not cancel
+            else:
+                check_normalizers(model, args, kwargs)
             if self.initial_params is not None:  # Pyro's kernels take any names and shapes
                 if isinstance(self.kernel, Kernel):
                     potential = self.kernel.make_potential(*args, **kwargs)
@@ -211,10 +214,11 @@ class MCMC(AbstractMCMC):
             self._warmup_samples = warmup.samples(self.transforms)
             self._warmup_fields = warmup.fields()
         self._samples, self._fields = draws.samples(self.transforms), draws.fields()
+        told = {k: v for k, v in kernel.diagnostics().items() if k != "sample_stats"}
         rates = self._fields["acceptance_rate"].mean(1).tolist()
         self._diagnostics = [
-            {"divergences": diverging.nonzero().flatten().tolist(), "acceptance rate": rate}
-            for diverging, rate in zip(self._fields["diverging"], rates, strict=True)
+            {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
+            for bad, rate in zip(self._fields["diverging"], rates, strict=True)
         ]
 
     def _run_sequential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -94,7 +94,9 @@ class TemperingKernel(Kernel):
     r"""Replica exchange around another kernel, all replicas of all chains in one batch.
 
     It crosses between modes where the kernel alone does not. The draws are those of
-    :math:`\beta = 1`. A transition costs as much as that of ``len(betas)`` chains.
+    :math:`\beta = 1`. A transition costs as much as that of ``len(betas)`` chains. Replicas start
+    together at the first position, and need some transitions to spread: as the ``kernel`` of
+    ``ContrastiveDivergence``, which starts them anew for each gradient, it is biased for few.
 
     Args:
         kernel: what moves the replicas, with its model: ``LangevinKernel(model)``,

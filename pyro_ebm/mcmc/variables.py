@@ -125,7 +125,7 @@ def gumbel(shape: Sequence[int], like: Tensor) -> Tensor:
         >>> round(gumbel((100_000,), torch.empty(())).mean().item(), 1)  # Euler's constant
         0.6
     """
-    noise = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    noise = like.new_empty(tuple(shape))  # of each chain its own, under vmap
     return -noise.exponential_().log()
 
 

@@ -13,7 +13,7 @@ from pyro.infer.mcmc import MCMC as PyroMCMC
 from torch import nn
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
-from pyro_ebm.mcmc import FunctionPotential, Independence, Proposal, RandomWalk
+from pyro_ebm.mcmc import FunctionPotential, Independence, Proposal, RandomWalk, TemperingKernel
 from pyro_ebm.mcmc.potential import sites_of
 
 
@@ -64,6 +64,7 @@ KERNELS = {
     "independence-sites": lambda *a, **k: MHKernel(*a, proposal=sites(), **k),
     "own-symmetric": lambda *a, **k: MHKernel(*a, proposal=Cauchy(), **k),
     "own-density": lambda *a, **k: MHKernel(*a, proposal=Drift(), **k),
+    "tempering": lambda *a, **k: TemperingKernel(LangevinKernel(*a, **k), [1.0, 0.5]),
 }
 COMPILED = ["langevin", "walk"]  # each of them takes seconds
 

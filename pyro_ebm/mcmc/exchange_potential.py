@@ -1,0 +1,373 @@
+r"""The potential of a doubly intractable posterior, and auxiliary draws at any of its positions.
+
+The posterior of :math:`\theta` is
+
+.. math:: p(\theta \mid x) \propto p(\theta) \prod_i \frac{f_i(x_i \mid \theta)}{Z_i(\theta)},
+
+and the potential here holds everything but the :math:`Z_i`: by itself it is that of another model.
+:class:`~pyro_ebm.mcmc.exchange.ExchangeKernel` makes up for them with auxiliary draws.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import TransformedDistribution, constraints
+from torch.distributions.transforms import Transform
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
+from pyro_ebm.mcmc.auxiliary import Auxiliary, Draw, InnerChain, auxiliary_of, draw_inside
+from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.normalizer_check import (
+    MovingNormalizer,
+    NormalizerError,
+    moving_normalizers,
+    trace_latents,
+)
+
+MAX_DOUBLINGS = 60
+
+
+class AuxiliaryDraws(NamedTuple):
+    """The auxiliaries of all sites."""
+
+    sites: dict[str, Draw]
+    """One draw for each site, all its tensors led by the chains."""
+    log_density: Tensor
+    r""":math:`\sum_i \log f_i(y_i \mid \theta)` where they were drawn, shape ``(chains,)``."""
+
+    @property
+    def points(self) -> dict[str, Tensor]:
+        """The draws themselves, shapes ``(chains, *rows, *event)``."""
+        return {name: draw.y for name, draw in self.sites.items()}
+
+
+class ExchangePotential(ModelPotential):
+    r"""Everything in a posterior but the unknown :math:`Z(\theta)`, and auxiliary draws.
+
+    Args:
+        model: a Pyro model with an energy whose unknown log Z depends on a latent.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        num_inner_steps: of an auxiliary's chain or sweeps; the energy's ``num_steps`` by default.
+        inner_kernel: of the auxiliaries' chains; see :func:`~pyro_ebm.mcmc.auxiliary.auxiliary_of`.
+        transforms: as in :class:`~pyro_ebm.mcmc.ModelPotential`, as are the rest.
+        max_plate_nesting: as in Pyro's kernels.
+        init_strategy: where chains start.
+        keep_discrete: whether discrete latents are sites to be sampled, and not summed out.
+
+    Attributes:
+        auxiliaries: how the auxiliary is drawn of each site whose unknown log Z moves.
+        moving: the latents that move one.
+
+    Raises:
+        NormalizerError: for a Z that does not cancel.
+        ValueError: if no site has a Z that moves, or as in
+            :class:`~pyro_ebm.mcmc.ModelPotential`.
+
+    Example:
+        >>> from pyro_ebm.distributions import BoltzmannMachine, lattice_edges
+        >>> def model(x):
+        ...     J = pyro.sample("J", dist.Uniform(0.0, 1.0))
+        ...     pyro.sample("x", BoltzmannMachine(J, edges=lattice_edges(10, 10)), obs=x)
+        >>> potential = ExchangePotential(model, (torch.ones(100),), num_inner_steps=20)
+        >>> potential.auxiliaries
+        {'x': 20 Gibbs sweeps}
+        >>> draws = potential.draw(potential.initial(4))
+        >>> draws.points["x"].shape, draws.log_density.shape
+        (torch.Size([4, 100]), torch.Size([4]))
+    """
+
+    lp_name = "lp_without_log_z"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        num_inner_steps: int | None = None,
+        inner_kernel: Kernel | None = None,
+        transforms: dict[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+        keep_discrete: bool = False,
+    ):
+        super().__init__(
+            model, args, kwargs, transforms, max_plate_nesting, init_strategy, keep_discrete
+        )
+        with self._quiet(), starting_points_only(), poutine.block():
+            trace = self._run(self._unvalidated)
+        # discrete latents that the potential sums out: no auxiliary depends on them
+        self._summed_out = {
+            name: node["value"] for name, node in _latents(trace).items() if name not in self.names
+        }
+        # each energy at some value of the latents, and the data where they lie in its support
+        self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
+        self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
+        self._draws_vectorize: bool | None = None
+
+    def _choose(self, num_steps: int | None, kernel: Kernel | None) -> dict[str, Auxiliary]:
+        discrete = {name: e.support.is_discrete for name, (e, _) in self._examples.items()}
+        if kernel is not None and kernel.discrete not in discrete.values():
+            raise ValueError(
+                f"inner_kernel={kernel!r} moves {'discrete' if kernel.discrete else 'continuous'}"
+                f" sites, and {self._moved} are not"
+            )
+        return {
+            name: auxiliary_of(
+                energy,
+                num_steps,
+                kernel if kernel is not None and kernel.discrete == discrete[name] else None,
+            )
+            for name, (energy, _) in self._examples.items()
+        }
+
+    # -- which sites, and which do not cancel ----------------------------------------------------
+
+    def _check_normalizers(self) -> None:
+        settings = (self.model, self.args, self.kwargs, self.init_strategy)
+        moved = moving_normalizers(*settings)
+        if not moved:
+            raise ValueError(
+                "there is nothing to exchange: no site of the model has an unknown log Z that"
+                " depends on a latent. Use LangevinKernel, MHKernel or NUTS"
+            )
+        for one in moved:
+            _refuse_parts(one)
+        with starting_points_only():
+            trace = trace_latents(*settings)
+        latents, discrete = set(), set()
+        for name, node in _latents(trace).items():
+            (discrete if node["fn"].support.is_discrete else latents).add(name)
+        for one in moved:
+            _refuse_site(one, trace.nodes[one.name])
+            # where it is not known which latents were read, any may have been
+            if guilty := discrete & (one.latents or discrete) - {one.name}:
+                raise NormalizerError(
+                    f"{one}. ExchangeKernel moves continuous latents, but not"
+                    f" {', '.join(map(repr, sorted(guilty)))}: give log_normalizer= for each of"
+                    " its values"
+                )
+        self._moved = [one.name for one in moved]
+        known = all(one.latents for one in moved)
+        self.moving = frozenset().union(*(one.latents if known else latents for one in moved))
+
+    # -- auxiliary draws -------------------------------------------------------------------------
+
+    def bind_auxiliaries(self, warmup_steps: int) -> None:
+        """Forgets what inner chains have learned; the next ``warmup_steps`` draws may adapt."""
+        with self._quiet():
+            for name, auxiliary in self.auxiliaries.items():
+                auxiliary.bind(*self._examples[name], warmup_steps)
+
+    @torch.no_grad()
+    def draw(self, z: Tensor, num_steps: int | None = None, resume: bool = False) -> AuxiliaryDraws:
+        r"""Auxiliaries :math:`y_i \sim f_i(\cdot \mid \theta) / Z_i(\theta)` of every chain.
+
+        Args:
+            z: where, positions of shape ``(chains, dim)``.
+            num_steps: of inner chains, instead of their own number.
+            resume: whether inner chains start where those that they adapt to were last.
+        """
+        zero, starts = torch.zeros_like(z[:, 0]), {}
+        if resume:
+            last = {k: chain.position for k, chain in self.inner_chains.items()}
+            starts = {k: start for k, start in last.items() if start is not None}
+
+        def one(z: Tensor, zero: Tensor, starts: dict[str, Tensor]) -> AuxiliaryDraws:
+            return self._auxiliaries_of_one(z, zero, starts, num_steps)
+
+        with self._quiet(), poutine.block():
+            vectorizes = z.shape[0] > 1 and self._can_vectorize(z)
+            if vectorizes and self._draws_vectorize is not False:
+                try:
+                    draws = vmap(one, randomness="different")(z, zero, starts)
+                    if self._draws_vectorize or self._agree(z, draws):
+                        self._draws_vectorize = True
+                        return draws
+                    reason = "their vectorized density differs from their plain one"
+                except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                if self._draws_vectorize is None:
+                    self._draws_vectorize = False
+                    warnings.warn(
+                        "the auxiliary draws cannot be vectorized over chains, so they are made"
+                        f" one chain after another, which is slower ({reason})",
+                        stacklevel=2,
+                    )
+            of_each = [{k: start[i] for k, start in starts.items()} for i in range(len(z))]
+            rows = [one(*row) for row in zip(z, zero, of_each, strict=True)]
+            return tree_map(lambda *parts: torch.stack(parts), *rows)
+
+    @torch.no_grad()
+    def log_density(self, z: Tensor, points: Mapping[str, Tensor]) -> Tensor:
+        r"""The densities :math:`\sum_i \log f_i(y_i \mid \theta)` of given auxiliaries.
+
+        Args:
+            z: positions, shape ``(chains, dim)``.
+            points: of each site, shape ``(chains, *rows, *event)``.
+
+        Returns:
+            Shape ``(chains,)``.
+        """
+        with self._quiet(), poutine.block():
+            if z.shape[0] > 1 and self._can_vectorize(z):
+                return vmap(self._log_density_of_one)(z, dict(points))
+            return self._log_densities(z, points)
+
+    def _log_densities(self, z: Tensor, points: Mapping[str, Tensor]) -> Tensor:
+        chains = range(z.shape[0])
+        each = [{name: y[i] for name, y in points.items()} for i in chains]
+        return torch.stack([self._log_density_of_one(z[i], each[i]) for i in chains])
+
+    def _log_density_of_one(self, z: Tensor, points: dict[str, Tensor]) -> Tensor:
+        nodes = self._nodes_at(z)
+        terms = [_log_density(nodes[name], y) for name, y in points.items()]
+        return torch.stack(terms).sum().to(z.dtype)
+
+    def _auxiliaries_of_one(
+        self, z: Tensor, zero: Tensor, starts: Mapping[str, Tensor], num_steps: int | None
+    ) -> AuxiliaryDraws:
+        nodes, sites, terms = self._nodes_at(z), {}, []
+        for name, auxiliary in self.auxiliaries.items():
+            fn, x = nodes[name]["fn"], _rows(nodes[name])
+
+            draw = functools.partial(
+                auxiliary, zero=zero, num_steps=num_steps, position=starts.get(name)
+            )
+            sites[name] = draw_inside(fn, x, draw)
+            terms.append(_log_density(nodes[name], sites[name].y))
+        return AuxiliaryDraws(sites, torch.stack(terms).sum().to(z.dtype))
+
+    def _nodes_at(self, z: Tensor) -> Any:
+        """The sites of the model at a position ``(dim,)``."""
+        given = {**self._summed_out, **self.constrain(z)}
+        conditioned = poutine.condition(self._unvalidated, given)
+        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs).nodes
+
+    def _agree(self, z: Tensor, draws: AuxiliaryDraws) -> bool:
+        got = draws.log_density[:2]
+        want = self._log_densities(z[:2], {name: y[:2] for name, y in draws.points.items()})
+        return torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+    # -- inner chains learn ----------------------------------------------------------------------
+
+    @property
+    def inner_chains(self) -> dict[str, InnerChain]:
+        """The auxiliaries that are drawn by chains."""
+        return {k: a for k, a in self.auxiliaries.items() if isinstance(a, InnerChain)}
+
+    def learn(self, z: Tensor) -> None:
+        """Adapts the inner chains, while the warmup lasts, to the densities at ``z``."""
+        adapting = {k: chain for k, chain in self.inner_chains.items() if chain.is_adapting}
+        if adapting:
+            draws = self.draw(z, resume=True)
+            renewed = {k: chain for k, chain in adapting.items() if chain.learn(draws.sites[k])}
+            self.find_step_sizes(z, renewed)
+
+    def find_step_sizes(self, z: Tensor, chains: Mapping[str, InnerChain]) -> None:
+        """Doubles or halves the step sizes until their acceptance at ``z`` crosses the target."""
+        searching = {k: chain for k, chain in chains.items() if chain.is_adapting}
+        for _ in range(MAX_DOUBLINGS):
+            if not searching:
+                return
+            draws = self.draw(z, num_steps=1, resume=True)
+            searching = {k: chain for k, chain in searching.items() if chain.search(draws.sites[k])}
+
+    def note(self, draws: AuxiliaryDraws) -> None:
+        """Keeps how often the inner chains accepted."""
+        for name, chain in self.inner_chains.items():
+            chain.acceptance_rate = float(draws.sites[name].accept_prob.mean())
+
+
+def _latents(trace: poutine.Trace) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+    }
+
+
+def _rows(node: Any) -> Tensor:
+    """The value of a site, one row for each factor 1 / Z."""
+    value, shape = node["value"], node["fn"].shape()
+    return value.expand(torch.broadcast_shapes(value.shape, shape))
+
+
+def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:
+    found: list[tuple[UnnormalizedEnergy, Tensor]] = []
+
+    def remember(energy: UnnormalizedEnergy, x: Tensor) -> Draw:
+        found.append((energy, x))
+        return Draw(x, x, x)
+
+    draw_inside(node["fn"], _rows(node), remember)
+    return found[0]
+
+
+def _log_density(node: Any, y: Tensor) -> Tensor:
+    return scale_and_mask(node["fn"].log_prob(y), mask=node["mask"]).sum()
+
+
+def _refuse_parts(one: MovingNormalizer) -> None:
+    """A log Z cancels if latents move the energy, and nothing else about the site."""
+    for part in one.parts:
+        if part == "energy":
+            continue
+        why = (
+            "an auxiliary drawn at one of its values may lie outside the support at another: write"
+            " the density of x as one on a fixed support"
+            if part == "support"
+            else "how many factors 1 / Z there are depends on it, and they do not cancel: give"
+            " log_normalizer="
+        )
+        alone = one._replace(parts={part: one.parts[part]})
+        raise NormalizerError(f"{alone}. This is not for ExchangeKernel: {why}")
+
+
+def _refuse_site(one: MovingNormalizer, node: Any) -> None:
+    scale = torch.as_tensor(node["scale"])
+    if not bool((scale == 1).all()):
+        raise NormalizerError(
+            f"{one}. This is not for ExchangeKernel: the site is scaled by"
+            f" {scale.flatten()[0].item():g} (poutine.scale, or a plate), and that power of Z does"
+            " not cancel: give log_normalizer="
+        )
+    fn: Any = node["fn"]
+    x = detach_provenance(node["value"])
+    energy = find_energy(fn)
+    if energy is None:
+        raise NormalizerError(
+            f"{one}. This is not for ExchangeKernel: a weight of a {type(fn).__name__} is the share"
+            " of its component, which its unknown Z is part of. Where weights multiply e^{-E}"
+            " instead, say so by mixture(weights, components, unnormalized_weights=True)"
+        )
+    if _is_everything(energy.support):
+        return
+    while not isinstance(fn, UnnormalizedEnergy):
+        for transform in reversed(fn.transforms if isinstance(fn, TransformedDistribution) else []):
+            x = transform.inv(x)
+            if latents := get_provenance(x):
+                moved = one._replace(parts={"support": latents})
+                raise NormalizerError(
+                    f"{moved}. This is not for ExchangeKernel: an auxiliary drawn at one of its"
+                    " values may lie outside the support at another"
+                )
+        fn = fn.base_dist
+
+
+def _is_everything(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
