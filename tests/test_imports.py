@@ -110,7 +110,7 @@ def complaint(arrow: Arrow) -> str | None:
         return None
     if imported == "":
         return f"{says}: import the module that defines the name, not the package's front door"
-    if arrow.local and any(importer == a and within(imported, b) for a, b in LOCAL):
+    if arrow.local and any(within(importer, a) and within(imported, b) for a, b in LOCAL):
         return None
 
     a, b = room_of(importer), room_of(imported)

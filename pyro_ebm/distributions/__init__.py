@@ -6,7 +6,9 @@ from pyro_ebm.distributions.combine import IntegrabilityWarning, contrast, produ
 from pyro_ebm.distributions.discrete import BlockGibbs, spin
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.families import Family
 from pyro_ebm.distributions.gaussian_rbm import GaussianRBM
+from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature
 from pyro_ebm.distributions.lattice import lattice_edges
 from pyro_ebm.distributions.mixtures import mixture
 from pyro_ebm.distributions.potts import Potts
@@ -19,6 +21,7 @@ __all__ = [
     "BoltzmannMachine",
     "DeepBeliefNetwork",
     "ExponentialFamily",
+    "Family",
     "GaussianRBM",
     "GaussianRBMModule",
     "IntegrabilityWarning",
@@ -29,6 +32,7 @@ __all__ = [
     "contrast",
     "find_energy",
     "lattice_edges",
+    "log_normalizer_by_quadrature",
     "mixture",
     "product",
     "spin",

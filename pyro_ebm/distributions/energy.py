@@ -44,6 +44,7 @@ from pyro_ebm.ops.score import score
 if TYPE_CHECKING:
     from pyro_ebm.mcmc.kernel import Kernel
     from pyro_ebm.mcmc.short_run import ChainDiagnostics
+    from pyro_ebm.normalizer.result import NormalizerEstimate
 
 _only_starts: ContextVar[bool] = ContextVar("_only_starts", default=False)
 
@@ -300,7 +301,9 @@ class UnnormalizedEnergy(TorchDistribution):
         r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
         return self.normalizer_state == "known"
 
-    def normalized(self, log_normalizer: Any) -> "UnnormalizedEnergy":
+    def normalized(
+        self, log_normalizer: "Tensor | float | NormalizerEstimate"
+    ) -> "UnnormalizedEnergy":
         r"""This density with its :math:`\log Z` known: from a formula, an enumeration, an estimate.
 
         Args:
@@ -317,8 +320,8 @@ class UnnormalizedEnergy(TorchDistribution):
         """
         new = copy.copy(self)
         like = self._like()
-        log_normalizer = getattr(log_normalizer, "value", log_normalizer)
-        value = torch.as_tensor(log_normalizer, dtype=like.dtype, device=like.device)
+        log_z: Any = getattr(log_normalizer, "value", log_normalizer)
+        value = torch.as_tensor(log_z, dtype=like.dtype, device=like.device)
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
         new._log_normalizer = checked_normalizer(value, self.batch_shape)

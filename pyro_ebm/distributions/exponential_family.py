@@ -304,6 +304,21 @@ class ExponentialFamily(UnnormalizedEnergy):
             return super()._log_prob(value)
         return self._member.log_prob(self._broadcast(value))
 
+    def log_density_ratio(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""The exact :math:`\log p(x) - \log p(y)`, see :class:`~pyro_ebm.UnnormalizedEnergy`.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+            y: points, of a shape that broadcasts with ``x``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        if self._member is None:
+            return super().log_density_ratio(x, y)
+        x, y = self._broadcast(x), self._broadcast(y)
+        return self._member.log_prob(x) - self._member.log_prob(y)
+
     # -- draws -------------------------------------------------------------------------------------
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:

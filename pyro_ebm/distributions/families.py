@@ -127,13 +127,8 @@ def inner(theta: Tensor, statistic: Tensor) -> Tensor:
         )
     if not statistic.is_floating_point():
         statistic = statistic.to(theta.dtype)
-    singular = (theta == 0) & statistic.isinf()
-    # 0, but with the gradient T_i in theta_i, infinite as it is: x log y has log y, at x = 0 too
-    infinite = torch.where(singular, statistic.detach(), 0.0)
-    zero = torch.xlogy(torch.where(singular, theta, 0.0), infinite.exp())
-    statistic = torch.where(singular, 0.0, statistic)
-    theta = torch.where(theta.isinf() & (statistic == 0), 0.0, theta)
-    return (theta * statistic + zero).sum(-1)
+    zero = (theta == 0) & statistic.isinf() | theta.isinf() & (statistic == 0)
+    return (torch.where(zero, 0.0, theta) * torch.where(zero, 0.0, statistic)).sum(-1)
 
 
 def _same(one: Any, other: Any) -> bool:

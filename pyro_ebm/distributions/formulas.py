@@ -289,7 +289,7 @@ FORMULAS = {
     "Categorical": Formula(
         td.Categorical,
         dist.Categorical,
-        statistic=lambda x, k: x[..., None] == torch.arange(k, device=x.device),
+        statistic=lambda x, k: 1.0 * (x[..., None] == torch.arange(k, device=x.device)),
         natural=lambda d: d.logits,
         log_z=lambda a, k: a.logsumexp(-1),
         parameters=lambda a, k: {"logits": a},

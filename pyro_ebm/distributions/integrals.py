@@ -41,7 +41,8 @@ def log_normalizer_by_quadrature(
 
     Args:
         p: the energy, of any continuous support.
-        rtol: relative accuracy of Z.
+        rtol: relative accuracy of Z; by default that of the energy's dtype, at most the square root
+            of that of doubles.
         max_evaluations: how often the energy may be evaluated for one sum.
 
     Returns:
@@ -59,14 +60,15 @@ def log_normalizer_by_quadrature(
     q: Any = unvalidated(p.unexpanded)
     check_dimensions(q.support, q.event_shape, q.batch_shape, f"log Z of {p!r}")
     integrand = Integrand(q.unnormalized_log_prob, q.support, q.event_shape, q.batch_shape)
-    like = integrand.precision(q._like())
+    like, result = integrand.precision(q._like()), q._like()
+    rtol = accuracy(like, result) if rtol is None else rtol
     try:
         log_z = log_integral(
             integrand, integrand.dim, q.batch_shape, rtol, max_evaluations, like=like
         )
     except ValueError as error:
         raise ValueError(f"log Z of {p!r}: {error}") from error
-    return log_z.to(q._like().dtype).expand(p.batch_shape)
+    return log_z.to(result.dtype).expand(p.batch_shape)
 
 
 def unconstrained_shape(
@@ -161,10 +163,20 @@ def differentiable_log_integral(
     log_f = integrand(theta)
     like = log_f.precision(theta.detach())
     fixed = detach_provenance(theta.detach())
-    center, basis, low, high, failure, size = _ChosenGrid.apply(fixed, integrand, like)
-    grid = Grid(center, basis, low, high, int(size))
+    center, basis, low, high, failure, (size, holes) = _ChosenGrid.apply(fixed, integrand, like)
+    grid = Grid(center, basis, low, high, int(size), bool(holes))
     value = log_sum(log_f, grid, like).to(theta.dtype)
     return torch.where(failure == 0, value, torch.nan), failure, grid
+
+
+def accuracy(like: Tensor, result: Tensor) -> float:
+    """The relative accuracy to ask of an integral.
+
+    Args:
+        like: of the dtype of the nodes.
+        result: of the dtype of the result.
+    """
+    return max(torch.finfo(like.dtype).eps ** 0.5, 4 * torch.finfo(result.dtype).eps)
 
 
 class _ChosenGrid(torch.autograd.Function):
@@ -173,8 +185,9 @@ class _ChosenGrid(torch.autograd.Function):
     @staticmethod
     def forward(theta: Tensor, integrand: Callable[[Tensor], Integrand], like: Tensor) -> Any:
         log_f = integrand(theta)
-        grid, failure = find_grid(log_f, log_f.dim, log_f.batch_shape, None, MAX_EVALUATIONS, like)
-        return *grid[:4], failure, torch.tensor(grid.size)
+        rtol = accuracy(like, theta)
+        grid, failure = find_grid(log_f, log_f.dim, log_f.batch_shape, rtol, MAX_EVALUATIONS, like)
+        return *grid[:4], failure, torch.tensor([grid.size, grid.holes])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import Transform
 
 
@@ -82,6 +82,7 @@ class FromLowerTriangle(Transform):
         return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
 
 
-biject_to.register(_PositiveDefinite)(lambda constraint: FromLowerTriangle())
+for registry in (biject_to, transform_to):
+    registry.register(_PositiveDefinite)(lambda constraint: FromLowerTriangle())
 
 __all__ = ["FromLowerTriangle", "positive_definite"]

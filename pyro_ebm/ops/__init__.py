@@ -7,12 +7,14 @@ Samplers, losses and estimators of the other rooms all call these.
 from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
 from pyro_ebm.ops.metropolis import metropolis_accept, select
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.quadrature import log_integral
 from pyro_ebm.ops.score import fisher_divergence, score, value_and_grad
 
 __all__ = [
     "fisher_divergence",
     "langevin_log_accept_ratio",
     "langevin_proposal",
+    "log_integral",
     "metropolis_accept",
     "precondition",
     "precondition_transposed",

@@ -42,12 +42,12 @@ from pyro_ebm.ops.quadrature_grid import (
     Grid,
     LogDensity,
     at_ends,
+    beside_holes,
     finite,
     hidden_peaks,
     hull,
     largest_grid,
     node_values,
-    without_nan,
 )
 
 MAX_EVALUATIONS = 2**24
@@ -62,7 +62,7 @@ ZERO, INFINITE, UNDEFINED, IMPROPER, UNCONVERGED = range(1, 6)
 _MESSAGES = {
     ZERO: "is -inf wherever it was looked at",
     INFINITE: "is +inf at a node",
-    UNDEFINED: "is NaN, or beyond the numbers, where it has not decayed",
+    UNDEFINED: "is NaN, or beyond the numbers, where it has not decayed as far as rtol asks",
     IMPROPER: "has not decayed far out: the density is improper, or its tails are too heavy",
     UNCONVERGED: "is too narrow, too rough, or has too many far modes for the nodes allowed: two"
     " successive sums do not agree. Raise rtol or max_evaluations, or rescale",
@@ -132,7 +132,8 @@ def log_sum(log_f: LogDensity, grid: Grid, like: Tensor) -> Tensor:
         grid: nodes, from :func:`find_grid`.
         like: a tensor that tells the dtype of the nodes.
     """
-    return grid.flat(node_values(log_f, grid, like)).logsumexp(0).to(like.dtype)
+    values = node_values(log_f, grid, like) + grid.log_weights()
+    return grid.flat(values).logsumexp(0).to(like.dtype)
 
 
 @torch.no_grad()
@@ -180,24 +181,30 @@ def find_grid(
     nats = -math.log(tolerance)
     start = torch.zeros(batch_shape + (dim,), dtype=torch.float64, device=like.device)
     grid = largest_grid(log_f, start, size, like)
-    grid, undefined = without_nan(log_f, grid, nats, like)
     domain, last = grid, None
-    failure, done = undefined * UNDEFINED, undefined
+    failure = torch.zeros(batch_shape, dtype=torch.long, device=like.device)
+    done = failure > 0
     while True:
         values = node_values(log_f, grid, like)
-        flat = grid.flat(values)
-        total = flat.logsumexp(0)
+        holes = values.isnan()
+        heights = finite(values)
+        lost = beside_holes(holes, dim) & (heights >= grid.flat(heights).amax(0) - nats)
+        undefined = grid.flat(holes).all(0)
+        if last is not None:
+            undefined |= grid.flat(lost).any(0)
+        values = torch.where(holes, -torch.inf, values) + grid.log_weights()
         heights = finite(values)
         highest = grid.flat(heights).amax(0)
+        total = grid.flat(values).logsumexp(0)
         hidden = hidden_peaks(log_f, heights, grid, _NATS, like)
-        resolved = ~grid.flat(hidden > highest - 20.0).any(0)
+        resolved = ~grid.flat(hidden > highest - nats).any(0)
         high_ends = ~(at_ends(values, grid) < (total - nats)[..., None, None])
         of_domain = torch.stack([grid.low <= domain.low, grid.high >= domain.high], -1)
         cut_off = (high_ends & of_domain).flatten(-2).any(-1)
         for code, found in {
-            UNDEFINED: flat.isnan().any(0),
-            ZERO: (flat == -torch.inf).all(0),
-            INFINITE: (flat == torch.inf).any(0),
+            UNDEFINED: undefined,
+            ZERO: total == -torch.inf,
+            INFINITE: total == torch.inf,
             IMPROPER: resolved & cut_off,
         }.items():
             failure = torch.where(found & ~done & (failure == 0), code, failure)
@@ -207,7 +214,7 @@ def find_grid(
             agree = (total - last).abs() <= tolerance + 4 * precision * total.abs()
             done = done | (agree & resolved & ~high_ends.flatten(-2).any(-1))
         if done.all():
-            return grid, failure
+            return grid._replace(holes=bool(holes.any())), failure
         counts = torch.maximum(heights, hidden) > highest - _NATS
         box = hull(counts, grid, domain)
         # half the spacing where it is not done, no greater one where it is
