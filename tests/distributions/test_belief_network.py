@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_ebm.distributions import RBM, DeepBeliefNetwork, RBMModule
+from pyro_ebm.distributions import RBM, DeepBeliefNetwork, GaussianRBMModule, RBMModule
 
 WIDTHS = (4, 3, 2)
 
@@ -139,3 +139,9 @@ def test_bad_input():
         network().transform(bits(4), 3)
     with pytest.raises(ValueError, match=r"hidden_given|visible"):
         network().lower_bound(bits(3))
+    for widths in (WIDTHS, WIDTHS[:2]):  # one machine alone draws nothing that would complain
+        with pytest.raises(ValueError, match=r"are 0 or 1, .* binarize"):
+            network(widths).lower_bound(bits(4) / 2)
+    with pytest.raises(ValueError, match=r"machine 1 has real visible .* machine 0 .* bits"):
+        DeepBeliefNetwork([RBMModule(4, 3), GaussianRBMModule(3, 2)])
+    DeepBeliefNetwork([GaussianRBMModule(4, 3), RBMModule(3, 2)])  # the first may

@@ -109,11 +109,15 @@ def test_float32_and_float64():
 
 
 MEMORY = """
-    import resource, sys
+    import pathlib, resource, sys
     import torch
     from pyro_ebm.ops.enumerate import log_sum_over_states
 
     def peak():
+        status = pathlib.Path("/proc/self/status")
+        if status.exists():  # in Linux, ru_maxrss starts at that of the process that forked
+            kilobytes = status.read_text().partition("VmHWM:")[2].split()[0]
+            return int(kilobytes) / 2**10
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -141,7 +145,7 @@ def test_memory_is_bounded_under_autograd():
     assert done.returncode == 0, done.stderr
     chunked, at_once = map(float, done.stdout.split())
     assert at_once > 200, "the measurement must be able to see a whole table"
-    assert chunked < 60
+    assert chunked < at_once / 2  # what is imported late is in both
 
 
 @pytest.mark.parametrize(
