@@ -38,8 +38,9 @@ docs: $(VENV)/.installed-docs  ## the documentation, to docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-bench: $(VENV)/.installed-bench  ## our samplers against their peers, in one run
+bench: $(VENV)/.installed-bench  ## ours against the peers: samplers, Boltzmann machines
 	$(RUN) -m tests.benchmarks
+	$(RUN) -m tests.benchmarks.boltzmann
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) dist build docs/_build docs/jupyter_execute examples/output

@@ -125,11 +125,11 @@ def main():
             states[temperature] = last[-1]
             exact = exact_small(temperature) if side == 4 else exact_infinite(temperature)
             print(
-                f"{temperature:6.2f}{row['mean']:8.3f}{row['error']:8.4f}{exact:8.3f}"
+                f"{temperature:6.2f}{row['mean']:8.3f}{row['error']:8.4f}{exact:10.3f}"
                 f"{row['ess']:8.0f}{row['r_hat']:8.3f}"
             )
         print(f"{time.perf_counter() - start:.0f} s")
-    print("\nexact: the sum over all states for 4 x 4, the infinite lattice for the others")
+    print("\nall sums: exact, over all 65,536 states; infinite: exact for the infinite lattice")
     picked = [temperatures[int(i * (len(temperatures) - 1))] for i in (0.2, 0.4, 0.5, 1.0)]
     picture(temperatures, found, {t: states[t] for t in picked}, args.output)
     print(f"The picture is in {args.output}")

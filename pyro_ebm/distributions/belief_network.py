@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions.rbm import RBM
-from pyro_ebm.distributions.rbm_module import RBMModule
+from pyro_ebm.distributions.rbm_module import GaussianRBMModule, RBMModule
 
 
 class DeepBeliefNetwork(nn.Module):
@@ -42,8 +42,8 @@ class DeepBeliefNetwork(nn.Module):
         machines: the machines from the bottom up, as ``[RBM.module(64, 32), RBM.module(32, 16)]``.
 
     Raises:
-        ValueError: if there are none, or a hidden layer is not as wide as the visible layer of the
-            next machine.
+        ValueError: if there are none, a hidden layer is not as wide as the visible layer of the
+            next machine, or a machine of real visible units stands on another.
 
     Example:
         >>> from pyro_ebm.distributions import RBM
@@ -73,6 +73,11 @@ class DeepBeliefNetwork(nn.Module):
                 raise ValueError(
                     f"machine {i} has {hidden} hidden units, and machine {i + 1} on top of it has"
                     f" {visible} visible ones: these are the same layer"
+                )
+            if isinstance(upper, GaussianRBMModule):
+                raise ValueError(
+                    f"machine {i + 1} has real visible units, and the hidden units of machine {i}"
+                    " below it are bits: use RBM.module above the first"
                 )
         self.machines = nn.ModuleList(machines)
 
@@ -157,9 +162,13 @@ class DeepBeliefNetwork(nn.Module):
             Shape ``(*batch,)``.
 
         Raises:
-            ValueError: if the top machine is too large to be enumerated.
+            ValueError: if the top machine is too large to be enumerated, or points are not of the
+                visible units.
         """
-        top = self.machine(-1)
+        top, bottom = self.machine(-1), self.machine(0)
+        x = bottom._layer("visible", x, bottom.num_visible)
+        if bottom._validate_args:
+            bottom._validate_sample(x)
         if log_normalizer is None:
             log_normalizer = top.exact_log_normalizer()
         below, total = x.expand((num_samples, *x.shape)), torch.zeros(())

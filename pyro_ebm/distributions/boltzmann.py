@@ -92,5 +92,19 @@ class BoltzmannMachine(PairwiseEnergy):
         up = uniform[..., None] < ((high - low) * field).sigmoid()
         return low + (high - low) * up
 
+    def _validate_sample(self, value: Tensor) -> None:
+        if isinstance(value, Tensor) and not bool(
+            (value[..., None] == self._codes[:, 0]).any(-1).all()
+        ):
+            low, high = self._codes.flatten().int().tolist()
+            way = "bits as spins are 2 * x - 1, or say states='binary'"
+            if low == 0:
+                way = "spins as bits are (1 + s) / 2, or say states='spin'"
+            raise ValueError(
+                f"the units of {self!r} are {low} or {high}, and the value holds others, between"
+                f" {value.min().item():.4g} and {value.max().item():.4g}: {way}"
+            )
+        super()._validate_sample(value)
+
 
 __all__ = ["BoltzmannMachine"]

@@ -103,5 +103,15 @@ class Potts(PairwiseEnergy):
         """
         return x.argmax(-1)
 
+    def _validate_sample(self, value: Tensor) -> None:
+        shape = tuple(self.event_shape)
+        if isinstance(value, Tensor) and tuple(value.shape[-2:]) != shape:
+            raise ValueError(
+                f"points of {self!r} are one-hot rows, shape (*sample, *batch, {shape[0]},"
+                f" {shape[1]}), got {tuple(value.shape)}: of labels these are"
+                f" torch.nn.functional.one_hot(labels, {shape[1]}).float()"
+            )
+        super()._validate_sample(value)
+
 
 __all__ = ["Potts"]

@@ -23,6 +23,7 @@ Reference:
     Hinton (2012), A practical guide to training restricted Boltzmann machines.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -275,9 +276,22 @@ class JointRBM(BinaryLayers):
     def tempered(self, beta: Tensor | float) -> "JointRBM":
         r"""The density :math:`\propto p(x, z)^\beta`: the same machine with parameters scaled.
 
+        :math:`\log Z` is known at the numbers 0 and, if it is known here, 1.
+
         Args:
             beta: inverse temperature, or several that broadcast with the batch.
+
+        Raises:
+            ValueError: if it is not finite, or does not broadcast.
         """
+        if not isinstance(beta, Tensor):
+            if not math.isfinite(beta):
+                raise ValueError(f"beta must be finite, got {beta}")
+            if beta == 1:
+                return self
+            if beta == 0:  # all states are alike
+                log_z = math.log(2) * (self.num_visible + self.num_hidden)
+                return self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
         beta = torch.as_tensor(beta, dtype=self.weights.dtype, device=self.weights.device)
         return self._sibling(JointRBM, beta)
 

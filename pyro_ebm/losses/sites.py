@@ -132,6 +132,12 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             " (poutine.mask) or drop them"
         )
     if not energy.support.check(x).all():
+        try:
+            energy._validate_sample(x)  # an energy may know better what is wrong
+        except ValueError as error:
+            raise ValueError(
+                f"the data at site {name!r} leave the energy's support {energy.support}: {error}"
+            ) from error
         raise ValueError(
             f"the data at site {name!r} leave the energy's support {energy.support}: give the"
             " support that they live on"

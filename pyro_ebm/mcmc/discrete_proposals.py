@@ -35,8 +35,11 @@ class DiscreteProposal(Proposal):
 class Flip(DiscreteProposal):
     """Gives variables chosen at random other values, uniformly.
 
+    Their number is uniform on 1 to ``num_flips``. (Were it always the same, bits could not reach
+    every state: an even number of flips keeps the parity of their sum.)
+
     Args:
-        num_flips: how many distinct variables; all others keep their values.
+        num_flips: how many distinct variables at most; all others keep their values.
 
     Raises:
         ValueError: for a number below 1, or (when run) above that of the variables.
@@ -57,13 +60,14 @@ class Flip(DiscreteProposal):
         self.num_flips = num_flips
 
     def sample(self, z: Tensor) -> Tensor:
-        """Positions with ``num_flips`` variables changed."""
+        """Positions with 1 to ``num_flips`` variables changed."""
         variables = self.variables
         total = sum(variables.counts)
         if self.num_flips > total:
             raise ValueError(f"num_flips={self.num_flips}, but there are {total} variables")
         picked = torch.rand(z.shape[0], total, dtype=z.dtype, device=z.device)
-        picked = picked >= picked.topk(self.num_flips, -1).values[:, -1:]
+        number = torch.randint(self.num_flips, (z.shape[0], 1), device=z.device)
+        picked = picked >= picked.topk(self.num_flips, -1).values.gather(-1, number)
         stays = variables.by_variable(variables.moves(z, torch.zeros_like(z)).stays)
         chosen = []
         for own, flips in zip(stays, picked.split(variables.counts, -1), strict=True):

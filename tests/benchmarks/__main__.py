@@ -71,6 +71,9 @@ def main() -> None:
     if args.markdown:
         command = f"python -m tests.benchmarks --markdown {args.markdown}"
         page = report.markdown(results, titles, about, command, PREFACE)
+        if args.markdown.exists():  # what other commands have measured stays
+            _, mark, rest = args.markdown.read_text(encoding="utf-8").partition(report.OTHERS)
+            page += "\n" + mark + rest if mark else ""
         args.markdown.write_text(page, encoding="utf-8")
 
 

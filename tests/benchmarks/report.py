@@ -11,6 +11,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+OTHERS = "<!-- by other commands -->"
+"""Where the part of a page begins that is not rewritten with the posteriors."""
+
 PACKAGES = ("pyro-ebm", "pyro-ppl", "torch", "arviz", "numpy")
 
 COLUMNS = {

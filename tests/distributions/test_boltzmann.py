@@ -765,8 +765,8 @@ def test_points_outside_the_support():
     p = BoltzmannMachine(0.1, edges=EDGES)
     with pytest.raises(ValueError, match=r"are -1 or 1, .* between 0 and 0: bits as spins are 2"):
         p.log_prob(torch.zeros(9))
+    bits = BoltzmannMachine(0.1, edges=EDGES, states="binary")
     with pytest.raises(ValueError, match=r"are 0 or 1, .* between -1 and 1: spins as bits are"):
-        bits = BoltzmannMachine(0.1, edges=EDGES, states="binary")
         bits.log_prob(torch.tensor([-1.0, 1.0, 1.0]).repeat(3))
     assert p.log_prob(torch.ones(9, dtype=torch.long)) == p.log_prob(torch.ones(9))
     with pytest.raises(ValueError, match=r"one-hot rows.*got \(9,\).*one_hot\(labels, 3\)"):

@@ -52,7 +52,7 @@ KERNELS = {
     "flip-2": lambda: MHKernel(proposal=Flip(2)),
     "swap": lambda: MHKernel(proposal=Swap()),
 }
-MIXING = [name for name in KERNELS if name not in ("swap", "flip-2")]  # those reach every state
+MIXING = [name for name in KERNELS if name != "swap"]  # those reach every state
 
 # name: support, event shape
 TARGETS = {
@@ -114,9 +114,12 @@ def matrix_of(name, potential):
         one = torch.where(moved.sum(-1) == 1, change / 2, -torch.inf)
         return metropolis(one.log_softmax(-1), log_p)
     if name.startswith("flip"):
-        k = 2 if name == "flip-2" else 1
-        some = torch.where(moved.sum(-1) == k, torch.zeros_like(change), -torch.inf)
-        return metropolis(some.log_softmax(-1), log_p)
+        # one or two variables with equal probability, then their values
+        q = torch.zeros_like(change)
+        for k in (numbers := (1, 2) if name == "flip-2" else (1,)):
+            some = torch.where(moved.sum(-1) == k, torch.zeros_like(change), -torch.inf)
+            q = q + some.softmax(-1) / len(numbers)
+        return metropolis(q.log(), log_p)
     if name == "swap":
         count = torch.zeros_like(change)
         for i, state in enumerate(states):
@@ -266,6 +269,15 @@ class TestRefusals:
         p = UnnormalizedEnergy(lambda x: x.sqrt().sum(-1), (3,), constraints.boolean, kernel=make())
         with pytest.raises(ValueError, match=r"not finite at a starting point.*GibbsKernel"):
             p.sample((20,))
+
+
+@pytest.mark.parametrize("num_flips", [1, 2, 3])
+def test_flips_of_any_number_reach_every_state(num_flips):
+    """Always two flips would keep the parity of three bits, always three their differences."""
+    p = EnergyPotential(target("binary"))
+    start = torch.zeros(2000, 3, dtype=torch.float64)
+    z, _ = run_kernel(MHKernel(proposal=Flip(num_flips)), p, start, 60, 1)
+    assert_draws(z[:, -1], *states_of(p))
 
 
 def test_bad_arguments():
