@@ -150,11 +150,12 @@ def _pareto_k(row: np.ndarray) -> float:
     import arviz
 
     if int(arviz.__version__.split(".")[0]) < 1:
-        return float(arviz.psislw(row)[1])
+        psislw: Any = arviz.psislw
+        return float(psislw(row)[1])
     from arviz_stats.base import array_stats
 
-    weights = np.exp(row)
-    return float(array_stats.pareto_khat(weights, chain_axis=None, r_eff=1.0, tail="right"))
+    statistics: Any = array_stats
+    return float(statistics.pareto_khat(np.exp(row), chain_axis=None, r_eff=1.0, tail="right"))
 
 
 class Variable(NamedTuple):

@@ -18,6 +18,7 @@ Reference:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ class ContrastiveDivergence(EnergyLoss):
         energy_penalty: :math:`\alpha` of a penalty :math:`\alpha (E(x)^2 + E(x')^2)` that keeps
             the energies of a network from drifting; it biases the fit, and is off by default.
         num_particles: draws from the guide for each gradient.
+        monitor: estimates log Z of the energy of an observed site, as
+            ``lambda p: estimate_log_normalizer(p, "ais", disable_progbar=True)``. The
+            :attr:`diagnostics` then hold ``log_normalizer`` and the mean ``log_likelihood`` of the
+            rows, as they were when it last ran. It uses random numbers of its own, and training
+            goes on as without it.
+        monitor_every: it runs at the first step, and at each of so many.
         **kwargs: as in ``pyro.infer.Trace_ELBO``.
 
     Raises:
@@ -94,9 +101,17 @@ class ContrastiveDivergence(EnergyLoss):
         restart_prob: float = 0.0,
         energy_penalty: float = 0.0,
         num_particles: int = 1,
+        monitor: Callable[[UnnormalizedEnergy], Any] | None = None,
+        monitor_every: int = 100,
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, **kwargs)
+        if monitor is not None and not callable(monitor):
+            raise TypeError(f"monitor must be a function of an energy, got {monitor!r}")
+        if not isinstance(monitor_every, int) or monitor_every < 1:
+            raise ValueError(
+                f"monitor_every must be an integer of at least 1, got {monitor_every!r}"
+            )
         if kernel is not None and not isinstance(kernel, Kernel):
             raise TypeError(
                 f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
@@ -119,6 +134,9 @@ class ContrastiveDivergence(EnergyLoss):
         self.energy_penalty = energy_penalty
         self.chains: dict[str, Tensor] = {}
         self.step_sizes: dict[str, Tensor] = {}
+        self.monitor, self.monitor_every = monitor, monitor_every
+        self._steps_seen: dict[str, int] = {}
+        self._monitored: dict[str, dict[str, Tensor]] = {}
 
     def energy_term(self, site: EnergySite) -> Tensor:
         """Minus the energy of the data, plus that of the negatives, shape ``(*batch)``."""
@@ -135,6 +153,8 @@ class ContrastiveDivergence(EnergyLoss):
             energy_data=site.mean(e_data),
             energy_negatives=e_negatives.mean() if self.persistent else site.mean(e_negatives),
         )
+        if self.monitor is not None and site.is_observed and not self.evaluating:
+            self._watch(site, energy.unexpanded)
         term = -e_data - self.energy_penalty * e_data.square()
         contrast = e_negatives - self.energy_penalty * e_negatives.square()
         if energy.base is not None:  # a learned base has a gradient too, and a latent sees it
@@ -146,6 +166,23 @@ class ContrastiveDivergence(EnergyLoss):
     def latent_term(self, site: EnergySite) -> Tensor:
         """As for data; the gradient reaches the guide by the first term."""
         return self.energy_term(site)
+
+    def _watch(self, site: EnergySite, energy: UnnormalizedEnergy) -> None:
+        """Every so many steps, an estimate of log Z and of the likelihood of the rows."""
+        assert self.monitor is not None
+        seen = self._steps_seen.get(site.name, 0)
+        self._steps_seen[site.name] = seen + 1
+        if seen % self.monitor_every == 0:
+            cuda = [site.x.device] if site.x.device.type == "cuda" else []
+            with torch.random.fork_rng(cuda), torch.no_grad():
+                estimate = self.monitor(energy)
+                log_z = torch.as_tensor(getattr(estimate, "value", estimate)).to(site.x.device)
+                density = site.energy.unnormalized_log_prob(site.x)
+            self._monitored[site.name] = {
+                "log_normalizer": log_z.detach().mean(),
+                "log_likelihood": site.mean(density - log_z),
+            }
+        self.record(site, **self._monitored[site.name])
 
     def _run_chains(self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor) -> Tensor:
         """The points that ``num_steps`` transitions lead to from ``start``, without gradient."""

@@ -1,0 +1,194 @@
+r"""Bridge sampling: log Z from draws of the density and draws of a proposal.
+
+For any bridge :math:`h` between a normalized :math:`q` and :math:`p = \tilde p / Z`,
+
+.. math:: Z = \frac{\mathbb E_q[h(z)\, \tilde p(z)]}{\mathbb E_p[h(z)\, q(z)]} .
+
+Of all of them :math:`h \propto 1 / (s_1 p + s_2 q)`, with :math:`s` the shares of the two sets of
+draws, has the least error. It holds :math:`Z` itself, and is found by iterating the equation. The
+weights are bounded: neither density needs to be wider than the other, they need to overlap.
+
+The relative error of :math:`\hat Z`, squared, is
+
+.. math:: \frac{\operatorname{Var}_q(f_1)}{n_2\, \mathbb E_q(f_1)^2}
+          + \frac{\operatorname{Var}_p(f_2)}{n_1\, \mathbb E_p(f_2)^2}, \qquad
+          f_1 = \frac{p}{s_1 p + s_2 q}, \quad f_2 = \frac{q}{s_1 p + s_2 q},
+
+with :math:`n_1` the effective number of the draws of :math:`p`, if those are correlated.
+
+Reference:
+    Meng and Wong (1996), Simulating ratios of normalizing constants via a simple identity: a
+    theoretical exploration. Frühwirth-Schnatter (2004), Estimating marginal likelihoods for mixture
+    and Markov switching models using bridge sampling techniques.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from pyro.ops.stats import effective_sample_size as chain_sample_size
+from torch import Tensor
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.normalizer.result import (
+    NormalizerEstimate,
+    check_weights,
+    effective_sample_size,
+    log_mean_exp,
+    warn,
+    warn_if_unreliable,
+)
+from pyro_ebm.normalizer.starts import (
+    DistributionStart,
+    GaussianStart,
+    ProductStart,
+    Start,
+    checked_proposal,
+    has_exact_draws,
+)
+
+NUM_STEPS = 500
+"""Transitions, at least, of the short chains that draws are taken from."""
+
+MAX_R_HAT = 1.1
+
+MIN_ESS = 25.0
+"""Fewer than of other weights: those of a bridge are bounded."""
+
+MAX_ITERATIONS = 1000
+TOLERANCE = 1e-10
+
+
+def bridge(
+    p: UnnormalizedEnergy,
+    proposal: Any = None,
+    samples: Tensor | None = None,
+    num_samples: int = 2000,
+) -> NormalizerEstimate:
+    """``method="bridge"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
+    if samples is None:
+        samples = _drawn(p, num_samples)
+    if proposal is not None:
+        proposal = checked_proposal(proposal, p)
+    target = EnergyPotential(p, like=samples)
+    z = target.to_position(samples)
+    if not z.isfinite().all():
+        raise ValueError(
+            f"samples lie on the boundary of the support {p.support}, where their density in"
+            " unconstrained coordinates is not defined: move them inside"
+        )
+    start: Start
+    if proposal is None:
+        half = len(samples) // 2
+        start = _fitted(target, z[: half * target.groups])
+        z = z[half * target.groups :]
+    else:
+        start = DistributionStart(proposal, target)
+    there = start.sample(num_samples)
+    # log p~ - log q at the draws of p and at those of q
+    log_ratio = [
+        (start(points) - target(points)).double().reshape(-1, target.groups)
+        for points in (z, there)
+    ]
+    check_weights(-log_ratio[0], "bridge sampling, at the samples,")
+    check_weights(log_ratio[1], "bridge sampling, at the proposal's draws,")
+    log_z, error, ess = meng_wong(*log_ratio)
+    remedy = "the draws of density and proposal hardly overlap, use a proposal that is nearer"
+    num = min(len(part) for part in log_ratio)
+    warn_if_unreliable("bridge sampling", ess, num, None, remedy, MIN_ESS, "either way")
+
+    def shaped(x: Tensor) -> Tensor:
+        return x.to(z.dtype).reshape(p.batch_shape)
+
+    return NormalizerEstimate(shaped(log_z), shaped(error), "bridge", ess=shaped(ess))
+
+
+def meng_wong(log_ratio_p: Tensor, log_ratio_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The optimal bridge, iterated.
+
+    Args:
+        log_ratio_p: :math:`\log \tilde p - \log q` at draws of :math:`p`, shape ``(n_1, groups)``;
+            correlated ones in their order.
+        log_ratio_q: the same at draws of :math:`q`, shape ``(n_2, groups)``.
+
+    Returns:
+        :math:`\log \hat Z`, its standard error, and the smaller of the effective sample sizes of
+        :math:`f_1` and :math:`f_2`, each of shape ``(groups,)``.
+
+    Example:
+        >>> x, y = torch.randn(5000, 1), torch.randn(5000, 1)  # of p = q, with Z = e^2
+        >>> meng_wong(0 * x + 2.0, 0 * y + 2.0)[0]
+        tensor([2.])
+    """
+    n_p, n_q = (float(len(x)) for x in (log_ratio_p, log_ratio_q))
+    size = torch.full_like(log_ratio_p[0], n_p)
+    log_z = torch.zeros_like(size)
+    log_f1, log_f2 = log_ratio_q, log_ratio_p
+    for _ in range(2):  # with the draws of p counted, then with their effective number
+        share = size / (size + n_q)
+        log_z = _iterated(log_ratio_p, log_ratio_q, log_z, share)
+        # f_1 = (p~ / Z q) / (s_1 p~ / Z q + s_2), and f_2 = 1 / (s_1 p~ / Z q + s_2)
+        log_f1 = log_ratio_q - log_z - _log_mix(log_ratio_q - log_z, share)
+        log_f2 = -_log_mix(log_ratio_p - log_z, share)
+        size = chain_sample_size(log_f2.exp()[None], chain_dim=0, sample_dim=1)
+        size = torch.where(size.isfinite(), size, n_p).clamp(1.0, n_p)
+    variance = _relative_variance(log_f1) / n_q + _relative_variance(log_f2) / size
+    ess = torch.minimum(effective_sample_size(log_f1), effective_sample_size(log_f2) * size / n_p)
+    return log_z, variance.sqrt(), ess
+
+
+def _iterated(at_p: Tensor, at_q: Tensor, log_z: Tensor, share: Tensor) -> Tensor:
+    for _ in range(MAX_ITERATIONS):
+        #     E_q[ p~ / (s_1 p~ / Z + s_2 q) ]   E_q[ (p~ / q) / (s_1 p~ / Z q + s_2) ]
+        # Z = -------------------------------- = --------------------------------------
+        #     E_p[ q  / (s_1 p~ / Z + s_2 q) ]   E_p[     1    / (s_1 p~ / Z q + s_2) ]
+        above = log_mean_exp(at_q - _log_mix(at_q - log_z, share))
+        below = log_mean_exp(-_log_mix(at_p - log_z, share))
+        last, log_z = log_z, above - below
+        if (log_z - last).abs().max() < TOLERANCE:
+            break
+    return log_z
+
+
+def _log_mix(log_ratio: Tensor, share: Tensor) -> Tensor:
+    """``log(s_1 exp(log_ratio) + s_2)``."""
+    return torch.logaddexp(share.log() + log_ratio, (1 - share).log())
+
+
+def _relative_variance(log_f: Tensor) -> Tensor:
+    f = (log_f - log_f.amax(0)).exp()
+    return f.var(0) / f.mean(0).square()
+
+
+def _drawn(p: UnnormalizedEnergy, num: int) -> Tensor:
+    """Draws of the density: exact ones if there are any, else the ends of short chains."""
+    if hasattr(p, "exact_sample"):
+        try:
+            return p.exact_sample(torch.Size((num,)))
+        except ValueError:  # too many units
+            pass
+    elif has_exact_draws(p):
+        return p.sample((num,))
+    p = copy.copy(p)
+    p.num_steps = max(p.num_steps, NUM_STEPS)
+    x, diagnostics = p.sample_with_diagnostics((num,))
+    if not (diagnostics.r_hat < MAX_R_HAT).all():
+        warn(
+            f"bridge sampling from the ends of {p.num_steps} transitions that have not converged,"
+            f" R-hat is {float(diagnostics.r_hat.max()):.3g}: log Z may be off by more than the"
+            " stated error. Raise num_steps of the distribution, or give samples="
+        )
+    return x
+
+
+def _fitted(target: EnergyPotential, z: Tensor) -> Start:
+    """A proposal with the moments of some draws."""
+    codes = target.sites[0].codes
+    if codes is not None:
+        return ProductStart.fitted(codes.to(z), z, target.groups)
+    full = len(z) // target.groups >= 5 * target.dim
+    return GaussianStart.fitted(z, target.groups, full=full)
+
+
+__all__ = ["bridge", "meng_wong"]

@@ -1,0 +1,357 @@
+r"""Estimates of :math:`\log Z = \log \int h(x)\, e^{-E(x)}\, dx`, by one function.
+
+Which method for which density:
+
+=================  =============================================================================
+``"exact"``        finite supports with few states, and machines with one small layer
+``"quadrature"``   one or two continuous dimensions
+``"importance"``   where a proposal comes near: a base, a guide, a fitted flow
+``"ais"``          everywhere, with a kernel that mixes; too low where the chains do not keep up
+``"reverse_ais"``  too high where they do not: with ``"ais"``, a sandwich. Needs draws
+``"bridge"``       where there are good draws, and a proposal that overlaps with them
+=================  =============================================================================
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions.discrete import codewords
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
+from pyro_ebm.distributions.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature, unconstrained_shape
+from pyro_ebm.distributions.util import unvalidated
+from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.normalizer.annealed import annealed
+from pyro_ebm.normalizer.bridge import bridge
+from pyro_ebm.normalizer.importance import importance
+from pyro_ebm.normalizer.result import NormalizerEstimate
+from pyro_ebm.ops.enumerate import check_enumerable, log_sum_over_states
+
+SMALL = 20
+"""Without a method, up to 2^20 states are summed over."""
+
+_ANNEALING = {
+    "proposal",
+    "samples",
+    "path",
+    "kernel",
+    "num_chains",
+    "num_steps",
+    "betas",
+    "num_temperatures",
+    "ess_drop",
+}
+TAKES = {
+    "exact": {"max_units"},
+    "quadrature": set(),
+    "importance": {"proposal", "num_samples"},
+    "ais": _ANNEALING,
+    "reverse_ais": _ANNEALING - {"num_chains"},
+    "bridge": {"proposal", "samples", "num_samples"},
+}
+"""The arguments that each method takes."""
+
+
+def estimate_log_normalizer(
+    p: UnnormalizedEnergy,
+    method: str | None = None,
+    *,
+    proposal: Any = None,
+    samples: Tensor | None = None,
+    path: Any = None,
+    kernel: Kernel | None = None,
+    num_samples: int | None = None,
+    num_chains: int | None = None,
+    num_steps: int | None = None,
+    betas: Sequence[float] | Tensor | None = None,
+    num_temperatures: int | None = None,
+    ess_drop: float | None = None,
+    max_units: int | None = None,
+    disable_progbar: bool = False,
+) -> NormalizerEstimate:
+    r"""Estimates :math:`\log Z` of an energy, with an error.
+
+    * ``"exact"``: a sum over all states of a finite support; of machines with hidden units and of
+      pairwise energies, over the states of one layer or but one colour.
+    * ``"quadrature"``: one or two dimensions, of any continuous support.
+    * ``"importance"``: :math:`\hat Z = \frac1n \sum \tilde p(x_i) / q(x_i)` from ``proposal``, by
+      default the energy's ``base``.
+    * ``"ais"``: annealed importance sampling, a stochastic *lower* bound. With ``samples`` the
+      reverse runs too, for an upper one. A pilot run of a few chains chooses the temperatures,
+      tunes the kernel at each, and is then forgotten, so that :math:`\hat Z` is unbiased.
+    * ``"reverse_ais"``: annealing from ``samples`` back to the start, a stochastic *upper* bound if
+      those are draws of the density.
+    * ``"bridge"``: the optimal bridge between ``samples`` and draws of ``proposal``.
+
+    Without a ``method`` it is the first of ``"exact"`` (up to :math:`2^{20}` states),
+    ``"quadrature"`` and ``"ais"`` that the energy, and the arguments given, are for.
+
+    Networks are evaluated in evaluation mode. Nothing has a gradient.
+
+    Args:
+        p: the energy. A batch of energies has an estimate for each.
+        method: see above.
+        proposal: a normalized distribution that covers the support, or a guide with one sample
+            site: where points come from (``"importance"``, ``"bridge"``), or where annealing
+            starts. Annealing starts by default at the ``base``; else at the uniform density of a
+            finite support, at independent visible units for machines with hidden ones, or at a
+            Gaussian on the unconstrained space, both fitted to short chains of the energy, the
+            Gaussian half as wide again. Bridges start at a Gaussian (or a product) fitted to half
+            of the ``samples``, which are then not used again.
+        samples: independent draws of the density, shape ``(n, *batch, *event)``, or data in their
+            place (see ``"reverse_ais"``). One chain of the reverse run starts at each. By default
+            (``"bridge"``) exact draws of the energy if it has them, else the *approximate* ones of
+            its own short chains, with a warning if those have not converged. Correlated draws of
+            one chain are allowed for ``"bridge"`` alone.
+        path: of annealing: a :class:`~pyro_ebm.normalizer.Path`, or a function from a tensor
+            :math:`\beta` to an energy, which is ``p`` at 1.
+        kernel: of annealing, without a model: by default the energy's own if it is exact, else
+            block Gibbs sweeps where there are blocks, single-site ones where the support is
+            discrete, and :class:`~pyro_ebm.LangevinKernel` elsewhere.
+        num_samples: points (10,000 for ``"importance"``), or draws of each density (2,000 for
+            ``"bridge"``).
+        num_chains: chains of annealing for each batch element, 1,000 by default.
+        num_steps: transitions of each chain at each temperature, 1 by default.
+        betas: the inverse temperatures, rising from 0 to 1.
+        num_temperatures: how many, both ends counted; the pilot spaces them.
+        ess_drop: instead, by how much the conditional effective sample size may drop from one to
+            the next, a fraction such as 0.01. By default there are as many as the weights need for
+            a variance of about 0.5, and at most 10,001.
+        max_units: of ``"exact"``: at most :math:`2^{\text{max\_units}}` states, 25 by default.
+        disable_progbar: whether long runs show no progress.
+
+    Returns:
+        The estimate: its ``value`` is a plain tensor of shape ``batch_shape``, and
+        ``p.normalized(estimate)`` the normalized density.
+
+    Raises:
+        ValueError: for arguments that the method does not take, a density that it is not for, a
+            proposal that does not cover the support, temperatures that do not rise from 0 to 1, a
+            reverse run without samples, and weights that are NaN, infinite, or all 0.
+
+    Warns:
+        UnreliableEstimateWarning: if the stated error is not to be trusted: too few effective
+            weights, a tail too heavy (Pareto's k above 0.7), chains that have not converged, or two
+            directions that disagree.
+
+    Reference:
+        Neal (2001), Annealed importance sampling. Meng and Wong (1996), Simulating ratios of
+        normalizing constants via a simple identity. Grosse, Ghahramani and Adams (2015),
+        Sandwiching the marginal likelihood using bidirectional Monte Carlo.
+
+    Example:
+        >>> def double_well(x):
+        ...     return x[..., 0] ** 4 - 6 * x[..., 0] ** 2 - x[..., 0] / 2 + x[..., 1] ** 2 / 2
+        >>> p = UnnormalizedEnergy(double_well, event_shape=(2,))
+        >>> estimate_log_normalizer(p)
+        NormalizerEstimate(log Z = 10.2935 +- 0, method=quadrature)
+        >>> estimate = estimate_log_normalizer(p, "ais", num_chains=500)
+        >>> bool((estimate.value - 10.2935).abs() < 4.5 * estimate.std_error)
+        True
+        >>> p.normalized(estimate)
+        UnnormalizedEnergy(energy=double_well, event_shape=(2,), log_normalizer=known)
+    """
+    given = {
+        "proposal": proposal,
+        "samples": samples,
+        "path": path,
+        "kernel": kernel,
+        "num_samples": num_samples,
+        "num_chains": num_chains,
+        "num_steps": num_steps,
+        "betas": betas,
+        "num_temperatures": num_temperatures,
+        "ess_drop": ess_drop,
+        "max_units": max_units,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_energy(p)
+    _check_numbers(given)
+    whole, p = p, p.unexpanded
+    if method is None:
+        method = _chosen(p, set(given))
+    _check_arguments(method, given)
+    if samples is not None:
+        given["samples"] = _checked_samples(samples, whole)
+        p = whole  # which may have samples of its own for each row
+    run: dict[str, Callable[..., NormalizerEstimate]] = {
+        "exact": exact,
+        "quadrature": quadrature,
+        "importance": importance,
+        "bridge": bridge,
+    }
+    with torch.no_grad():
+        if method in run:
+            estimate = run[method](p, **given)
+        else:
+            estimate = annealed(p, method, **given, disable_progbar=disable_progbar)
+    return _expanded(estimate, p.batch_shape, whole.batch_shape)
+
+
+def exact(p: UnnormalizedEnergy, max_units: int = 25) -> NormalizerEstimate:
+    """``method="exact"`` of :func:`estimate_log_normalizer`."""
+    if _is_closed_form(p):
+        value = p.log_normalizer
+    elif (own := getattr(p, "exact_log_normalizer", None)) is not None:
+        value = own(max_units=max_units)
+    else:
+        value = _enumerated(p, max_units)
+    return _certain(p, value, "exact")
+
+
+def quadrature(p: UnnormalizedEnergy) -> NormalizerEstimate:
+    """``method="quadrature"`` of :func:`estimate_log_normalizer`."""
+    return _certain(p, log_normalizer_by_quadrature(p), "quadrature")
+
+
+def _certain(p: UnnormalizedEnergy, value: Any, method: str) -> NormalizerEstimate:
+    value = value.detach().expand(p.batch_shape).clone()
+    return NormalizerEstimate(value, torch.zeros_like(value), method, lower=value, upper=value)
+
+
+def _is_closed_form(p: UnnormalizedEnergy) -> bool:
+    return isinstance(p, ExponentialFamily) and p.log_normalizer is p._own_log_normalizer
+
+
+def _variables(p: UnnormalizedEnergy) -> tuple[Tensor, int]:
+    """The codewords of a variable, shape ``(K, b)``, and how many variables there are."""
+    codes = codewords(p.support, p.event_shape)
+    if codes is None:
+        raise ValueError(
+            f'method="exact" sums over finite supports, and that of {p!r} is {p.support}: use'
+            ' method="quadrature" in one or two dimensions, else "ais"'
+        )
+    return codes, p.event_shape.numel() // codes.shape[1]
+
+
+def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
+    codes, variables = _variables(p)
+    q: Any = unvalidated(p)
+    inner = (1,) * len(p.batch_shape)
+    codes = codes.to(p.starting_points().device)
+    whole = p.starting_points().dtype
+
+    def log_f(s: Tensor) -> Tensor:  # (chunk, n * b) -> (chunk, *batch)
+        return q.unnormalized_log_prob(s.to(whole).reshape((len(s),) + inner + p.event_shape))
+
+    chunk = max(2**20 // max(p.event_shape.numel() * p.batch_shape.numel(), 1), 64)
+    return log_sum_over_states(log_f, codes, variables, chunk, 2**max_units)
+
+
+# -- the choice, and what is asked of the arguments ------------------------------------------------
+
+
+def _chosen(p: UnnormalizedEnergy, given: set[str]) -> str:
+    """The first method that the energy and the arguments are for."""
+    if given <= TAKES["exact"] and (_is_closed_form(p) or _has_few_states(p)):
+        return "exact"
+    if not given and not p.support.is_discrete:
+        shape = unconstrained_shape(p.support, p.event_shape, p.batch_shape)
+        if shape.numel() in (1, 2):
+            return "quadrature"
+    return "ais"
+
+
+def _has_few_states(p: UnnormalizedEnergy) -> bool:
+    enumeration = getattr(p, "_enumerated", lambda: p)()
+    try:
+        if hasattr(enumeration, "_enumeration"):
+            enumeration._enumeration(SMALL)  # which refuses a layer that is too large
+        elif p.support.is_discrete:
+            codes, variables = _variables(p)
+            check_enumerable(len(codes), variables, 2**SMALL)
+        else:
+            return False
+    except ValueError:
+        return False
+    return True
+
+
+def _check_energy(p: Any) -> None:
+    if isinstance(p, UnnormalizedEnergy):
+        return
+    if find_energy(p) is not None:
+        raise ValueError(
+            f"log Z is asked of an energy inside {type(p).__name__}: give the energy itself, whose"
+            " batch elements are independent, and sum their log Z"
+        )
+    raise ValueError(f"log Z is asked of an UnnormalizedEnergy, got {p!r}")
+
+
+def _check_arguments(method: str, given: dict[str, Any]) -> None:
+    if method not in TAKES:
+        raise ValueError(f"method must be one of {list(TAKES)}, got {method!r}")
+    if unknown := sorted(given.keys() - TAKES[method]):
+        takes = sorted(TAKES[method]) or "none"
+        raise ValueError(f"method={method!r} does not take {unknown}, of its own it has {takes}")
+    if method == "reverse_ais" and "samples" not in given:
+        raise ValueError(
+            'method="reverse_ais" goes from draws of the density to the start: give samples=, exact'
+            " draws or data that the energy was fitted to"
+        )
+    ladders = [name for name in ("betas", "num_temperatures", "ess_drop") if name in given]
+    if len(ladders) > 1:
+        raise ValueError(f"the temperatures are given by one of {ladders}, not by all")
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    least = {"num_samples": 2, "num_chains": 1, "num_steps": 1, "num_temperatures": 2}
+    least["max_units"] = 1
+    for name, low in least.items():
+        value = given.get(name, low)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    drop = given.get("ess_drop", 0.5)
+    if not 0 < drop < 1:
+        raise ValueError(f"ess_drop must lie in (0, 1), got {drop}")
+
+
+def _checked_samples(samples: Any, p: UnnormalizedEnergy) -> Tensor:
+    """Draws of the density, shape ``(n, *batch, *event)``."""
+    shape = p.batch_shape + p.event_shape
+    if not isinstance(samples, Tensor) or samples.dim() < 1 or len(samples) < 2:
+        got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+        raise ValueError(
+            f"samples must be two or more points, shape (n, *batch, *event), got {got}"
+        )
+    if samples.shape[1:] == p.event_shape and p.batch_shape:
+        samples = samples.reshape(samples.shape[:1] + (1,) * len(p.batch_shape) + p.event_shape)
+        samples = samples.expand(samples.shape[:1] + shape)
+    if samples.shape[1:] != shape:
+        raise ValueError(
+            f"samples must have shape {('n', *shape)}, got {tuple(samples.shape)}".replace("'", "")
+        )
+    with torch.no_grad():
+        if not p.support.check(samples).all():
+            raise ValueError(f"some of the samples leave the support {p.support}")
+        density = unvalidated(p).unnormalized_log_prob(samples)
+    if not (density > -torch.inf).all():
+        bad = 1 - (density > -torch.inf).double().mean().item()
+        raise ValueError(
+            f"at {100 * bad:.3g}% of the samples the density is 0 or no number: they are no draws"
+            " of it"
+        )
+    return samples
+
+
+def _expanded(
+    estimate: NormalizerEstimate, batch_shape: torch.Size, whole: torch.Size
+) -> NormalizerEstimate:
+    """The estimate of an energy, for each of the elements that share it."""
+    if batch_shape == whole:
+        return estimate
+    fields = dict(vars(estimate))
+    for name in ("value", "std_error", "ess", "lower", "upper", "zeros", "pareto_k"):
+        if fields[name] is not None:
+            fields[name] = fields[name].expand(whole)
+    if estimate.log_weights is not None:
+        log_w = estimate.log_weights
+        inner = (1,) * (len(whole) - len(batch_shape)) + tuple(batch_shape)
+        fields["log_weights"] = log_w.reshape((len(log_w),) + inner).expand((len(log_w),) + whole)
+    return NormalizerEstimate(**fields)
+
+
+__all__ = ["estimate_log_normalizer"]
