@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 from torch.func import grad
@@ -38,7 +39,7 @@ from pyro_ebm.mcmc.short_run import default_kernel
 MAX_EXACT_UNITS = 10
 """A distribution whose exact draws enumerate more than 2^10 states is swept instead."""
 
-CUTS = (1.0, 0.5, 0.25, 0.125)
+CUTS = (1.0, 0.3, 0.1, 0.03)
 """Of an adapted step size, in turn, in an inner chain."""
 
 
@@ -144,7 +145,7 @@ class InnerChain(Auxiliary):
     every one of its transitions leaves the energy's density invariant. It adapts to chains that go
     on where they were, and so see more than the neighbourhood of the data; these are no
     auxiliaries. A step that suits one :math:`\theta` may be far too long at another, where the
-    chain would stand still: an adapted step size is cut to 1, 1/2, 1/4, 1/8 of it in turn.
+    chain would stand still: an adapted step size is cut to 1, 0.3, 0.1, 0.03 of it in turn.
 
     Args:
         kernel: a kernel without a model.
@@ -186,7 +187,7 @@ class InnerChain(Auxiliary):
             kernel.adaptation.factor = self.adaptation.factor
         step_size = kernel.adaptation.step_size
         z = potential.to_position(x) if position is None else position
-        # masked data may be NaN, and data may lie on the boundary: such rows start at 0
+        # masked rows are NaN, and data may lie on the boundary: they start at 0
         state = kernel.init(torch.where(z.isfinite(), z, 0.0) + zero)
         num_steps = self.num_steps if num_steps is None else num_steps
         accept = torch.zeros_like(state.potential)
@@ -297,6 +298,8 @@ def draw_inside(fn: Any, x: Tensor, draw: Callable[[UnnormalizedEnergy, Tensor],
     """
     if isinstance(fn, UnnormalizedEnergy):
         return draw(fn, x)
+    if isinstance(fn, MaskedDistribution):
+        x = without_masked(x, fn._mask, fn.event_dim)
     transforms: list[Any] = fn.transforms if isinstance(fn, TransformedDistribution) else []
     for transform in reversed(transforms):
         x = transform.inv(x)
@@ -305,3 +308,20 @@ def draw_inside(fn: Any, x: Tensor, draw: Callable[[UnnormalizedEnergy, Tensor],
     for transform in transforms:
         y = transform(y)
     return result._replace(y=y)
+
+
+def without_masked(x: Tensor, mask: Tensor | bool | None, event_dim: int) -> Tensor:
+    """Points with NaN in masked rows, whatever stood there; such a row has no data to start at.
+
+    Args:
+        x: points, shape ``(*rows, *event)``.
+        mask: True where a row counts, of a shape that broadcasts with ``rows``.
+        event_dim: how many dimensions an event has.
+
+    Example:
+        >>> without_masked(torch.ones(3), torch.tensor([True, False, True]), 0)
+        tensor([1., nan, 1.])
+    """
+    if not isinstance(mask, Tensor) or not x.is_floating_point():
+        return x
+    return torch.where(mask.reshape(mask.shape + (1,) * event_dim), x, torch.nan)

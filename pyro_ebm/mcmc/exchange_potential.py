@@ -26,7 +26,14 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
-from pyro_ebm.mcmc.auxiliary import Auxiliary, Draw, InnerChain, auxiliary_of, draw_inside
+from pyro_ebm.mcmc.auxiliary import (
+    Auxiliary,
+    Draw,
+    InnerChain,
+    auxiliary_of,
+    draw_inside,
+    without_masked,
+)
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import (
@@ -115,7 +122,7 @@ class ExchangePotential(ModelPotential):
         # each energy at some value of the latents, and the data where they lie in its support
         self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
         self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
-        self._draws_vectorize: bool | None = None
+        self._draws_vectorize: dict[bool, bool] = {}  # those for tuning, and the others
 
     def _choose(self, num_steps: int | None, kernel: Kernel | None) -> dict[str, Auxiliary]:
         discrete = {name: e.support.is_discrete for name, (e, _) in self._examples.items()}
@@ -172,35 +179,38 @@ class ExchangePotential(ModelPotential):
                 auxiliary.bind(*self._examples[name], warmup_steps)
 
     @torch.no_grad()
-    def draw(self, z: Tensor, num_steps: int | None = None, resume: bool = False) -> AuxiliaryDraws:
+    def draw(self, z: Tensor, tuning: bool = False, num_steps: int | None = None) -> AuxiliaryDraws:
         r"""Auxiliaries :math:`y_i \sim f_i(\cdot \mid \theta) / Z_i(\theta)` of every chain.
 
         Args:
             z: where, positions of shape ``(chains, dim)``.
+            tuning: whether the draws are for inner chains to adapt to: of these alone, and from
+                where they were last.
             num_steps: of inner chains, instead of their own number.
-            resume: whether inner chains start where those that they adapt to were last.
         """
         zero, starts = torch.zeros_like(z[:, 0]), {}
-        if resume:
+        if tuning:
             last = {k: chain.position for k, chain in self.inner_chains.items()}
             starts = {k: start for k, start in last.items() if start is not None}
+        auxiliaries = self.inner_chains if tuning else self.auxiliaries
 
         def one(z: Tensor, zero: Tensor, starts: dict[str, Tensor]) -> AuxiliaryDraws:
-            return self._auxiliaries_of_one(z, zero, starts, num_steps)
+            return self._draws_of_one(auxiliaries, z, zero, starts, num_steps)
 
         with self._quiet(), poutine.block():
             vectorizes = z.shape[0] > 1 and self._can_vectorize(z)
-            if vectorizes and self._draws_vectorize is not False:
+            known = self._draws_vectorize.get(tuning)
+            if vectorizes and known is not False:
                 try:
                     draws = vmap(one, randomness="different")(z, zero, starts)
-                    if self._draws_vectorize or self._agree(z, draws):
-                        self._draws_vectorize = True
+                    if known or self._agree(z, draws):
+                        self._draws_vectorize[tuning] = True
                         return draws
                     reason = "their vectorized density differs from their plain one"
                 except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                if self._draws_vectorize is None:
-                    self._draws_vectorize = False
+                if known is None:
+                    self._draws_vectorize[tuning] = False
                     warnings.warn(
                         "the auxiliary draws cannot be vectorized over chains, so they are made"
                         f" one chain after another, which is slower ({reason})",
@@ -222,7 +232,7 @@ class ExchangePotential(ModelPotential):
             Shape ``(chains,)``.
         """
         with self._quiet(), poutine.block():
-            if z.shape[0] > 1 and self._can_vectorize(z):
+            if z.shape[0] > 1 and self._draws_vectorize.get(False):
                 return vmap(self._log_density_of_one)(z, dict(points))
             return self._log_densities(z, points)
 
@@ -236,13 +246,17 @@ class ExchangePotential(ModelPotential):
         terms = [_log_density(nodes[name], y) for name, y in points.items()]
         return torch.stack(terms).sum().to(z.dtype)
 
-    def _auxiliaries_of_one(
-        self, z: Tensor, zero: Tensor, starts: Mapping[str, Tensor], num_steps: int | None
+    def _draws_of_one(
+        self,
+        auxiliaries: Mapping[str, Auxiliary],
+        z: Tensor,
+        zero: Tensor,
+        starts: Mapping[str, Tensor],
+        num_steps: int | None,
     ) -> AuxiliaryDraws:
         nodes, sites, terms = self._nodes_at(z), {}, []
-        for name, auxiliary in self.auxiliaries.items():
+        for name, auxiliary in auxiliaries.items():
             fn, x = nodes[name]["fn"], _rows(nodes[name])
-
             draw = functools.partial(
                 auxiliary, zero=zero, num_steps=num_steps, position=starts.get(name)
             )
@@ -272,7 +286,7 @@ class ExchangePotential(ModelPotential):
         """Adapts the inner chains, while the warmup lasts, to the densities at ``z``."""
         adapting = {k: chain for k, chain in self.inner_chains.items() if chain.is_adapting}
         if adapting:
-            draws = self.draw(z, resume=True)
+            draws = self.draw(z, tuning=True)
             renewed = {k: chain for k, chain in adapting.items() if chain.learn(draws.sites[k])}
             self.find_step_sizes(z, renewed)
 
@@ -282,7 +296,7 @@ class ExchangePotential(ModelPotential):
         for _ in range(MAX_DOUBLINGS):
             if not searching:
                 return
-            draws = self.draw(z, num_steps=1, resume=True)
+            draws = self.draw(z, tuning=True, num_steps=1)
             searching = {k: chain for k, chain in searching.items() if chain.search(draws.sites[k])}
 
     def note(self, draws: AuxiliaryDraws) -> None:
@@ -301,8 +315,9 @@ def _latents(trace: poutine.Trace) -> dict[str, Any]:
 
 def _rows(node: Any) -> Tensor:
     """The value of a site, one row for each factor 1 / Z."""
-    value, shape = node["value"], node["fn"].shape()
-    return value.expand(torch.broadcast_shapes(value.shape, shape))
+    value, fn = node["value"], node["fn"]
+    x = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+    return without_masked(x, node["mask"], fn.event_dim)
 
 
 def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:

@@ -37,7 +37,7 @@ from pyro_ebm.mcmc.mode import called_in_eval_mode
 from pyro_ebm.mcmc.starts import trace_from_start
 
 NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
-NUM_PROBES = 2  # further points at which energies are compared
+NUM_PROBES = 4  # further points at which energies are compared
 
 
 class NormalizerError(ValueError):

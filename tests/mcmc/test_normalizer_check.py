@@ -1,19 +1,34 @@
 """Whether log Z depends on a latent: which models are refused, which are not, and what is said."""
 
+import copy
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
 
 from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm.distributions import (
+    RBM,
+    BoltzmannMachine,
+    ExponentialFamily,
+    GaussianRBM,
+    JointRBM,
+    Potts,
+    contrast,
+    mixture,
+    product,
+)
 from pyro_ebm.mcmc import NormalizerError, check_normalizers
+from pyro_ebm.mcmc.normalizer_check import moving_normalizers
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 
@@ -327,6 +342,257 @@ def bayesian_weights_read_in_the_model():
     ReadsItsWeight()()
 
 
+# where and how often the energy counts
+
+
+@refused("k")
+def number_of_rows():  # an energy that is fixed, but Z to the power of k + 1
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    with pyro.plate("data", int(k) + 1):
+        pyro.sample("x", energy(torch.square), obs=torch.zeros(int(k) + 1))
+
+
+@refused("k")
+def size_of_an_event():
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    n = int(k) + 1
+    p = energy(lambda x: x.square().sum(-1), event_shape=(n,))
+    pyro.sample("x", p, obs=torch.zeros(n))
+
+
+@refused("z")
+def bound_of_the_base():
+    z = positive()
+    base = dist.Uniform(0.0, 9 + z).expand([3]).to_event(1)
+    pyro.sample("x", energy(lambda x: x.sum(-1), base=base), obs=DATA.abs())
+
+
+@refused("z")
+def temperature():
+    observe(energy(torch.square).tempered(positive()))
+
+
+@refused("z")
+def latent_energy_whose_base_moves():
+    pyro.sample("x", energy(torch.square, base=dist.Normal(0.0, positive())))
+
+
+@refused("z")
+def latent_energy_whose_bound_moves():
+    support = constraints.interval(-1.0, positive())
+    pyro.sample("x", energy(torch.square, support=support))
+
+
+@refused("z")
+def in_one_branch_of_a_sequential_plate():
+    z = positive()
+    for i in pyro.plate("rows", 3):
+        p = energy(lambda x: z * x**2) if i == 2 else energy(torch.square)
+        pyro.sample("x" if i == 2 else f"x_{i}", p, obs=DATA[i])
+
+
+# latents that leave the tensors
+
+
+@refused("z")
+def a_loop():
+    z = positive()
+    scale = 1.0
+    for _ in range(int(4 * z)):
+        scale = 1.5 * scale
+    observe(energy(lambda x: scale * x**2))
+
+
+@refused("k")
+def choice_among_energies():
+    k = pyro.sample("k", dist.Categorical(torch.tensor([0.9, 0.05, 0.05])))
+    observe([energy(torch.square), energy(torch.abs), energy(lambda x: x**4)][k])
+
+
+@refused("k")
+def a_parameter_for_each_value():
+    k = pyro.sample("k", dist.Bernoulli(0.2))
+    scale = pyro.param(f"scale_{int(k)}", torch.tensor(1.0 + float(k)))
+    observe(energy(lambda x: scale * x**2))
+
+
+@refused("k")
+def an_enumerated_latent():
+    scales = torch.tensor([1.0, 2.0])
+    k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    observe(energy(lambda x: x**2 * scales[k.long()]))
+
+
+@refused("z")
+def a_list():
+    scale = positive().expand([3]).tolist()
+    observe(energy(lambda x: x**2 * scale[0]))
+
+
+@refused("z")
+def an_array():
+    scale = np.sqrt(np.asarray(positive()))
+    observe(energy(lambda x: x**2 * torch.from_numpy(scale[None])))
+
+
+@refused("z")
+def a_deterministic_number():
+    z = pyro.deterministic("scale", torch.tensor(float(positive())))
+    observe(energy(lambda x: z * x**2))
+
+
+@refused("z")
+def a_threshold_beyond_the_data():  # E is the same at all data, whatever z is
+    z = pyro.sample("z", dist.Uniform(-1.5, 1.5)).item()
+    observe(energy(lambda x: x**2 + 10.0 * (x > z)), -2 - DATA.abs())
+
+
+@refused("z")
+def detached_and_copied():
+    z = copy.deepcopy(positive().data.clone().detach())
+    observe(energy(lambda x: z * x**2))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), nn.Linear(1, 1, bias=False))
+        self.factor = torch.tensor(1.0)
+
+    def forward(self, x):
+        return self.factor * self.inner(x[..., None]).square()[..., 0]
+
+
+@refused("z")
+def an_attribute_of_a_module():
+    net = Scaled()
+    net.factor = positive()
+    observe(energy(net))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z):
+        return z.detach() * x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
+# what a latent is
+
+
+@refused("scale")
+def a_lifted_parameter():
+    def model():
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        observe(energy(lambda x: scale * x**2))
+
+    poutine.lift(model, prior={"scale": dist.Gamma(2.0, 1.0)})()
+
+
+class Outer(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = PyroModule[nn.Sequential](
+            PyroModule[nn.Linear](1, 2), PyroModule[nn.Linear](2, 1)
+        )
+        self.net[1].weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+
+    def forward(self):
+        weight = self.net[1].weight
+        first = self.net[0]
+        observe(energy(lambda x: (first(x[..., None]) @ weight.mT).square()[..., 0]))
+
+
+@refused("net.1.weight")
+def weights_of_an_inner_module():
+    Outer()()
+
+
+# the families
+
+
+@refused("z")
+def a_product():
+    z = positive()
+    observe(product(energy(lambda x: z * x**2), dist.Normal(0.0, 1.0)))
+
+
+@refused("m")
+def a_product_of_location_families():  # each waived, but they overlap less as m grows
+    m = latent("m")
+    a = energy(lambda x: (x - m) ** 2, constant_normalizer=True)
+    observe(product(a, energy(lambda x: (x + m) ** 2, constant_normalizer=True)))
+
+
+@refused("w")
+def a_mixture_of_unnormalized_densities():
+    w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+    parts = [energy(torch.square), dist.Normal(0.0, 1.0)]
+    observe(mixture(w, parts, unnormalized_weights=True))
+
+
+@refused("z")
+def a_contrast():
+    z = pyro.sample("z", dist.Beta(1.0, 1.0))
+    a, b = (energy(f, support=constraints.boolean) for f in (torch.square, torch.abs))
+    observe(contrast(a, b, weight=z), torch.ones(3))
+
+
+SPINS = torch.tensor([1.0, -1.0, 1.0])
+PAIRS = torch.tensor([[0, 1], [1, 2]])
+
+
+@refused("z")
+def coupling():
+    pyro.sample("x", BoltzmannMachine(positive(), edges=PAIRS), obs=SPINS)
+
+
+@refused("z")
+def field_read_by_the_host():
+    p = BoltzmannMachine(1.0, bias=positive().item(), edges=PAIRS)
+    pyro.sample("x", p, obs=SPINS)
+
+
+@refused("z")
+def tempered_machine():
+    pyro.sample("x", BoltzmannMachine(1.0, edges=PAIRS).tempered(positive()), obs=SPINS)
+
+
+@refused("field")
+def potts_field():
+    field = pyro.sample("field", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("x", Potts(1.0, field, edges=PAIRS), obs=torch.eye(2)[[0, 1, 1]])
+
+
+def rbm(cls, n, **kwargs):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+    pyro.sample("x", cls(w, torch.zeros(3), torch.zeros(2), **kwargs), obs=torch.ones(n))
+
+
+@refused("w")
+def rbm_weights():
+    rbm(RBM, 3)
+
+
+@refused("w")
+def joint_rbm_weights():
+    rbm(JointRBM, 5)
+
+
+@refused("w")
+def gaussian_rbm_weights():
+    rbm(GaussianRBM, 3)
+
+
+@refused("w")
+def latent_rbm():
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+    pyro.sample("x", RBM(w, torch.zeros(3), torch.zeros(2)))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     model, latents = REFUSED[name]
@@ -336,13 +602,76 @@ def test_refused(name):
     for part in latents:
         assert repr(part) in message
     assert "'x'" in message
-    for way_out in ("log_normalizer=", "constant_normalizer=True", "losses"):
+    for way_out in ("ExchangeKernel", "log_normalizer=", "constant_normalizer=True", "losses"):
         assert way_out in message
     assert "learned" in message if "learned" in name else "unknown" in message
 
 
+def an_overwritten_weight():  # the tensors of the module know nothing of z
+    net = Scaled()
+    with torch.no_grad():
+        net.inner[1].weight.copy_(positive().reshape(1, 1))
+    observe(energy(net))
+
+
+SHARED = Scaled()
+
+
+def an_overwritten_weight_of_a_shared_module():  # which every run overwrites again
+    with torch.no_grad():
+        SHARED.inner[1].weight.copy_(positive().reshape(1, 1))
+    observe(energy(SHARED))
+
+
+def a_custom_function():
+    z = positive()
+    observe(energy(lambda x: Square.apply(x, z)))
+
+
+def numbers_in_a_new_tensor():
+    k = pyro.sample("k", dist.Bernoulli(0.1))
+    scale = torch.tensor([1.0 + k, 2.0])
+    observe(energy(lambda x: scale[0] * x**2))
+
+
+def a_reparametrized_latent():  # its start is given in terms of z
+    def model():
+        z = pyro.sample("z", dist.Normal(1.0, 2.0))
+        observe(energy(lambda x: z.exp() * x**2))
+
+    poutine.reparam(model, config={"z": LocScaleReparam(0.0)})()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        an_overwritten_weight,
+        an_overwritten_weight_of_a_shared_module,
+        a_custom_function,
+        numbers_in_a_new_tensor,
+        a_reparametrized_latent,
+    ],
+)
+def test_refused_where_nothing_tells_the_latent(model):
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(NormalizerError, match="site 'x': its energy depends on"):
+            check_normalizers(model)
+
+
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("model", [discrete_branch, host_read_of_the_bound, sometimes_present])
+@pytest.mark.parametrize(
+    "model",
+    [
+        discrete_branch,
+        host_read_of_the_bound,
+        sometimes_present,
+        number_of_rows,
+        choice_among_energies,
+        a_parameter_for_each_value,
+        a_threshold_beyond_the_data,
+    ],
+)
 def test_refused_whatever_the_seed(model, seed):
     pyro.set_rng_seed(seed)
     with pytest.raises(NormalizerError):
@@ -473,6 +802,69 @@ def a_mixture_of_fixed_energies():
     observe(dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts), DATA - m)
 
 
+@accepted
+def natural_parameters_of_a_known_family():
+    z = positive()
+    p = ExponentialFamily.from_distribution(dist.Exponential(z))
+    with pyro.plate("data", 3):
+        pyro.sample("x", p, obs=DATA.abs())
+
+
+@accepted
+def a_product_that_is_a_member_of_a_family():
+    observe(product(dist.Normal(latent(), 1.0), dist.Normal(1.0, 2.0)))
+
+
+@accepted
+def a_mixture_of_known_parts():
+    w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+    log_z = math.log(math.pi) / 2
+    parts = [energy(torch.square, log_normalizer=log_z), dist.Normal(0.0, 1.0)]
+    observe(mixture(w, parts))
+
+
+@accepted
+def a_product_of_fixed_parts():
+    m = latent()
+    observe(product(energy(torch.abs), dist.Normal(0.0, 1.0)), DATA - m)
+
+
+@accepted
+def exact_normalizer_of_a_machine():
+    p = BoltzmannMachine(positive(), edges=PAIRS)
+    pyro.sample("x", p.normalized(p.exact_log_normalizer()), obs=SPINS)
+
+
+@accepted
+def exact_normalizer_of_an_rbm():
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+    p = RBM(w, torch.zeros(3), torch.zeros(2))
+    pyro.sample("x", p.normalized(p.exact_log_normalizer()), obs=torch.ones(3))
+
+
+@accepted
+def a_hidden_machine_of_fixed_couplings():
+    s = pyro.sample("x", BoltzmannMachine(0.5, edges=PAIRS))
+    pyro.sample("y", dist.Normal(s, 1.0).to_event(1), obs=SPINS)
+
+
+@accepted
+def a_discrete_latent_beside_the_energy():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("y", dist.Normal(k, 1.0), obs=torch.tensor(0.5))
+    observe(energy(torch.square))
+
+
+@accepted
+def a_singular_matrix_at_some_points():  # an energy that has no value everywhere is still fixed
+    m = latent()
+
+    def e(x):
+        return torch.linalg.cholesky((1 + x)[..., None, None])[..., 0, 0]
+
+    observe(energy(e), (DATA.abs() - m).abs())
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name):
     check_normalizers(ACCEPTED[name])
@@ -580,6 +972,40 @@ def test_arguments_reach_the_model():
         NormalizerError, match=r"site 'x': its energy depends on 'z', and its log Z"
     ):
         check_normalizers(model, (DATA,), {"known": False})
+
+
+def test_all_that_moves_is_found():
+    def model():
+        a, b = positive("a"), positive("b")
+        support = constraints.interval(-9.0, 9 + b)
+        with poutine.mask(mask=b > 1):
+            pyro.sample("x", energy(lambda x: a * x**2, support=support), obs=DATA)
+        pyro.sample("y", energy(torch.square), obs=DATA - a)
+        pyro.sample("w", energy(lambda x: a.item() * x**2), obs=DATA)
+
+    first, second = moving_normalizers(model)
+    assert (first.name, second.name) == ("x", "w")
+    assert first.parts == {"energy": {"a"}, "support": {"b"}, "scale or mask": {"b"}}
+    assert first.latents == {"a", "b"}
+    assert not first.was_read
+    assert second.parts == {"energy": {"a"}}
+    assert second.was_read == {"energy"}
+    assert "site 'w': its energy depends on 'a', read by .item()" in str(second)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (number_of_rows, "its (shape|scale or mask) depends on 'k'"),
+        (size_of_an_event, "its shape depends on 'k', read by"),
+        (upper_bound_of_a_latent, "its support depends on 'z'"),
+        (scaled_by_a_latent, "its scale or mask depends on 'z'"),
+        (sometimes_present, "is in the model for some values of 'z' only"),
+    ],
+)
+def test_says_what_moves(model, what):
+    with pytest.raises(NormalizerError, match=f"site 'x': .*{what}"):
+        check_normalizers(model)
 
 
 def test_every_suspect_is_looked_at():
