@@ -31,6 +31,7 @@ from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.short_run import default_kernel
+from pyro_ebm.mcmc.tempering import TemperingKernel
 
 STEP_SIZE_GAIN = 0.1
 
@@ -187,6 +188,12 @@ class ContrastiveDivergence(EnergyLoss):
     def _run_chains(self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor) -> Tensor:
         """The points that ``num_steps`` transitions lead to from ``start``, without gradient."""
         template = self.kernel or energy.kernel or default_kernel(energy)
+        if isinstance(template, TemperingKernel):
+            raise ValueError(
+                f"TemperingKernel at site {site.name!r}: its replicas would start anew from the"
+                " first one at every gradient, and the negatives be none of the energy's. Use its"
+                " inner kernel with more num_steps or persistent chains"
+            )
         kernel = template.copy()
         potential = EnergyPotential(energy, like=start, groups=1)
         kernel.bind(potential, warmup_steps=0)

@@ -95,8 +95,8 @@ class TemperingKernel(Kernel):
 
     It crosses between modes where the kernel alone does not. The draws are those of
     :math:`\beta = 1`. A transition costs as much as that of ``len(betas)`` chains. Replicas start
-    together at the first position, and need some transitions to spread: as the ``kernel`` of
-    ``ContrastiveDivergence``, which starts them anew for each gradient, it is biased for few.
+    together at the first position, and need some transitions to spread; ``ContrastiveDivergence``,
+    which would start them anew for each gradient, refuses it.
 
     Args:
         kernel: what moves the replicas, with its model: ``LangevinKernel(model)``,

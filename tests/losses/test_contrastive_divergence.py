@@ -397,3 +397,16 @@ def test_20_000_steps_of_persistent_chains_neither_explode_nor_collapse():
     # drift at a constant learning rate, the modes stay.
     assert max(divergences) < 1.0
     assert sum(divergences[10:]) / 10 < 0.5
+
+
+def test_tempering_is_refused():
+    from pyro_ebm import LangevinKernel, TemperingKernel
+
+    loss = ContrastiveDivergence(TemperingKernel(LangevinKernel(), [1.0, 0.5]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", UnnormalizedEnergy(lambda x: x**2), obs=x)
+
+    with pytest.raises(ValueError, match=r"TemperingKernel at site 'x': its replicas would start"):
+        loss.loss(model, lambda x: None, torch.zeros(3))
