@@ -150,6 +150,16 @@ class Kernel(MCMCKernel):
     def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
         """The next state of all chains: a pure function of its arguments."""
 
+    @property
+    def captured(self) -> Callable[..., Any]:
+        """What the engine runs: the transition, or the part of it that is repeated."""
+        return self.transition
+
+    @property
+    def own_stats(self) -> dict[str, Tensor]:
+        """What else it tells of the last transition, each of shape ``()`` or ``(chains,)``."""
+        return {}
+
     # -- what it is written with ---------------------------------------------------------------
 
     def evaluate(self, z: Tensor) -> State:
@@ -263,7 +273,7 @@ class Kernel(MCMCKernel):
             target_accept_prob=self.target_accept_prob,
         )
         self._engine = Engine(
-            self.transition, self.jit_compile, _Parameters(potential), self.ignore_jit_warnings
+            self.captured, self.jit_compile, _Parameters(potential), self.ignore_jit_warnings
         )
 
     def init(self, z: Tensor) -> State:
@@ -286,12 +296,16 @@ class Kernel(MCMCKernel):
         """One transition of all chains: one :meth:`transition`, or several."""
         return self._engine(state, *self.draw(state))
 
+    def trial(self, state: State) -> tuple[State, Info]:
+        """A transition that is looked at and not made, to find a first step size."""
+        return self._engine(state, *self.draw(state))
+
     def _find_step_size(self, state: State) -> None:
         """Doubles or halves each step size until the acceptance crosses the target."""
         adaptation = self.adaptation
         direction: Tensor | None = None
         for _ in range(60):
-            _, info = self._engine(state, *self.draw(state))
+            _, info = self.trial(state)
             mean = adaptation.pooled(info.accept_prob)
             now = torch.where(mean > adaptation.target_accept_prob, 1.0, -1.0)
             direction = now if direction is None else torch.where(now == direction, direction, 0.0)
@@ -337,6 +351,7 @@ class Kernel(MCMCKernel):
             "acceptance_rate": float(info.accept_prob),
             "step_size": float(self.adaptation.step_size.mean()),
             "diverging": bool(info.diverging),
+            **{name: stat.item() for name, stat in self.own_stats.items()},
         }
         if self._steps > self._warmup_steps:
             for name, number in self.last_stats.items():

@@ -46,13 +46,16 @@ class Draws:
         }
         self.stats["diverging"] = torch.empty_like(self.stats["step_size"], dtype=torch.bool)
 
-    def add(self, state: State, info: Info, step_size: Tensor) -> None:
+    def add(self, state: State, info: Info, step_size: Tensor, own: Mapping[str, Tensor]) -> None:
         """Takes what a transition gave; the step size is that it was made with."""
         self.seen += 1
         if self.count == self.capacity or self.seen % self.thinning:
             return
         self.z[self.count] = state.z if self.columns is None else state.z[:, self.columns]
-        values = (-state.potential, info.accept_prob, step_size, info.diverging)
+        for name, value in own.items():
+            if name not in self.stats:
+                self.stats[name] = value.new_empty(self.stats["step_size"].shape)
+        values = (-state.potential, info.accept_prob, step_size, info.diverging, *own.values())
         for stat, value in zip(self.stats.values(), values, strict=True):
             stat[self.count] = value
         self.count += 1

@@ -202,7 +202,7 @@ class MCMC(AbstractMCMC):
                     for i in range(num_steps):
                         step_size = kernel.adaptation.step_size
                         state, info = kernel.step(state)
-                        into.add(state, info, step_size)
+                        into.add(state, info, step_size, kernel.own_stats)
                         bar.update(stage.lower(), kernel, info)
                         if self.hook_fn is not None:
                             self.hook_fn(kernel, potential.unravel(state.z), stage, i)
@@ -358,8 +358,8 @@ class MCMC(AbstractMCMC):
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Statistics of each draw: ``lp``, ``acceptance_rate``, ``step_size``, ``diverging``.
 
-        ``lp`` is :math:`-U(z)`, the log density on the unconstrained space. Pyro's own kernels
-        tell ``diverging`` alone.
+        Some kernels tell more, as ``n_steps``. ``lp`` is :math:`-U(z)`, the log density on the
+        unconstrained space. Pyro's own kernels tell ``diverging`` alone.
 
         Args:
             group_by_chain: whether to keep the chains apart.

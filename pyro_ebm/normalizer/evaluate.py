@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.normalizer.result import digits, places
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,10 +52,11 @@ class LogLikelihood:
                 f" to {self.value.max():.2f} nats a point, +- {self.std_error.max():.2g} at most,"
                 f" {self.num_points} points)"
             )
+        value = f"{self.value.item():.{places(self.std_error)}f}"
         return (
-            f"LogLikelihood({self.value.item():.2f} +- {self.std_error.item():.2g} nats a point:"
-            f" {self.data_error.item():.2g} from {self.num_points} points,"
-            f" {self.normalizer_error.item():.2g} from log Z)"
+            f"LogLikelihood({value} +- {digits(self.std_error)} nats a point:"
+            f" {digits(self.data_error)} from {self.num_points} points,"
+            f" {digits(self.normalizer_error)} from log Z)"
         )
 
 

@@ -81,15 +81,15 @@ class NormalizerEstimate:
             low, high, error = self.value.min(), self.value.max(), self.std_error.max()
             parts = [
                 f"batch_shape={tuple(self.value.shape)}",
-                f"log Z from {low:.3f} to {high:.3f}, +- {_digits(error)} at most",
+                f"log Z from {low:.3f} to {high:.3f}, +- {digits(error)} at most",
                 f"method={self.method}",
             ]
             if self.ess is not None:
                 parts.append(f"ESS={self.ess.min():.0f} at least")
             return f"NormalizerEstimate({', '.join(parts)})"
-        places = _places(self.std_error)
+        places = places(self.std_error)
         parts = [
-            f"log Z = {self.value.item():.{places}f} +- {_digits(self.std_error)}",
+            f"log Z = {self.value.item():.{places}f} +- {digits(self.std_error)}",
             f"method={self.method}",
         ]
         if self.ess is not None:
@@ -103,15 +103,15 @@ class NormalizerEstimate:
         return f"NormalizerEstimate({', '.join(parts)})"
 
 
-def _places(error: Tensor) -> int:
+def places(error: Tensor) -> int:
     """Decimals that show two digits of an error."""
     size = float(error.max())
     return 4 if not 0 < size < math.inf else min(max(1 - math.floor(math.log10(size)), 1), 6)
 
 
-def _digits(error: Tensor) -> str:
+def digits(error: Tensor) -> str:
     size = float(error.max())
-    return "0" if size == 0 else f"{size:.{_places(error)}f}"
+    return "0" if size == 0 else f"{size:.{places(error)}f}"
 
 
 def check_weights(log_weights: Tensor, what: str) -> None:

@@ -26,7 +26,9 @@ def test_the_mean_and_both_errors():
     assert result.normalizer_error == pytest.approx(0.3)
     assert result.std_error == pytest.approx(math.hypot(1.0, 0.3))
     assert result.num_points == 2
-    assert "2 points, 0.3 from log Z" in repr(result)
+    assert repr(result) == (
+        "LogLikelihood(-1.9 +- 1.0 nats a point: 1.0 from 2 points, 0.30 from log Z)"
+    )
 
 
 def test_bounds_change_sides():
