@@ -2,7 +2,8 @@
 
 Write an energy in a model (:class:`UnnormalizedEnergy`, :class:`RBM`, :func:`product`, ...), sample
 it (:class:`MCMC` with :class:`LangevinKernel`, :class:`GibbsKernel`, ...), fit it (``SVI`` with
-:class:`ContrastiveDivergence` and the other losses), check it (:func:`to_arviz`).
+:class:`ContrastiveDivergence` and the other losses), check it (:func:`to_arviz`,
+:func:`estimate_log_normalizer`).
 """
 
 from pyro_ebm.diagnostics import to_arviz
@@ -31,6 +32,7 @@ from pyro_ebm.mcmc import (
     MCMC,
     CompositeKernel,
     DiscreteLangevinKernel,
+    ExchangeKernel,
     GibbsKernel,
     GibbsWithGradientsKernel,
     LangevinKernel,
@@ -38,6 +40,7 @@ from pyro_ebm.mcmc import (
     NormalizerError,
     TemperingKernel,
 )
+from pyro_ebm.normalizer import estimate_log_normalizer, evaluate
 from pyro_ebm.ops import fisher_divergence, score
 
 __version__ = "0.1.0"
@@ -52,6 +55,7 @@ __all__ = [
     "DeepBeliefNetwork",
     "DenoisingScoreMatching",
     "DiscreteLangevinKernel",
+    "ExchangeKernel",
     "ExponentialFamily",
     "FlowNCE",
     "GaussianRBM",
@@ -68,6 +72,8 @@ __all__ = [
     "UnnormalizedEnergy",
     "__version__",
     "contrast",
+    "estimate_log_normalizer",
+    "evaluate",
     "fisher_divergence",
     "mixture",
     "product",

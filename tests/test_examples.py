@@ -57,6 +57,18 @@ EXAMPLES = {
         ["ising.png"],
         ["4 x 4", "ESS", "R-hat", "ising.png"],
     ),
+    "log_normalizer.py": (
+        "--num-epochs 1 --num-hidden 6 --num-large 8 --num-chains 20 --max-temperatures 30"
+        " --output sandwich.png",
+        ["sandwich.png"],
+        ["exact log Z", "upper bound", "sandwich.png"],
+    ),
+    "ising_posterior.py": (
+        "--side 4 --num-inner-steps 3 --num-samples 30 --warmup-steps 20 --num-chains 4"
+        " --output posterior.png",
+        ["posterior.png"],
+        ["exchange", "exact", "posterior.png"],
+    ),
     "denoise.py": (
         "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
         ["denoise.png"],

@@ -9,7 +9,9 @@ from pyro_ebm.mcmc.composite import CompositeKernel
 from pyro_ebm.mcmc.discrete_gradient import DiscreteLangevinKernel, GibbsWithGradientsKernel
 from pyro_ebm.mcmc.discrete_proposals import Flip, Swap
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.mcmc.exchange import ExchangeKernel
 from pyro_ebm.mcmc.gibbs import GibbsKernel
+from pyro_ebm.mcmc.inner_steps import InnerStepsReport, inner_steps_report
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import LangevinKernel
 from pyro_ebm.mcmc.metropolis import Independence, MHKernel, Proposal, RandomWalk
@@ -28,12 +30,14 @@ __all__ = [
     "CompositeKernel",
     "DiscreteLangevinKernel",
     "EnergyPotential",
+    "ExchangeKernel",
     "Flip",
     "FunctionPotential",
     "GibbsKernel",
     "GibbsWithGradientsKernel",
     "Independence",
     "Info",
+    "InnerStepsReport",
     "Kernel",
     "LangevinKernel",
     "MHKernel",
@@ -49,4 +53,5 @@ __all__ = [
     "TemperingKernel",
     "check_normalizers",
     "geometric_betas",
+    "inner_steps_report",
 ]

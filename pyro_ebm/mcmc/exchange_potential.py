@@ -35,6 +35,7 @@ from pyro_ebm.mcmc.auxiliary import (
     without_masked,
 )
 from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import (
     MovingNormalizer,
@@ -113,8 +114,8 @@ class ExchangePotential(ModelPotential):
         super().__init__(
             model, args, kwargs, transforms, max_plate_nesting, init_strategy, keep_discrete
         )
-        with self._quiet(), starting_points_only(), poutine.block():
-            trace = self._run(self._unvalidated)
+        with starting_points_only(), poutine.block(), eval_mode(self._modules):
+            trace = self._run_in_the_open()
         # discrete latents that the potential sums out: no auxiliary depends on them
         self._summed_out = {
             name: node["value"] for name, node in _latents(trace).items() if name not in self.names

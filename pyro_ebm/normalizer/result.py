@@ -87,16 +87,16 @@ class NormalizerEstimate:
             if self.ess is not None:
                 parts.append(f"ESS={self.ess.min():.0f} at least")
             return f"NormalizerEstimate({', '.join(parts)})"
-        places = places(self.std_error)
+        decimals = places(self.std_error)
         parts = [
-            f"log Z = {self.value.item():.{places}f} +- {digits(self.std_error)}",
+            f"log Z = {self.value.item():.{decimals}f} +- {digits(self.std_error)}",
             f"method={self.method}",
         ]
         if self.ess is not None:
             parts.append(f"ESS={self.ess.item():.0f}")
         if self.lower is not self.upper:
-            low = "" if self.lower is None else f"{self.lower.item():.{places}f} <= "
-            high = "" if self.upper is None else f" <= {self.upper.item():.{places}f}"
+            low = "" if self.lower is None else f"{self.lower.item():.{decimals}f} <= "
+            high = "" if self.upper is None else f" <= {self.upper.item():.{decimals}f}"
             parts.append(f"{low}log Z{high}")
         if self.betas is not None:
             parts.append(f"temperatures={len(self.betas)}")

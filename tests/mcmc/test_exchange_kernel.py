@@ -22,8 +22,10 @@ from pyro_ebm.mcmc import (
     GibbsKernel,
     NormalizerError,
     Proposal,
+    RandomWalk,
     TemperingKernel,
 )
+from pyro_ebm.mcmc.auxiliary import Draw, draw_inside
 from pyro_ebm.mcmc.exchange import ExchangeKernel
 from pyro_ebm.mcmc.exchange_potential import ExchangePotential
 from pyro_ebm.mcmc.inner_steps import inner_steps_report
@@ -31,6 +33,7 @@ from tests.mcmc.exchange_models import (
     CONJUGATE,
     DATA,
     LATTICE,
+    SMALL,
     Precision,
     draws_of,
     grid_posterior,
@@ -149,6 +152,36 @@ def test_the_kernel_and_the_steps_of_the_energy_are_the_default():
     assert repr(auxiliaries) == (
         "{'x': 7 steps of MHKernel(proposal=RandomWalk), 'w': 9 steps of LangevinKernel()}"
     )
+
+
+def test_inner_chains_start_at_the_data():
+    u = torch.tensor([0.5, -1.0, 2.0])
+    affine, exp = torch.distributions.AffineTransform(1.0, 2.0), torch.distributions.ExpTransform()
+    fn = dist.TransformedDistribution(Precision(torch.ones(3)), [affine, exp]).to_event(1)
+    fn = fn.mask(torch.tensor(True))
+    seen = []
+
+    def draw(energy, x):
+        seen.append((type(energy), x))
+        return Draw(x + 1, x, x)
+
+    y = draw_inside(fn, (1 + 2 * u).exp(), draw).y
+    ((kind, x),) = seen
+    assert kind is Precision
+    torch.testing.assert_close(x, u)
+    torch.testing.assert_close(y, (1 + 2 * (u + 1)).exp())
+
+
+def test_masked_rows_have_no_data_to_start_at():
+    masked = Precision(torch.ones(3)).mask(torch.tensor([True, False, True]))
+    seen = []
+
+    def draw(energy, x):
+        seen.append(x)
+        return Draw(x, x, x)
+
+    draw_inside(masked, torch.full((3,), 1e9), draw)
+    assert seen[0].isnan().tolist() == [False, True, False]
 
 
 def test_potts_is_swept():
@@ -315,12 +348,14 @@ def test_draws_that_cannot_be_vectorized_are_made_one_by_one():
 def test_a_proposal_without_density_is_a_divergence_and_never_drawn_from():
     def model():
         theta = pyro.sample("theta", dist.Normal(torch.tensor(1.0), 1.0))
-        root = theta.sqrt()  # NaN below 0
-        pyro.sample("x", Precision(root**2), obs=DATA)
+        p = BoltzmannMachine(theta.sqrt(), edges=SMALL)  # NaN below 0, and no table to draw from
+        pyro.sample("x", p, obs=torch.ones(9))
 
-    mcmc = run(ExchangeKernel(model), chains=20, samples=50, warmup=50)
-    assert (mcmc.get_samples()["theta"] > 0).all()
-    assert mcmc.get_extra_fields()["diverging"].any()
+    for chains in (1, 20):
+        kernel = ExchangeKernel(model, proposal=RandomWalk(2.0), adapt_step_size=False)
+        mcmc = run(kernel, chains=chains, samples=50, warmup=0)
+        assert (mcmc.get_samples()["theta"] > 0).all()
+        assert mcmc.get_extra_fields()["diverging"].any()
 
 
 def test_a_network_as_the_energy_with_a_latent_temperature():
