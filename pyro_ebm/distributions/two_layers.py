@@ -157,6 +157,11 @@ class TwoLayers(UnnormalizedEnergy):
         batch = common_batch(f"{name} units and batch", units.shape[:-1], self.batch_shape)
         return units.to(self.weights.dtype).expand(batch + (size,))
 
+    _modules = ()  # parameters are tensors, and no network hides among them
+
+    def _like(self) -> Tensor:
+        return self.weights.detach()
+
     def _uniform(self, shape: tuple[int, ...]) -> Tensor:
         return torch.rand(shape, dtype=self.weights.dtype, device=self.weights.device)
 
