@@ -33,7 +33,7 @@ LOCAL = {
 }
 
 # Third parties that have one door into the package.
-DOORS = {"zuko": "distributions.flow", "arviz": "diagnostics"}
+DOORS = {"zuko": "distributions.flow", "arviz": "diagnostics", "arviz_stats": "diagnostics"}
 
 
 class Arrow(NamedTuple):

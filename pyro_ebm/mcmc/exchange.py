@@ -66,16 +66,19 @@ class ExchangeKernel(MHKernel):
     moved by a latent: one auxiliary each, and one row of it for each row of a plate. Other sites,
     energies with a known :math:`\log Z` among them, enter as in any kernel. Such a site may be
     latent itself. Proposals are those of :class:`~pyro_ebm.MHKernel`, by default an adapted random
-    walk, on the unconstrained space.
+    walk, on the unconstrained space, for all continuous latents together; latents that move no
+    :math:`Z`, and discrete ones, may be left to other kernels, as in
+    ``CompositeKernel(model, [ExchangeKernel(), GibbsKernel(), LangevinKernel()])``.
 
     Auxiliaries are drawn, in this order of preference,
 
     1. exactly, where the distribution has an ``exact_sample`` over few enough states (at most
        :math:`2^{10}` to enumerate): a small RBM or Ising model, or a class of your own;
     2. by ``num_inner_steps`` Gibbs sweeps, where it resamples its own blocks (RBM, Ising, Potts);
-    3. by ``num_inner_steps`` steps of ``inner_kernel``.
+    3. by ``num_inner_steps`` steps of a chain of Langevin or, one discrete variable after another,
+       Gibbs.
 
-    A ``kernel`` that the energy was given, or an ``inner_kernel``, comes before all three.
+    An ``inner_kernel``, or a ``kernel`` that the energy was given, comes before all three.
 
     **An inexact auxiliary gives an inexact answer.** Sweeps and inner chains start at the data. At
     0 steps the draws would be those of the prior; with more they come nearer to the posterior, and

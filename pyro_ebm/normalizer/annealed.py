@@ -40,9 +40,10 @@ from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel
 from pyro_ebm.mcmc.short_run import short_run
 from pyro_ebm.mcmc.tempering import TemperingKernel
+from pyro_ebm.normalizer.function_path import FunctionPath
 from pyro_ebm.normalizer.ladder import Ladder, ladder_of, pilot
 from pyro_ebm.normalizer.layers import LayersPath
-from pyro_ebm.normalizer.path import FunctionPath, GeometricPath, Path, TemperedPath
+from pyro_ebm.normalizer.path import GeometricPath, Path, TemperedPath
 from pyro_ebm.normalizer.result import (
     NormalizerEstimate,
     check_weights,

@@ -12,6 +12,7 @@ Which method for which density:
 =================  =============================================================================
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from pyro_ebm.normalizer.annealed import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.result import NormalizerEstimate
-from pyro_ebm.ops.enumerate import check_enumerable, log_sum_over_states
+from pyro_ebm.ops.enumerate import log_sum_over_states
 
 SMALL = 20
 """Without a method, up to 2^20 states are summed over."""
@@ -172,7 +173,9 @@ def estimate_log_normalizer(
     _check_numbers(given)
     whole, p = p, p.unexpanded
     if method is None:
-        method = _chosen(p, set(given))
+        method, estimate = _chosen(p, given)
+        if estimate is not None:
+            return _expanded(estimate, p.batch_shape, whole.batch_shape)
     _check_arguments(method, given)
     if samples is not None:
         given["samples"] = _checked_samples(samples, whole)
@@ -216,58 +219,38 @@ def _is_closed_form(p: UnnormalizedEnergy) -> bool:
     return isinstance(p, ExponentialFamily) and p.log_normalizer is p._own_log_normalizer
 
 
-def _variables(p: UnnormalizedEnergy) -> tuple[Tensor, int]:
-    """The codewords of a variable, shape ``(K, b)``, and how many variables there are."""
+def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
     codes = codewords(p.support, p.event_shape)
     if codes is None:
         raise ValueError(
             f'method="exact" sums over finite supports, and that of {p!r} is {p.support}: use'
             ' method="quadrature" in one or two dimensions, else "ais"'
         )
-    return codes, p.event_shape.numel() // codes.shape[1]
-
-
-def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
-    codes, variables = _variables(p)
+    variables = p.event_shape.numel() // codes.shape[1]
     q: Any = unvalidated(p)
     inner = (1,) * len(p.batch_shape)
-    codes = codes.to(p.starting_points().device)
-    whole = p.starting_points().dtype
+    like = p.starting_points()  # a state as the energy expects it
 
     def log_f(s: Tensor) -> Tensor:  # (chunk, n * b) -> (chunk, *batch)
-        return q.unnormalized_log_prob(s.to(whole).reshape((len(s),) + inner + p.event_shape))
+        return q.unnormalized_log_prob(s.to(like).reshape((len(s),) + inner + p.event_shape))
 
     chunk = max(2**20 // max(p.event_shape.numel() * p.batch_shape.numel(), 1), 64)
-    return log_sum_over_states(log_f, codes, variables, chunk, 2**max_units)
+    return log_sum_over_states(log_f, codes.to(like.device), variables, chunk, 2**max_units)
 
 
 # -- the choice, and what is asked of the arguments ------------------------------------------------
 
 
-def _chosen(p: UnnormalizedEnergy, given: set[str]) -> str:
-    """The first method that the energy and the arguments are for."""
-    if given <= TAKES["exact"] and (_is_closed_form(p) or _has_few_states(p)):
-        return "exact"
+def _chosen(p: UnnormalizedEnergy, given: dict[str, Any]) -> tuple[str, NormalizerEstimate | None]:
+    """The first method that the energy and the arguments are for; an exact one is done already."""
+    if given.keys() <= TAKES["exact"]:
+        with contextlib.suppress(ValueError), torch.no_grad():  # which says that it is not for it
+            return "exact", exact(p, **{"max_units": SMALL, **given})
     if not given and not p.support.is_discrete:
         shape = unconstrained_shape(p.support, p.event_shape, p.batch_shape)
         if shape.numel() in (1, 2):
-            return "quadrature"
-    return "ais"
-
-
-def _has_few_states(p: UnnormalizedEnergy) -> bool:
-    enumeration = getattr(p, "_enumerated", lambda: p)()
-    try:
-        if hasattr(enumeration, "_enumeration"):
-            enumeration._enumeration(SMALL)  # which refuses a layer that is too large
-        elif p.support.is_discrete:
-            codes, variables = _variables(p)
-            check_enumerable(len(codes), variables, 2**SMALL)
-        else:
-            return False
-    except ValueError:
-        return False
-    return True
+            return "quadrature", None
+    return "ais", None
 
 
 def _check_energy(p: Any) -> None:

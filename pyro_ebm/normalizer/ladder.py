@@ -178,7 +178,7 @@ def pilot(path: Path, kernel: Kernel, disable_progbar: bool = False) -> list[Lev
             settings = adaptation.step_size, adaptation.factor
             levels.append(Level(new, length, slowness, *settings))
             beta = new
-    _warn_if_standing(kernel, z)
+    _warn_if_standing(kernel, z, path.groups)
     levels[0] = levels[0]._replace(step_size=levels[1].step_size, factor=levels[1].factor)
     return levels
 
@@ -246,7 +246,7 @@ def _tuned(
     return state.z, _slowness(*log_ratios)
 
 
-def _warn_if_standing(kernel: Kernel, z: Tensor) -> None:
+def _warn_if_standing(kernel: Kernel, z: Tensor, groups: int) -> None:
     """Warns if the kernel hardly moves some of the chains at the target.
 
     There the density is narrower than its step, as in the neck of a funnel. Chains that come in do
@@ -259,7 +259,8 @@ def _warn_if_standing(kernel: Kernel, z: Tensor) -> None:
         if (info.accept_prob == 1).all():  # Gibbs sweeps
             return
         accepted = accepted + info.accept_prob
-    still = float((accepted < STILL * accepted.mean()).double().mean())
+    accepted = accepted.reshape(-1, groups)
+    still = float((accepted < STILL * accepted.mean(0)).double().mean(0).max())
     if still > MAX_STILL:
         warn(
             f"annealing: {type(kernel).__name__} hardly moves {100 * still:.2g}% of the chains of"

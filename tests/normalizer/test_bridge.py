@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM
 from pyro_ebm.normalizer import UnreliableEstimateWarning, estimate_log_normalizer
+from pyro_ebm.normalizer import bridge as module
 from pyro_ebm.normalizer.bridge import meng_wong
 from tests.normalizer.targets import assert_agrees, gaussian, wells
 from tests.statistics import SIGMAS
@@ -24,20 +25,16 @@ def log_ratio(x, mean):
     return 3 - x**2 / 2 + (x - mean) ** 2 / 2
 
 
-def test_the_fixed_point_of_meng_and_wong():
-    # the estimate solves  sum_q s_1 l / (s_1 l + s_2 r) = sum_p s_2 r / (s_1 l + s_2 r)
+def test_the_fixed_point_of_meng_and_wong(monkeypatch):
+    # of independent draws, all of which count
+    monkeypatch.setattr(module, "chain_sample_size", lambda f, **kwargs: f.new_full((1,), 1e9))
     p, q = torch.randn(300, 1).double(), 1 + torch.randn(700, 1).double()
     at_p, at_q = log_ratio(p, 1.0), log_ratio(q, 1.0)
     log_z, _, _ = meng_wong(at_p, at_q)
-    # ... with as many draws of p as are effective, found by that equation itself
-    sizes = torch.linspace(1, 300, 3000).double()
-
-    def gap(size):
-        odds = size / 700 * (at_q - log_z).exp()
-        back = size / 700 * (at_p - log_z).exp()
-        return (odds / (1 + odds)).mean(0) * 700 - (1 / (1 + back)).mean(0) * size
-
-    assert torch.stack([gap(size).abs() for size in sizes]).min() < 0.01
+    # as many draws of q are expected to be p's as draws of p to be q's: with the odds
+    # o = (n_1 p) / (n_2 q), sum_q o / (1 + o) = sum_p 1 / (1 + o)
+    odds_p, odds_q = (300 / 700 * (ratio - log_z).exp() for ratio in (at_p, at_q))
+    assert torch.allclose((odds_q / (1 + odds_q)).sum(0), (1 / (1 + odds_p)).sum(0))
 
 
 def test_the_error_is_the_spread_of_the_estimate():

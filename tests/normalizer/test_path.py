@@ -15,7 +15,7 @@ from pyro_ebm.distributions.potts import Potts
 from pyro_ebm.mcmc import EnergyPotential, GibbsKernel, MHKernel
 from pyro_ebm.normalizer import GeometricPath, LayersPath, TemperedPath
 from pyro_ebm.normalizer.annealed import path_of
-from pyro_ebm.normalizer.path import FunctionPath
+from pyro_ebm.normalizer.function_path import FunctionPath
 
 DOUBLE = torch.float64
 
@@ -139,6 +139,16 @@ def test_every_density_between_is_a_machine(name, remembered):
     noise = path.gibbs_noise(z)
     swept = path.target.to_points(path.gibbs_sweep(z, noise))
     assert torch.allclose(swept, between.gibbs_sweep(x, noise))
+
+
+def test_a_sweep_of_other_positions_does_not_use_what_is_remembered():
+    path = path_of(rbm())
+    kernel = GibbsKernel()
+    kernel.bind(path, 0)
+    path.at(1.0).state(kernel, path.draw(7))
+    z = path.draw(7)
+    noise = path.gibbs_noise(z)
+    assert torch.equal(path.gibbs_sweep(z, noise), path.target.gibbs_sweep(z, noise))
 
 
 def test_a_product_of_coins_is_the_start_of_a_machine():
