@@ -25,10 +25,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
+from pyro_ebm import MCMC, ExchangeKernel, LangevinKernel, NormalizerError, UnnormalizedEnergy
 from pyro_ebm.distributions import BoltzmannMachine, lattice_edges, spin
-from pyro_ebm.mcmc import NormalizerError
-from pyro_ebm.mcmc.exchange import ExchangeKernel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -67,7 +67,7 @@ EXAMPLES = {
         "--side 4 --num-inner-steps 3 --num-samples 30 --warmup-steps 20 --num-chains 4"
         " --output posterior.png",
         ["posterior.png"],
-        ["exchange", "exact", "posterior.png"],
+        ["exchange", "exact", "naive", "refuses", "posterior.png"],
     ),
     "denoise.py": (
         "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",

@@ -91,7 +91,7 @@ def test_ising_with_many_aligned_edges():
     ("coupling", "aligned"), [(0.05, (0.45, 0.6)), (0.3, (0.6, 0.75)), (0.45, (0.75, 0.9))]
 )
 def test_ising_long(coupling, aligned):
-    check_ising(coupling, aligned, num_inner_steps=300, chains=100, samples=1000)
+    check_ising(coupling, aligned, num_inner_steps=200, chains=100, samples=500)
 
 
 # -- a precision: the conjugate posterior ----------------------------------------------------------
