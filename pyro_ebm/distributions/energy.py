@@ -245,7 +245,8 @@ class UnnormalizedEnergy(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         log_prob = self._log_prob(value)
-        if log_prob.requires_grad and not (self.is_normalized or self.constant_normalizer):
+        follows = self.is_normalized and not self.is_estimated
+        if log_prob.requires_grad and not (follows or self.constant_normalizer):
             refuse_plain_elbo(self._log_prob, value, repr(self))
         return log_prob
 
@@ -308,7 +309,9 @@ class UnnormalizedEnergy(TorchDistribution):
 
         Args:
             log_normalizer: :math:`\log Z`, a number or a tensor that broadcasts to
-                ``batch_shape``, or what :func:`~pyro_ebm.estimate_log_normalizer` returns.
+                ``batch_shape``, or what :func:`~pyro_ebm.estimate_log_normalizer` returns. That
+                has no gradient and belongs to the energy as it was: where a latent or a parameter
+                moves the energy, it counts as unknown, and is refused.
 
         Raises:
             ValueError: if it is not finite, or of another shape.
@@ -325,11 +328,13 @@ class UnnormalizedEnergy(TorchDistribution):
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
         new._log_normalizer = checked_normalizer(value, self.batch_shape)
-        new._learned_normalizer = False
+        new._learned_normalizer, new.is_estimated = False, log_z is not log_normalizer
         if self._unexpanded is not None:
             # a log Z for each row belongs to the expanded energy alone
             fits = value.numel() == 1
             new._unexpanded = self._unexpanded.normalized(value.reshape(())) if fits else None
+            if new._unexpanded is not None:
+                new._unexpanded.is_estimated = new.is_estimated
         return new
 
     def tempered(self, beta: Tensor | float) -> "UnnormalizedEnergy":
@@ -462,6 +467,8 @@ class UnnormalizedEnergy(TorchDistribution):
 
     _unexpanded: "UnnormalizedEnergy | None" = None
     _modules: tuple[nn.Module, ...] | None = None
+    is_estimated = False
+    r"""Whether :math:`\log Z` is an estimate, which does not follow when the energy changes."""
 
     def __repr__(self) -> str:
         parts = [f"energy={_name_of(self._energy)}"]

@@ -184,7 +184,7 @@ class EnergyLoss(Trace_ELBO):
     def _ordinary_term(self, site: EnergySite) -> Tensor | None:
         """The log density, up to a constant, where log Z has no gradient; else None."""
         energy = site.energy
-        if not site.is_observed and energy.is_normalized:
+        if not site.is_observed and energy.is_normalized and not energy.is_estimated:
             return energy.log_prob(site.x)
         # A latent, or a factor: data computed from latents. (Data have no gradient at all here.)
         moved = not site.is_observed or site.x.requires_grad

@@ -268,7 +268,8 @@ class _Suspect:
     @property
     def state(self) -> str:
         """What is known of log Z."""
-        return self.energies[0].normalizer_state
+        energy = self.energies[0]
+        return "an estimate, made once" if energy.is_estimated else energy.normalizer_state
 
     def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Any]]:
         """All that the constants may depend on, at fixed points."""
@@ -317,7 +318,8 @@ def _suspects(trace: poutine.Trace) -> dict[_Key, _Suspect]:
 
 def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[_Suspect]:
     if isinstance(fn, UnnormalizedEnergy):
-        if not fn.is_normalized and not fn.constant_normalizer:
+        follows = fn.is_normalized and not fn.is_estimated
+        if not follows and not fn.constant_normalizer:
             yield _Suspect(name, (fn,), fn, (x, *_probes(fn, x)), counted)
     elif isinstance(fn, Independent):
         yield from _suspects_in(name, fn.base_dist, x, counted)

@@ -139,6 +139,7 @@ def meng_wong(log_ratio_p: Tensor, log_ratio_q: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _iterated(at_p: Tensor, at_q: Tensor, log_z: Tensor, share: Tensor) -> Tensor:
+    last = log_z
     for _ in range(MAX_ITERATIONS):
         #     E_q[ p~ / (s_1 p~ / Z + s_2 q) ]   E_q[ (p~ / q) / (s_1 p~ / Z q + s_2) ]
         # Z = -------------------------------- = --------------------------------------
@@ -147,8 +148,12 @@ def _iterated(at_p: Tensor, at_q: Tensor, log_z: Tensor, share: Tensor) -> Tenso
         below = log_mean_exp(-_log_mix(at_p - log_z, share))
         last, log_z = log_z, above - below
         if (log_z - last).abs().max() < TOLERANCE:
-            break
-    return log_z
+            return log_z
+    raise ValueError(
+        f"the bridge has not settled in {MAX_ITERATIONS} iterations (log Z still moves by"
+        f" {float((log_z - last).abs().max()):.3g}): samples and proposal hardly overlap. Give a"
+        " proposal nearer to the density, or use method='ais'"
+    )
 
 
 def _log_mix(log_ratio: Tensor, share: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.normalizer.annealed import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.importance import importance
-from pyro_ebm.normalizer.result import NormalizerEstimate
+from pyro_ebm.normalizer.result import NormalizerEstimate, warn
 from pyro_ebm.ops.enumerate import log_sum_over_states
 
 SMALL = 20
@@ -317,6 +317,13 @@ def _checked_samples(samples: Any, p: UnnormalizedEnergy) -> Tensor:
             f"at {100 * bad:.3g}% of the samples the density is 0 or no number: they are no draws"
             " of it"
         )
+    if not p.support.is_discrete:
+        distinct = len(samples.reshape(len(samples), -1).unique(dim=0))
+        if distinct < 0.9 * len(samples):
+            warn(
+                f"only {distinct} of {len(samples)} samples of a continuous density are distinct:"
+                " they are no independent draws, and log Z is off by more than the stated error"
+            )
     return samples
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks import expands
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.mode import eval_mode
@@ -108,11 +109,25 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
         density = p.unnormalized_log_prob(data)
     if density.isnan().any():
         raise ValueError(f"the energy is NaN at {int(density.isnan().sum())} of the data")
+    if not density.isfinite().all():
+        bad = int((~density.isfinite()).sum())
+        raise ValueError(
+            f"the density is 0 or infinite at {bad} of {density.numel()} of the data, whose mean"
+            " log-likelihood is then no finite number: leave them out, or widen the model"
+        )
     mean, n = density.mean(0), len(density)
     data_error = density.std(0) / math.sqrt(n) if n > 1 else torch.full_like(mean, torch.inf)
 
     def at(log_z: Any) -> Tensor | None:
-        return None if log_z is None else torch.as_tensor(log_z).to(mean).expand(p.batch_shape)
+        if log_z is None:
+            return None
+        log_z = torch.as_tensor(log_z).to(mean)
+        if not expands(log_z.shape, p.batch_shape):
+            raise ValueError(
+                f"the estimate has shape {tuple(log_z.shape)}, the energy a log Z for each of"
+                f" batch_shape={tuple(p.batch_shape)}"
+            )
+        return log_z.expand(p.batch_shape)
 
     log_z = at(getattr(estimate, "value", estimate))
     assert log_z is not None

@@ -177,14 +177,18 @@ def log_mean_error(log_weights: Tensor) -> Tensor:
 def tail_shape(log_weights: Tensor) -> Tensor | None:
     """Pareto's k of the weights, shape ``(*batch)``; None if there are too few of them.
 
-    Where the weights are equal but for rounding there is no tail: ``-inf``.
+    Where the weights are all but equal, nothing is left of a tail but noise: ``-inf``.
     """
     from pyro_ebm.diagnostics import MIN_WEIGHTS, pareto_k
 
     if len(log_weights) < MIN_WEIGHTS:
         return None
     spread = len(log_weights) / effective_sample_size(log_weights) - 1
-    return torch.where(spread > 1e-6, pareto_k(log_weights), -torch.inf)
+    return torch.where(spread > 0.05, pareto_k(log_weights), -torch.inf)
+
+
+FEW = 20.0
+"""So few weights tell no error, however equal they look."""
 
 
 def warn_if_unreliable(
@@ -207,7 +211,7 @@ def warn_if_unreliable(
         least: how many should be effective, if there are four times as many.
         wrong_way: on which side of the truth such estimates are.
     """
-    few = ess < min(least, num / 4)
+    few = ess < min(least, max(num / 4, FEW))
     heavy = torch.zeros_like(few) if k is None else k > MAX_PARETO_K
     if not (few | heavy).any():
         return

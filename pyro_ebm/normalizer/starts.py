@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta, ImproperUniform
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
@@ -240,6 +242,15 @@ class _Zero:
         return x.new_zeros(x.shape[: x.dim() - self.event_dim])
 
 
+def _hollow(q: Any) -> str | None:
+    """The part of a distribution that is masked, a point mass or improper, by name."""
+    if isinstance(q, MaskedDistribution | Delta | ImproperUniform):
+        return type(q).__name__
+    names = ("base_dist", "_component_distribution", "component0", "component1")
+    parts = (getattr(q, name, None) for name in names)
+    return next((found for p in parts if p is not None and (found := _hollow(p))), None)
+
+
 def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
     """A normalized distribution that can be drawn from exactly and covers the energy's support.
 
@@ -267,6 +278,11 @@ def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
         raise ValueError(
             f"{name} is an energy whose log Z is {energy.normalizer_state}: propose from a"
             " normalized distribution"
+        )
+    if (hollow := _hollow(q)) is not None:
+        raise ValueError(
+            f"{name} holds a {hollow}, whose log_prob is no density that integrates to 1: propose"
+            " from the distribution without it"
         )
     if not has_exact_draws(q):
         raise ValueError(

@@ -112,7 +112,7 @@ def node_values(log_f: LogDensity, grid: Grid, like: Tensor) -> Tensor:
         shape = (stop - start,) + (grid.size,) * (dim - 1)
         return value.to(torch.float64).reshape(shape + batch)
 
-    step = max(CHUNK // (grid.size ** (dim - 1) * max(batch.numel(), 1)), 1)
+    step = max(CHUNK // (grid.size ** (dim - 1) * max(math.prod(batch), 1)), 1)
     chunks = [(i, min(i + step, grid.size)) for i in range(0, grid.size, step)]
     if len(chunks) == 1:
         return rows(*chunks[0])

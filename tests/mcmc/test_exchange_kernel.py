@@ -123,7 +123,7 @@ def test_the_inner_kernel_adapts_in_warmup_and_is_frozen_after():
     chain = kernel.auxiliaries["x"]
     assert 0.3 < chain.acceptance_rate < 0.9
     scale = chain.adaptation.factor[0]
-    assert 300 < scale[1] / scale[0] < 3000
+    assert 100 < scale[1] / scale[0] < 10_000  # the scales of the two elements: 1,000 apart
     for step_size, factor in frozen:
         assert torch.equal(step_size, frozen[0][0])
         assert torch.equal(factor, frozen[0][1])

@@ -112,6 +112,8 @@ def test_chains_that_do_not_cross_are_told():
 def test_draws_that_do_not_overlap_are_told():
     p = UnnormalizedEnergy(lambda x: x**2 / 2)
     with pytest.warns(UnreliableEstimateWarning, match="hardly overlap"):
+        bridge(p, proposal=dist.Normal(6.0, 1.0), samples=torch.randn(1000))
+    with pytest.raises(ValueError, match="has not settled in 1000 iterations"):
         bridge(p, proposal=dist.Normal(9.0, 1.0), samples=torch.randn(1000))
 
 
