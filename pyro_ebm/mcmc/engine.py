@@ -106,7 +106,8 @@ class Engine:
             if self.ignore_jit_warnings:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
-            graph = make_fx(on_tensors)(*tensors)
+            # one tensor that comes twice would be one input of the graph for ever
+            graph = make_fx(on_tensors)(*(x.detach() for x in tensors))
         if shutil.which("c++") is None and shutil.which("g++") is None:
             warnings.warn(
                 "there is no C++ compiler on the path: the graph is captured, not compiled",

@@ -227,3 +227,10 @@ def test_a_singular_matrix_in_a_graph_is_nan_for_its_chain(captured):
     assert value.isnan().tolist() == [False, True, False]
     assert math.isfinite(grad[0, 0])
     assert len(captured) == 1
+
+
+def test_one_tensor_that_comes_twice_is_still_two_inputs(captured):
+    run = Engine(lambda x, y: (x - y,), jit_compile=True)
+    x = torch.ones(2)
+    run(x, x)
+    torch.testing.assert_close(run(torch.full((2,), 3.0), x)[0], torch.full((2,), 2.0))
