@@ -30,6 +30,8 @@ from pyro_ebm.losses import (
 )
 from pyro_ebm.mcmc import (
     MCMC,
+    BarkerKernel,
+    ChEESKernel,
     CompositeKernel,
     DiscreteLangevinKernel,
     ExchangeKernel,
@@ -49,7 +51,9 @@ __all__ = [
     "MCMC",
     "NCE",
     "RBM",
+    "BarkerKernel",
     "BoltzmannMachine",
+    "ChEESKernel",
     "CompositeKernel",
     "ContrastiveDivergence",
     "DeepBeliefNetwork",

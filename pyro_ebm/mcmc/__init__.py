@@ -5,6 +5,8 @@ Pyro's own ``HMC`` and ``NUTS`` stand beside this package's kernels.
 
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 
+from pyro_ebm.mcmc.barker import BarkerKernel
+from pyro_ebm.mcmc.chees import ChEESKernel
 from pyro_ebm.mcmc.composite import CompositeKernel
 from pyro_ebm.mcmc.discrete_gradient import DiscreteLangevinKernel, GibbsWithGradientsKernel
 from pyro_ebm.mcmc.discrete_proposals import Flip, Swap
@@ -26,6 +28,8 @@ __all__ = [
     "HMC",
     "MCMC",
     "NUTS",
+    "BarkerKernel",
+    "ChEESKernel",
     "ChainDiagnostics",
     "CompositeKernel",
     "DiscreteLangevinKernel",

@@ -5,13 +5,17 @@ Samplers, losses and estimators of the other rooms all call these.
 """
 
 from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
+from pyro_ebm.ops.leapfrog import drift, energy_change, kick
 from pyro_ebm.ops.metropolis import metropolis_accept, select
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
 from pyro_ebm.ops.quadrature import log_integral
 from pyro_ebm.ops.score import fisher_divergence, score, value_and_grad
 
 __all__ = [
+    "drift",
+    "energy_change",
     "fisher_divergence",
+    "kick",
     "langevin_log_accept_ratio",
     "langevin_proposal",
     "log_integral",

@@ -10,9 +10,10 @@ preconditioned by :math:`\Sigma = L L^\top`, is
 .. math:: z' = z - \varepsilon\, L L^\top \nabla U(z) + \sqrt{2 \varepsilon T}\, L \xi,
           \qquad \xi \sim N(0, I).
 
-It is also one leapfrog step of Hamiltonian dynamics of length :math:`h = \sqrt{2 \varepsilon T}`
-for the potential :math:`U / T` with the momentum :math:`\xi` drawn afresh. The step serves the
-Langevin kernel, the negative phase of contrastive divergence and annealed importance sampling.
+It is also one leapfrog step of Hamiltonian dynamics (:mod:`pyro_ebm.ops.leapfrog`) of length
+:math:`h = \sqrt{2 \varepsilon T}` for the potential :math:`U / T` with the momentum :math:`\xi`
+drawn afresh, and is written as such. The step serves the Langevin kernel, the negative phase of
+contrastive divergence and annealed importance sampling.
 
 Reference:
     Roberts and Tweedie (1996), Exponential convergence of Langevin distributions and their
@@ -22,7 +23,7 @@ Reference:
 
 from torch import Tensor
 
-from pyro_ebm.ops.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.leapfrog import drift, energy_change, kick
 
 
 def langevin_proposal(
@@ -51,9 +52,9 @@ def langevin_proposal(
         >>> langevin_proposal(z, grad, torch.tensor(0.1), None, torch.tensor(1.0), noise)
         tensor([[-0.1000, -0.1000]])
     """
-    whitened = (2 * step_size * temperature).sqrt() * noise
-    whitened = whitened - step_size * precondition_transposed(factor, grad)
-    return z + precondition(factor, whitened)
+    # h (xi - (h / 2T) L^T g) = sqrt(2 eps T) xi - eps L^T g
+    h = (2 * step_size * temperature).sqrt()
+    return drift(z, kick(noise, grad, h / (2 * temperature), factor), h, factor)
 
 
 def langevin_log_accept_ratio(
@@ -93,9 +94,8 @@ def langevin_log_accept_ratio(
         tensor([-2.])
     """
     # z - z' = -eps L L^T g' + sqrt(2 eps T) L xi'  and  z' - z = -eps L L^T g + sqrt(2 eps T) L xi
-    # add up to  xi' = sqrt(eps / 2T) L^T (g + g') - xi: no linear system to solve.
-    reverse = (step_size / (2 * temperature)).sqrt() * precondition_transposed(
-        factor, grad + new_grad
-    ) - noise
-    kinetic = (noise.square() - reverse.square()).sum(-1) / 2
-    return (potential - new_potential) / temperature + kinetic
+    # add up to  -xi' = xi - sqrt(eps / 2T) L^T (g + g'),  the momentum after both half kicks: the
+    # ratio is the change of the energy U / T + |xi|^2 / 2, with no linear system to solve.
+    half = (step_size / (2 * temperature)).sqrt()
+    momentum = kick(noise, grad + new_grad, half, factor)
+    return -energy_change(potential / temperature, noise, new_potential / temperature, momentum)

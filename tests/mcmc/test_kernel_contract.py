@@ -14,6 +14,8 @@ from torch import nn
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
 from pyro_ebm.mcmc import FunctionPotential, Independence, Proposal, RandomWalk, TemperingKernel
+from pyro_ebm.mcmc.barker import BarkerKernel
+from pyro_ebm.mcmc.chees import ChEESKernel
 from pyro_ebm.mcmc.potential import sites_of
 
 
@@ -57,6 +59,9 @@ KERNELS = {
     "langevin": LangevinKernel,
     "langevin-dense": lambda *a, **k: LangevinKernel(*a, full_mass=True, **k),
     "langevin-unadjusted": lambda *a, **k: LangevinKernel(*a, adjusted=False, step_size=0.01, **k),
+    "barker": BarkerKernel,
+    "chees": ChEESKernel,
+    "chees-dense": lambda *a, **k: ChEESKernel(*a, full_mass=True, **k),
     "walk": MHKernel,
     "walk-diagonal": lambda *a, **k: MHKernel(*a, full_mass=False, **k),
     "walk-fixed": lambda *a, **k: MHKernel(*a, proposal=RandomWalk(0.3), **k),
@@ -66,7 +71,7 @@ KERNELS = {
     "own-density": lambda *a, **k: MHKernel(*a, proposal=Drift(), **k),
     "tempering": lambda *a, **k: TemperingKernel(LangevinKernel(*a, **k), [1.0, 0.5]),
 }
-COMPILED = ["langevin", "walk"]  # each of them takes seconds
+COMPILED = ["langevin", "chees", "walk"]  # each of them takes seconds
 
 
 @pytest.fixture(params=KERNELS)
@@ -95,7 +100,8 @@ def test_runs_many_chains(make, chains):
     assert not samples["x"].requires_grad
     assert samples["x"].std() > 0.01  # it moves
     fields = mcmc.get_extra_fields(group_by_chain=True)
-    assert set(fields) == {"lp", "acceptance_rate", "step_size", "diverging"}
+    own = set(mcmc.kernel.own_stats)
+    assert set(fields) == {"lp", "acceptance_rate", "step_size", "diverging"} | own
     for stat in fields.values():
         assert stat.shape == (chains, 15)
     assert ((fields["acceptance_rate"] >= 0) & (fields["acceptance_rate"] <= 1)).all()

@@ -1,0 +1,135 @@
+r"""How long Hamiltonian trajectories should be, learned from many chains.
+
+A trajectory that is too short walks at random; one that is too long comes back. Let
+:math:`w = L^{-1} (z - \mathrm{E} z)` be a position in whitened coordinates, and :math:`w'` the one
+where its trajectory ends after a time :math:`t`. ChEES, the *change in the estimator of the
+expected square*, measures how far the squared radius moves,
+
+.. math:: C(T) = \mathrm{E} \left( |w'|^2 - |w|^2 \right)^2, \qquad t \sim U(0, T),
+
+and warmup climbs :math:`C(T) / T^{1/4}` by stochastic gradients. (:math:`C` alone is flat where
+trajectories turn back, so that :math:`T` would wander off; :math:`C / T` makes them so short that
+means suffer. On a standard normal the exponents 0, 1/4, 1/2, 1 give :math:`T` = 2.25, 2.09, 1.93,
+1.57.) The times are not drawn but follow the van der Corput sequence, which spreads evenly over
+:math:`(0, T)` in any run of transitions; each transition by itself leaves the target invariant.
+
+Reference:
+    Hoffman, Radul and Sountsov (2021), An adaptive MCMC scheme for setting trajectory lengths in
+    Hamiltonian Monte Carlo. Sountsov and Hoffman (2022), Focusing on difficult directions for
+    learning HMC trajectory lengths (the quotient by :math:`T`).
+"""
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.kernel import State
+
+
+def van_der_corput(n: int) -> float:
+    """The ``n``-th number of the sequence 1/2, 1/4, 3/4, 1/8, 5/8, ...: the bits of n, mirrored.
+
+    Example:
+        >>> [van_der_corput(n) for n in range(1, 6)]
+        [0.5, 0.25, 0.75, 0.125, 0.625]
+    """
+    mirrored = int(f"{n:b}"[::-1], 2)
+    return mirrored / 2.0 ** n.bit_length()
+
+
+class TrajectoryAdaptation:
+    r"""The longest time :math:`T` of a trajectory, climbing :math:`C(T) / T^{1/4}` on a log scale.
+
+    Args:
+        length: the first :math:`T`, shape ``(groups,)``.
+
+    Attributes:
+        length: :math:`T`, shape ``(groups,)``.
+    """
+
+    EXPONENT = 0.25
+    RATE = 0.25  # of the first update; the t-th one's is this over the root of t
+    MEMORY = 30  # updates
+
+    def __init__(self, length: Tensor):
+        self._center: Tensor | None = None
+        self._t = 0
+        self.start(length)
+
+    def start(self, length: Tensor) -> None:
+        """Goes on from another :math:`T`, in other units."""
+        self.length, self._log_mean = length, length.log()
+        self._recent = length.new_empty(0, len(length))
+
+    def update(
+        self,
+        start: State,
+        end: State,
+        momentum: Tensor,
+        time: Tensor,
+        weight: Tensor,
+        factor: Tensor | None,
+        most: Tensor,
+    ) -> None:
+        """Learns from the trajectories of one transition.
+
+        Args:
+            start: where they started.
+            end: where they ended, accepted or not.
+            momentum: the momenta at their ends, shape ``(chains, dim)``.
+            time: how long they took, shape ``(chains,)``.
+            weight: the probabilities with which they were accepted, shape ``(chains,)``.
+            factor: the factor of the inverse mass matrix.
+            most: the longest :math:`T` that can be, shape ``(groups,)``.
+        """
+        self._t += 1
+        mean = start.z.reshape((-1,) + self.length.shape + start.z.shape[1:]).mean(0)
+        # of about the second half of all positions so far
+        share = 1 / (self._t - self._t // 2)
+        center = mean if self._center is None else torch.lerp(self._center, mean, share)
+        self._center = center
+        center = center.repeat(start.z.shape[0] // center.shape[0], 1)
+        w, new_w = (_whiten(factor, x.z - center) for x in (start, end))
+        #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
+        jump = new_w.square().sum(-1) - w.square().sum(-1)
+        climb = 4 * jump * (new_w * momentum).sum(-1) * time - self.EXPONENT * jump.square()
+        climb = torch.where((weight > 0) & climb.isfinite(), climb, 0.0)
+        climb, weight = (x.reshape((-1,) + self.length.shape) for x in (climb, weight))
+        climb = (weight * climb).sum(0) / weight.sum(0).clamp_min(1e-10)
+        if len(self._recent):
+            # in units of how large it was of late: its own size must not weigh the average
+            scale = self._recent.mean(0).clamp_min(torch.finfo(climb.dtype).tiny)
+            step = self.RATE / self._t**0.5 * (climb / scale).clamp(-2, 2)
+            self.length = (self.length * step.exp()).minimum(most)
+        self._recent = torch.cat([self._recent[-self.MEMORY :], climb.abs()[None]])
+        self._log_mean = torch.lerp(self._log_mean, self.length.log(), self._t**-0.75)
+
+    def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
+        r"""Expresses a :math:`T` above the usual one in the units of a better factor.
+
+        Args:
+            old: the factor :math:`L`, as ``precondition`` takes it.
+            new: the one in its place.
+            usual: what :math:`T` will hardly be less than.
+        """
+        # z = L w = L' w':  |w| is up to |L^{-1} L'| times as long as |w'|
+        if old.dim() == 2:
+            ratio = (new / old).amax(-1)
+        else:
+            ratio = torch.linalg.solve_triangular(old, new, upper=False)
+            ratio = torch.linalg.matrix_norm(ratio, 2)
+        self.start((self.length / ratio).maximum(self.length.clamp(max=usual)))
+
+    def finish(self) -> None:
+        """Settles on the average."""
+        self.length = self._log_mean.exp()
+
+
+def _whiten(factor: Tensor | None, v: Tensor) -> Tensor:
+    r"""The product :math:`L^{-1} v`, arguments as for ``precondition``."""
+    if factor is None:
+        return v
+    grouped = v.reshape(-1, factor.shape[0], v.shape[-1])
+    if factor.dim() == 2:
+        return (grouped / factor).reshape(v.shape)
+    solved = torch.linalg.solve_triangular(factor, grouped.permute(1, 2, 0), upper=False)
+    return solved.permute(2, 0, 1).reshape(v.shape)
