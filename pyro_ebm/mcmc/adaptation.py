@@ -16,6 +16,9 @@ Reference:
     sampler.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
@@ -107,6 +110,15 @@ class PooledCovariance:
         if self.moment is None or self.count < 2:
             raise RuntimeError("a covariance needs at least two positions")
         return self.moment / (self.count - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it was fed, see :meth:`load_state_dict`."""
+        return {"count": self.count, "mean": self.mean, "moment": self.moment}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from where another one was."""
+        self.count = state["count"]
+        self.mean, self.moment = (to_device(state[name], device) for name in ("mean", "moment"))
 
     def _outer(self, delta: Tensor) -> Tensor:
         if self.dense:
@@ -214,6 +226,27 @@ class Adaptation:
             self.step_size = torch.as_tensor(self._averaging.get_state()[1]).exp()
         return renewed
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned, see :meth:`load_state_dict`."""
+        return {
+            "t": self.t,
+            "step_size": self.step_size,
+            "factor": self.factor,
+            "windows": list(self._windows),
+            "covariance": self._pool.state_dict(),
+            "averaging": {name: getattr(self._averaging, name, None) for name in _AVERAGING},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another adaptation with the same arguments was."""
+        device = self.step_size.device
+        self.t, self._windows = state["t"], list(state["windows"])
+        self.step_size = to_device(state["step_size"], device)
+        self.factor = to_device(state["factor"], device)
+        self._pool.load_state_dict(state["covariance"], device)
+        for name in _AVERAGING:
+            setattr(self._averaging, name, to_device(state["averaging"][name], device))
+
     def _renew_factor(self) -> None:
         pool = self._pool
         if pool.count < 2:
@@ -235,6 +268,14 @@ def _cholesky(covariance: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(covariance)
     diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1).sqrt())
     return torch.where((info == 0)[:, None, None], factor, diagonal)
+
+
+_AVERAGING = ("prox_center", "_x_avg", "_g_avg", "_x_t", "_t")  # of Pyro's DualAveraging
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A copy of a tensor on the device; anything else as it is."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _not_none(x: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
 from pyro_ebm.ops.metropolis import metropolis_accept
@@ -63,7 +64,8 @@ class BarkerKernel(Kernel):
             dimension.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition, see :mod:`pyro_ebm.mcmc.engine`.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`).
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where chains start, as in Pyro's kernels.
 
@@ -94,7 +96,7 @@ class BarkerKernel(Kernel):
         target_accept_prob: float = 0.574,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):

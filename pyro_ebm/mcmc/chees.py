@@ -16,7 +16,7 @@ Reference:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.engine import Engine, JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
 from pyro_ebm.mcmc.potential import Potential
@@ -61,8 +62,9 @@ class ChEESKernel(Kernel):
         target_accept_prob: mean acceptance probability to adapt to.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the leapfrog step
-            (:mod:`pyro_ebm.mcmc.engine`); it takes seconds, and pays in long runs.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the leapfrog step as
+            a graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`). Compiling takes
+            seconds, and pays in long runs.
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where chains start, as in Pyro's kernels.
 
@@ -98,7 +100,7 @@ class ChEESKernel(Kernel):
         target_accept_prob: float = 0.8,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
@@ -194,7 +196,7 @@ class ChEESKernel(Kernel):
 
     @property
     def captured(self) -> Callable[..., Any]:
-        """One leapfrog step, however many a transition makes; the rest is not worth a graph."""
+        """One leapfrog step, however many a transition makes."""
         return self.leapfrog
 
     # -- what warmup learns ----------------------------------------------------------------------
@@ -216,7 +218,8 @@ class ChEESKernel(Kernel):
         super().bind(potential, warmup_steps)
         like = self.adaptation.step_size
         length = torch.full_like(like, self._init_trajectory_length)
-        self._trajectory = TrajectoryAdaptation(length)
+        self._trajectory = TrajectoryAdaptation(length, potential.dim, self._engine.jit_compile)
+        self._verdict = Engine(self.decide, self._engine.jit_compile)
 
     def init(self, z: Tensor) -> State:
         """As every kernel; a length that is learned starts from two steps."""
@@ -246,7 +249,7 @@ class ChEESKernel(Kernel):
         """One transition of all chains, and what the trajectory length learns from it."""
         step_size, factor, momentum, log_u, num_steps = self.draw(state)
         end, new_momentum = self.trajectory(state, momentum, step_size, factor, num_steps)
-        new, info = self.decide(state, momentum, end, new_momentum, log_u)
+        new, info = self._verdict(state, momentum, end, new_momentum, log_u)
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
@@ -283,17 +286,30 @@ class ChEESKernel(Kernel):
         fraction = van_der_corput(self._steps + 1)
         return [max(1, math.ceil(fraction * m)) for m in most]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with the trajectory length."""
+        own = {"trajectory": self._learner.state_dict(), "knows_units": self._knows_units}
+        return {**super().state_dict(), **own, "most_steps": self._most_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        self._learner.load_state_dict(state["trajectory"])
+        self._knows_units, self._most_steps = state["knows_units"], state["most_steps"]
+
     # -- state that comes and goes ---------------------------------------------------------------
 
     def _release(self) -> None:
         super()._release()
         self._trajectory: TrajectoryAdaptation | None = None
+        self._verdict: Any = None
         self._most_steps: list[float] | None = None
         self._num_steps: Tensor | None = None
         self._knows_units = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trajectory": None, "_num_steps": None}
+        gone = {"_trajectory": None, "_verdict": None, "_num_steps": None}
+        return {**super().__getstate__(), **gone}
 
 
 def _of_chains(num_steps: Sequence[int], state: State) -> Tensor:

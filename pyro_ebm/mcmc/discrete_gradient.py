@@ -22,6 +22,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
@@ -124,7 +125,8 @@ class GibbsWithGradientsKernel(GradientKernel):
     Args:
         model: a Pyro model, or a distribution.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`).
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
 
@@ -149,7 +151,7 @@ class GibbsWithGradientsKernel(GradientKernel):
         self,
         model: Callable[..., Any] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
@@ -213,7 +215,8 @@ class DiscreteLangevinKernel(GradientKernel):
         adapt_step_size: whether warmup adapts :math:`\alpha`; by default if ``adjusted``.
         target_accept_prob: mean acceptance probability to adapt to.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`).
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
 
@@ -244,7 +247,7 @@ class DiscreteLangevinKernel(GradientKernel):
         adapt_step_size: bool | None = None,
         target_accept_prob: float = 0.574,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):

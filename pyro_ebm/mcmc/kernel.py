@@ -24,7 +24,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.adaptation import Adaptation
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.mcmc.engine import Engine
+from pyro_ebm.mcmc.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.model import ModelPotential, lone_energy
 from pyro_ebm.mcmc.potential import FunctionPotential, Potential, sites_of
 from pyro_ebm.ops.metropolis import select
@@ -92,7 +92,8 @@ class Kernel(MCMCKernel):
         target_accept_prob: the mean acceptance probability that the step size is adapted to.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to compile the transition, see :mod:`pyro_ebm.mcmc.engine`.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that, see :mod:`pyro_ebm.mcmc.engine`.
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where chains start, as in Pyro's kernels.
 
@@ -106,6 +107,8 @@ class Kernel(MCMCKernel):
     """Whether it moves discrete sites; they are then not summed out."""
     cancels_normalizers = False
     """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
+    planned_steps: int | None = None
+    """How many transitions are to come, if that is known: for ``jit_compile="auto"``."""
 
     def __init__(
         self,
@@ -118,13 +121,14 @@ class Kernel(MCMCKernel):
         target_accept_prob: float = 0.574,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         if model is not None and potential_fn is not None:
             raise ValueError("give model or potential_fn, not both")
         check_positive("step_size", step_size)
+        check_jit_compile(jit_compile)
         if not 0 < target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}")
         self.model, self.potential_fn = model, potential_fn
@@ -134,7 +138,8 @@ class Kernel(MCMCKernel):
         self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
         self._given_transforms = transforms
         self.max_plate_nesting = max_plate_nesting
-        self.jit_compile, self.ignore_jit_warnings = jit_compile, ignore_jit_warnings
+        self.jit_compile: JitCompile = jit_compile
+        self.ignore_jit_warnings = ignore_jit_warnings
         self.init_strategy = init_strategy
         self._given_params: Mapping[str, Tensor] | None = None
         self._shipped_params: bytes | None = None
@@ -273,7 +278,11 @@ class Kernel(MCMCKernel):
             target_accept_prob=self.target_accept_prob,
         )
         self._engine = Engine(
-            self.captured, self.jit_compile, _Parameters(potential), self.ignore_jit_warnings
+            self.captured,
+            self.jit_compile,
+            _Parameters(potential),
+            self.ignore_jit_warnings,
+            self.planned_steps,
         )
 
     def init(self, z: Tensor) -> State:
@@ -313,6 +322,28 @@ class Kernel(MCMCKernel):
                 break
             adaptation.step_size = adaptation.step_size * 2.0**direction
         adaptation.restart(adaptation.step_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned and counted since :meth:`bind`, for :meth:`load_state_dict`.
+
+        Numbers, strings, tensors, and dicts and lists of them. A kernel that keeps more between
+        transitions adds it here, and takes it back there.
+        """
+        adaptation = self._adaptation
+        return {
+            "steps": self._steps,
+            "adaptation": None if adaptation is None else adaptation.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another kernel was, after :meth:`bind` to the same potential.
+
+        Args:
+            state: its :meth:`state_dict`; tensors may be on another device.
+        """
+        self._steps = state["steps"]
+        assert self._adaptation is not None
+        self._adaptation.load_state_dict(state["adaptation"])
 
     # -- one chain, as Pyro's MCMC runs it -------------------------------------------------------
 

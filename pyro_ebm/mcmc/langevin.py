@@ -16,6 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
 from pyro_ebm.ops.metropolis import metropolis_accept
@@ -52,8 +53,9 @@ class LangevinKernel(Kernel):
             dimension.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition
-            (:mod:`pyro_ebm.mcmc.engine`); it takes seconds, and pays in long runs.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`). Compiling takes
+            seconds, and pays in long runs.
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where chains start, as in Pyro's kernels.
 
@@ -92,7 +94,7 @@ class LangevinKernel(Kernel):
         target_accept_prob: float = 0.574,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):

@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.util import unvalidated
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.ops.metropolis import metropolis_accept
@@ -216,7 +217,8 @@ class MHKernel(Kernel):
             default.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`).
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where chains start, as in Pyro's kernels.
 
@@ -246,7 +248,7 @@ class MHKernel(Kernel):
         target_accept_prob: float | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):

@@ -19,9 +19,14 @@ Reference:
     learning HMC trajectory lengths (the quotient by :math:`T`).
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation import to_device
+from pyro_ebm.mcmc.engine import Engine, JitCompile
 from pyro_ebm.mcmc.kernel import State
 
 
@@ -36,72 +41,109 @@ def van_der_corput(n: int) -> float:
     return mirrored / 2.0 ** n.bit_length()
 
 
+class Learned(NamedTuple):
+    """What warmup knows of the trajectory length."""
+
+    length: Tensor
+    """:math:`T`, shape ``(groups,)``."""
+    log_mean: Tensor
+    """A running average of its logarithm, shape ``(groups,)``."""
+    recent: Tensor
+    """How steep the last climbs were, shape ``(MEMORY, groups)``, those to come first and 0."""
+    since: Tensor
+    """How many there were since the last start, shape ``()``."""
+    center: Tensor
+    """The mean position, shape ``(groups, dim)``."""
+    t: Tensor
+    """The number of updates, shape ``()``."""
+
+
+EXPONENT = 0.25
+RATE = 0.25  # of the first update; the t-th one's is this over the root of t
+MEMORY = 30  # updates
+
+
+def climb(
+    known: Learned,
+    start: State,
+    end: State,
+    momentum: Tensor,
+    time: Tensor,
+    weight: Tensor,
+    factor: Tensor | None,
+    most: Tensor,
+) -> Learned:
+    """What is known after the trajectories of one transition, a pure function.
+
+    Args:
+        known: what was known before.
+        start: where they started.
+        end: where they ended, accepted or not.
+        momentum: the momenta at their ends, shape ``(chains, dim)``.
+        time: how long they took, shape ``(chains,)``.
+        weight: the probabilities with which they were accepted, shape ``(chains,)``.
+        factor: the factor of the inverse mass matrix.
+        most: the longest :math:`T` that can be, shape ``(groups,)``.
+    """
+    length, t = known.length, known.t + 1
+    mean = start.z.reshape((-1,) + length.shape + start.z.shape[1:]).mean(0)
+    # of about the second half of all positions so far; the first one of itself alone
+    center = torch.lerp(known.center, mean, 1 / (t - (t / 2).floor()))
+    around = center.repeat(start.z.shape[0] // center.shape[0], 1)
+    w, new_w = (_whiten(factor, x.z - around) for x in (start, end))
+    #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
+    jump = new_w.square().sum(-1) - w.square().sum(-1)
+    slope = 4 * jump * (new_w * momentum).sum(-1) * time - EXPONENT * jump.square()
+    slope = torch.where((weight > 0) & slope.isfinite(), slope, 0.0)
+    slope, weight = (x.reshape((-1,) + length.shape) for x in (slope, weight))
+    slope = (weight * slope).sum(0) / weight.sum(0).clamp_min(1e-10)
+    # in units of how large it was of late: its own size must not weigh the average
+    scale = known.recent.sum(0) / known.since.clamp(1, MEMORY)
+    step = RATE / t.sqrt() * (slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)).clamp(-2, 2)
+    length = torch.where(known.since > 0, (length * step.exp()).minimum(most), length)
+    return Learned(
+        length,
+        torch.lerp(known.log_mean, length.log(), t**-0.75),
+        torch.cat([known.recent[1:], slope.abs()[None]]),
+        known.since + 1,
+        center,
+        t,
+    )
+
+
 class TrajectoryAdaptation:
     r"""The longest time :math:`T` of a trajectory, climbing :math:`C(T) / T^{1/4}` on a log scale.
 
     Args:
         length: the first :math:`T`, shape ``(groups,)``.
+        dim: the dimension of a position.
+        jit_compile: whether to run :func:`climb` as a graph (:mod:`pyro_ebm.mcmc.engine`).
 
     Attributes:
-        length: :math:`T`, shape ``(groups,)``.
+        known: what it has learned.
     """
 
-    EXPONENT = 0.25
-    RATE = 0.25  # of the first update; the t-th one's is this over the root of t
-    MEMORY = 30  # updates
+    def __init__(self, length: Tensor, dim: int, jit_compile: JitCompile = False):
+        zero = length.new_zeros(())
+        recent, center = length.new_zeros(MEMORY, len(length)), length.new_zeros(len(length), dim)
+        self.known = Learned(length, length.log(), recent, zero, center, zero)
+        self._climb = Engine(climb, jit_compile)
 
-    def __init__(self, length: Tensor):
-        self._center: Tensor | None = None
-        self._t = 0
-        self.start(length)
+    @property
+    def length(self) -> Tensor:
+        """:math:`T`, shape ``(groups,)``."""
+        return self.known.length
 
     def start(self, length: Tensor) -> None:
         """Goes on from another :math:`T`, in other units."""
-        self.length, self._log_mean = length, length.log()
-        self._recent = length.new_empty(0, len(length))
+        recent, since = torch.zeros_like(self.known.recent), torch.zeros_like(self.known.since)
+        self.known = self.known._replace(
+            length=length, log_mean=length.log(), recent=recent, since=since
+        )
 
-    def update(
-        self,
-        start: State,
-        end: State,
-        momentum: Tensor,
-        time: Tensor,
-        weight: Tensor,
-        factor: Tensor | None,
-        most: Tensor,
-    ) -> None:
-        """Learns from the trajectories of one transition.
-
-        Args:
-            start: where they started.
-            end: where they ended, accepted or not.
-            momentum: the momenta at their ends, shape ``(chains, dim)``.
-            time: how long they took, shape ``(chains,)``.
-            weight: the probabilities with which they were accepted, shape ``(chains,)``.
-            factor: the factor of the inverse mass matrix.
-            most: the longest :math:`T` that can be, shape ``(groups,)``.
-        """
-        self._t += 1
-        mean = start.z.reshape((-1,) + self.length.shape + start.z.shape[1:]).mean(0)
-        # of about the second half of all positions so far
-        share = 1 / (self._t - self._t // 2)
-        center = mean if self._center is None else torch.lerp(self._center, mean, share)
-        self._center = center
-        center = center.repeat(start.z.shape[0] // center.shape[0], 1)
-        w, new_w = (_whiten(factor, x.z - center) for x in (start, end))
-        #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
-        jump = new_w.square().sum(-1) - w.square().sum(-1)
-        climb = 4 * jump * (new_w * momentum).sum(-1) * time - self.EXPONENT * jump.square()
-        climb = torch.where((weight > 0) & climb.isfinite(), climb, 0.0)
-        climb, weight = (x.reshape((-1,) + self.length.shape) for x in (climb, weight))
-        climb = (weight * climb).sum(0) / weight.sum(0).clamp_min(1e-10)
-        if len(self._recent):
-            # in units of how large it was of late: its own size must not weigh the average
-            scale = self._recent.mean(0).clamp_min(torch.finfo(climb.dtype).tiny)
-            step = self.RATE / self._t**0.5 * (climb / scale).clamp(-2, 2)
-            self.length = (self.length * step.exp()).minimum(most)
-        self._recent = torch.cat([self._recent[-self.MEMORY :], climb.abs()[None]])
-        self._log_mean = torch.lerp(self._log_mean, self.length.log(), self._t**-0.75)
+    def update(self, start: State, end: State, *details: Tensor | None) -> None:
+        """Learns from the trajectories of one transition: arguments as for :func:`climb`."""
+        self.known = self._climb(self.known, start, end, *details)
 
     def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
         r"""Expresses a :math:`T` above the usual one in the units of a better factor.
@@ -121,7 +163,16 @@ class TrajectoryAdaptation:
 
     def finish(self) -> None:
         """Settles on the average."""
-        self.length = self._log_mean.exp()
+        self.known = self.known._replace(length=self.known.log_mean.exp())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned, see :meth:`load_state_dict`."""
+        return self.known._asdict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another one was."""
+        device = self.length.device
+        self.known = Learned(**{name: to_device(x, device) for name, x in state.items()})
 
 
 def _whiten(factor: Tensor | None, v: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Captured graphs: the same values, captured anew when they must be, given up when they must be.
 
-Compiling takes seconds, so it is done once here; elsewhere graphs are only captured.
+Compiling takes seconds, so it is done where it matters; elsewhere graphs are only captured.
 """
 
 import gc
 import math
+import pickle
 import weakref
 
 import pyro
@@ -12,10 +13,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_ebm import MCMC, LangevinKernel, MHKernel
+from pyro_ebm import MCMC, RBM, ChEESKernel, GibbsKernel, LangevinKernel, MHKernel
 from pyro_ebm.mcmc import ModelPotential, engine
-from pyro_ebm.mcmc.engine import MAX_GRAPHS, Engine
+from pyro_ebm.mcmc.engine import MAX_GRAPHS, WORTH_CAPTURING, WORTH_COMPILING, Engine
 from pyro_ebm.mcmc.kernel import _Parameters
 
 CANNOT = "cannot be captured as a graph"
@@ -23,13 +25,22 @@ CANNOT = "cannot be captured as a graph"
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Graphs are captured but not compiled; the list holds them in order."""
+    """The graphs that are captured, in order."""
     graphs = []
-    monkeypatch.setattr(torch, "compile", lambda graph: graphs.append(graph) or graph)
+    capture = engine.make_fx
+
+    def make_fx(function):
+        def captures(*tensors):
+            graphs.append(capture(function)(*tensors))
+            return graphs[-1]
+
+        return captures
+
+    monkeypatch.setattr(engine, "make_fx", make_fx)
     return graphs
 
 
-def run(model, *data, kernel=LangevinKernel, jit_compile=True, num_chains=4, **kwargs) -> MCMC:
+def run(model, *data, kernel=LangevinKernel, jit_compile="capture", num_chains=4, **kwargs) -> MCMC:
     pyro.set_rng_seed(0)
     kernel = kernel(model, jit_compile=jit_compile, **kwargs)
     mcmc = MCMC(kernel, 10, 25, num_chains=num_chains, disable_progbar=True)
@@ -59,42 +70,117 @@ def with_a_net():
 # -- the same draws --------------------------------------------------------------------------------
 
 
-def test_a_compiled_run_gives_the_draws_of_an_eager_one():
-    """The one test that compiles: model, gradient and acceptance."""
-    jit, eager = (run(one_site, jit_compile=flag) for flag in (True, False))
-    ((graph, _),) = jit.kernel._engine._graphs.values()
-    assert "OptimizedModule" in type(graph).__name__
-    for name, value in eager.get_samples().items():
-        torch.testing.assert_close(jit.get_samples()[name], value, rtol=1e-3, atol=1e-3)
-    assert not jit.get_samples()["x"].requires_grad
+def same_draws(one: MCMC, other: MCMC, **tolerance) -> None:
+    found = one.get_samples()
+    for name, value in other.get_samples().items():
+        torch.testing.assert_close(found[name], value, **tolerance)
+        assert not found[name].requires_grad
 
 
-@pytest.mark.parametrize("kernel", [LangevinKernel, MHKernel])
+@pytest.mark.parametrize("kernel", [LangevinKernel, ChEESKernel])
+def test_a_compiled_run_gives_the_draws_of_an_eager_one(kernel):
+    """Model, gradient and acceptance, compiled for once."""
+    jit, eager = (run(one_site, kernel=kernel, jit_compile=flag) for flag in (True, False))
+    graphs = jit.kernel._engine._graphs.values()
+    assert graphs
+    assert all(graph.run is not graph.graph for graph in graphs)
+    same_draws(jit, eager, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [LangevinKernel, MHKernel, ChEESKernel])
 @pytest.mark.parametrize("num_chains", [1, 4])
-def test_a_captured_run_gives_the_draws_of_an_eager_one(captured, kernel, num_chains):
+def test_a_captured_run_gives_the_draws_of_an_eager_one_bit_for_bit(kernel, num_chains):
     y = torch.tensor([0.5, 1.0, -1.0])
     jit, eager = (
         run(two_sites, y, kernel=kernel, num_chains=num_chains, jit_compile=flag)
-        for flag in (True, False)
+        for flag in ("capture", False)
     )
-    assert len(captured) == 1
-    for name, value in eager.get_samples().items():
-        torch.testing.assert_close(jit.get_samples()[name], value, rtol=1e-3, atol=1e-3)
+    assert len(jit.kernel._engine._graphs) == 1
+    same_draws(jit, eager, rtol=0, atol=0)
 
 
-def test_without_a_compiler_the_graph_is_run_as_it_is(monkeypatch):
+def test_a_sweep_of_bits_is_captured_too(captured):
+    p = RBM(torch.randn(4, 2), torch.zeros(4), torch.zeros(2)).joint()
+    jit, eager = (run(p, kernel=GibbsKernel, jit_compile=flag) for flag in ("capture", False))
+    assert captured
+    same_draws(jit, eager, rtol=0, atol=0)
+
+
+def test_without_a_compiler_the_graph_is_run_as_it_is(monkeypatch, captured):
     monkeypatch.setattr(engine.shutil, "which", lambda name: None)
     double = Engine(lambda x: (2 * x,), jit_compile=True)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler on the path"):
         double(torch.ones(2))
     assert double(torch.full((2,), 4.0))[0].tolist() == [8.0, 8.0]
+    assert len(captured) == 1
+
+
+def test_auto_goes_by_the_number_of_planned_calls():
+    def ways(planned):
+        return Engine(torch.square, "auto", planned=planned).jit_compile
+
+    assert [ways(n) for n in (1, WORTH_CAPTURING - 1)] == [False, False]
+    assert [ways(n) for n in (None, WORTH_CAPTURING, WORTH_COMPILING - 1)] == ["capture"] * 3
+    assert ways(WORTH_COMPILING) is True
+    short = run(one_site, jit_compile="auto")
+    assert short.kernel._engine.jit_compile is False
+    pyro.set_rng_seed(0)
+    long = MCMC(LangevinKernel(one_site, jit_compile="auto"), 500, 0, disable_progbar=True)
+    long.run()
+    assert long.kernel._engine.jit_compile == "capture"
+
+
+def test_another_way_is_refused():
+    with pytest.raises(ValueError, match=r'jit_compile must be False, "capture", True or "auto"'):
+        LangevinKernel(one_site, jit_compile="captured")
+
+
+def test_an_engine_travels_without_its_graphs():
+    double = Engine(torch.square, jit_compile="capture", state=_nothing)
+    double(torch.ones(2))
+    again = pickle.loads(pickle.dumps(double))
+    assert again._graphs == {}
+    assert again(torch.full((2,), 3.0)).tolist() == [9.0, 9.0]
+
+
+def _nothing():
+    return None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [LangevinKernel, MHKernel, ChEESKernel])
+@pytest.mark.parametrize("jit_compile", [False, "capture"])
+def test_no_transition_waits_for_a_number(kernel, jit_compile):
+    """On a GPU each look at a number waits for all that was launched before."""
+    kernel = kernel(one_site, jit_compile=jit_compile)
+    potential = kernel.make_potential()
+    kernel.bind(potential, warmup_steps=0)
+    state = kernel.init(potential.initial(4))
+    for _ in range(3):  # the first ones capture, check, and look once
+        state, _ = kernel.step(state)
+    with Reads() as reads:
+        for _ in range(5):
+            state, _ = kernel.step(state)
+    assert reads.count == 0
+    with reads:
+        float(state.potential.sum())
+    assert reads.count == 1
 
 
 # -- captured anew ---------------------------------------------------------------------------------
 
 
 def test_one_graph_for_each_shape_and_dtype(captured):
-    double = Engine(lambda x, flag: (2 * x, {"flag": flag}), jit_compile=True)
+    double = Engine(lambda x, flag: (2 * x, {"flag": flag}), "capture")
     for x in (torch.ones(2), torch.ones(3), torch.ones(2).double(), torch.ones(2) * 5):
         for _ in range(2):
             value, rest = double(x, None)
@@ -110,7 +196,7 @@ def test_the_graphs_follow_parameters(captured):
     """In place a graph follows by itself; a new tensor, or a new mode, wants a new graph."""
     potential = ModelPotential(with_a_net)
     compiled = Engine(
-        lambda z: potential.value_and_grad(z), jit_compile=True, state=_Parameters(potential)
+        lambda z: potential.value_and_grad(z), "capture", state=_Parameters(potential)
     )
     z = torch.linspace(-1, 1, 5)[:, None]
 
@@ -142,8 +228,38 @@ def test_the_graphs_follow_parameters(captured):
             parameter.copy_(value)
 
 
+@pytest.mark.parametrize("jit_compile", ["capture", True])
+def test_a_graph_follows_a_tensor_that_it_refers_to_and_its_layout(jit_compile):
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    linear = Engine(lambda x: (x @ weight,), jit_compile)
+    x = torch.tensor([[1.0, 0.0]])
+
+    def gives(*want):
+        for _ in range(2):
+            assert linear(x)[0].tolist() == [[*want]]
+
+    gives(1.0, 2.0)
+    weight[0, 0] = 5.0
+    gives(5.0, 2.0)
+    weight.data = torch.tensor([[6.0, 7.0], [0.0, 0.0]])
+    gives(6.0, 7.0)
+    weight.t_()
+    gives(6.0, 0.0)
+    weight.data = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    gives(1.0, 2.0, 3.0)
+
+
+def test_a_compiled_graph_knows_strides():
+    """A compiled graph reads memory as it lay when it was compiled."""
+    subtract = Engine(lambda x, y: (x - 2 * y,), jit_compile=True)
+    x, y = torch.arange(4.0).reshape(2, 2), torch.ones(2, 2)
+    for _ in range(2):
+        for value in (x, x.T, x[:, :1].expand(2, 2)):
+            assert torch.equal(subtract(value, y)[0], value - 2)
+
+
 def test_the_number_of_graphs_is_bounded(captured):
-    double = Engine(lambda x: (2 * x,), jit_compile=True)
+    double = Engine(lambda x: (2 * x,), jit_compile="capture")
     for size in range(1, 3 * MAX_GRAPHS):
         double(torch.ones(size))
         assert len(double._graphs) <= MAX_GRAPHS
@@ -153,6 +269,19 @@ def test_the_number_of_graphs_is_bounded(captured):
     assert dropped() is None
     double(torch.ones(3 * MAX_GRAPHS - 1))
     assert not captured  # the last ones are kept
+
+
+def test_an_engine_that_goes_leaves_nothing_behind():
+    def weak():
+        weight = torch.randn(3, 3)
+        linear = Engine(lambda x: (x @ weight,), jit_compile=True)
+        linear(torch.ones(1, 3))
+        (graph,) = linear._graphs.values()
+        return [weakref.ref(x) for x in (graph, graph.graph, weight)]
+
+    gone = weak()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
 
 
 # -- given up --------------------------------------------------------------------------------------
@@ -176,14 +305,45 @@ def test_a_model_that_cannot_be_captured_runs_without(captured):
     assert torch.equal(jit.get_samples()["x"], eager.get_samples()["x"])
 
 
+def test_the_line_that_stands_in_the_way_is_named():
+    def looks(x):
+        scale = 2.0
+        if x.sum() > 0:
+            scale = 3.0
+        return (scale * x,)
+
+    with pytest.warns(UserWarning, match=rf"{CANNOT}.*test_engine.py: \"if x.sum\(\) > 0:\""):
+        Engine(looks, "capture")(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.detach().numpy().sum(),
+        lambda x: sum(x.detach().numpy().tolist()),
+    ],
+)
+def test_a_value_read_on_the_host_is_not_frozen(read):
+    """Such reads pass by every dispatcher, so that no capture can see them."""
+    looks = Engine(lambda x: (x * float(read(x)),), "capture")
+    for _ in range(2):
+        looks(torch.ones(2))  # the same inputs prove nothing
+    with pytest.warns(UserWarning, match=f"{CANNOT}.*read one on the host"):
+        assert looks(torch.full((2,), 2.0))[0].tolist() == [8.0, 8.0]
+    assert looks(torch.full((2,), 3.0))[0].tolist() == [18.0, 18.0]
+
+
+def test_auto_gives_up_in_silence():
+    looks = Engine(lambda x: (x * x.sum().item(),), "auto")
+    for x in (1.0, 2.0):
+        assert looks(torch.tensor([x]))[0].tolist() == [x * x]
+
+
 def test_a_graph_that_does_not_compile_is_given_up(monkeypatch):
-    def broken(graph):
-        def fails(*tensors):  # as compilers do: when they are first called
-            raise RuntimeError("no such instruction")
+    def fails(*anything):
+        raise RuntimeError("no such instruction")
 
-        return fails
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch._inductor, "compile", fails)
     double = Engine(lambda x: (2 * x,), jit_compile=True)
     with pytest.warns(UserWarning, match=f"{CANNOT}.*no such instruction"):
         assert double(torch.ones(2))[0].tolist() == [2.0, 2.0]
@@ -195,7 +355,7 @@ def test_an_error_of_the_model_is_raised_as_it_is(captured):
         raise ValueError("the model's own")
 
     with pytest.raises(ValueError, match="the model's own"):
-        Engine(fails, jit_compile=True)(torch.ones(2))
+        Engine(fails, "capture")(torch.ones(2))
     assert not captured
 
 
@@ -208,8 +368,8 @@ def test_warnings_of_the_capture_can_be_silenced(captured):
         return (2 * x,)
 
     with pytest.warns(UserWarning, match="while capturing"):
-        Engine(loud, jit_compile=True)(torch.ones(2))
-    quiet = Engine(loud, jit_compile=True, ignore_jit_warnings=True)
+        Engine(loud, "capture")(torch.ones(2))
+    quiet = Engine(loud, "capture", ignore_jit_warnings=True)
     assert quiet(torch.ones(2))[0].tolist() == [2.0, 2.0]
     assert len(captured) == 2
 
@@ -220,7 +380,7 @@ def test_a_singular_matrix_in_a_graph_is_nan_for_its_chain(captured):
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), x * torch.eye(2)), obs=y)
 
     potential = ModelPotential(model, (torch.ones(2),))
-    compiled = Engine(lambda z: potential.value_and_grad(z), jit_compile=True)
+    compiled = Engine(lambda z: potential.value_and_grad(z), "capture")
     compiled(torch.ones(3, 1))
     assert len(captured) == 1
     value, grad = compiled(torch.tensor([[1.0], [-1.0], [2.0]]))
@@ -230,7 +390,7 @@ def test_a_singular_matrix_in_a_graph_is_nan_for_its_chain(captured):
 
 
 def test_one_tensor_that_comes_twice_is_still_two_inputs(captured):
-    run = Engine(lambda x, y: (x - y,), jit_compile=True)
+    run = Engine(lambda x, y: (x - y,), "capture")
     x = torch.ones(2)
     run(x, x)
     torch.testing.assert_close(run(torch.full((2,), 3.0), x)[0], torch.full((2,), 2.0))
