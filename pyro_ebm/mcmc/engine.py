@@ -24,10 +24,11 @@ place, or build the kernel anew.
 """
 
 import contextlib
+import operator
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,12 +129,11 @@ class Engine:
     def _check(self, graph: "_Graph", inputs: Any, tensors: list[Tensor]) -> None:
         """Compares the graph with the function at other inputs than it was captured at."""
         devices = list({x.device for x in tensors if x.is_cuda})
-        wanted: list[Tensor] = []
         try:
             with torch.random.fork_rng(devices):
                 found = graph.captured_value(tensors)
             with torch.random.fork_rng(devices):
-                _describe(self.function(*inputs), [], wanted)
+                wanted = _tensors([self.function(*inputs)])
         except torch.linalg.LinAlgError:  # at a later call then
             return
         if all(_close(*pair) for pair in zip(found, wanted, strict=True)):
@@ -168,16 +168,13 @@ class _Graph:
 
         def on_tensors(*tensors: Tensor) -> list[Any]:
             remaining = iter(tensors)
-            value = function(*_refill(inputs, remaining))
-            leaves: list[Tensor] = []
-            structure.append(value)
-            _describe(value, [], leaves)
-            return leaves
+            structure.append(function(*_refill(inputs, remaining)))
+            return _tensors(structure[-1:])
 
         self.captured_at = tensors[0].detach().clone()
         # one tensor that comes twice would be one input of the graph for ever
         graph = make_fx(on_tensors)(*(x.detach() for x in tensors))
-        self.structure = _hollow(structure[-1])
+        self.build, _ = _builder(structure[-1])
         self.graph, self.constants = _lifted(graph)
         self.run: Callable[..., Any] = self.graph
         self.replays = False
@@ -222,7 +219,7 @@ class _Graph:
             found = [x.clone() for x in self.run(*tensors, *self.constants)]
         else:
             found = self.run(*tensors, *self.constants)
-        return _refill(self.structure, iter(found))
+        return self.build(found)
 
 
 def check_jit_compile(value: Any) -> None:
@@ -231,47 +228,51 @@ def check_jit_compile(value: Any) -> None:
         raise ValueError(f'jit_compile must be False, "capture", True or "auto", got {value!r}')
 
 
-def _describe(value: Any, described: list[Any], tensors: list[Tensor]) -> None:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors of nested tuples."""
+    found: list[Tensor] = []
+    _describe(values, [], found)
+    return found
+
+
+def _describe(values: Iterable[Any], described: list[Any], tensors: list[Tensor]) -> None:
     """Collects the tensors of nested tuples, and what a graph takes for granted of them."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        described += (value.shape, value.stride(), value.dtype, value.device)
-    elif isinstance(value, tuple | list):
-        described += (type(value), len(value))
-        for part in value:
-            _describe(part, described, tensors)
-    elif isinstance(value, dict):
-        described += (dict, *value)
-        for part in value.values():
-            _describe(part, described, tensors)
-    else:
-        described.append(value)
-
-
-def _hollow(value: Any) -> Any:
-    """The value with an empty tensor in place of each of its tensors."""
-    if isinstance(value, Tensor):
-        return torch.empty(0)
-    if isinstance(value, tuple | list):
-        return _like(value, [_hollow(part) for part in value])
-    if isinstance(value, dict):
-        return {key: _hollow(part) for key, part in value.items()}
-    return value
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            described += (value.shape, value.stride(), value.dtype, value.device)
+        elif isinstance(value, tuple | list):
+            described += (type(value), len(value))
+            _describe(value, described, tensors)
+        else:
+            described.append(value)
 
 
 def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
     """The value with other tensors in place of its own, in their order."""
     if isinstance(value, Tensor):
         return next(tensors)
-    if isinstance(value, tuple | list):
-        return _like(value, [_refill(part, tensors) for part in value])
-    if isinstance(value, dict):
-        return {key: _refill(part, tensors) for key, part in value.items()}
-    return value
-
-
-def _like(value: Any, parts: list[Any]) -> Any:
+    if not isinstance(value, tuple | list):
+        return value
+    parts = [_refill(part, tensors) for part in value]
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _builder(value: Any, start: int = 0) -> tuple[Callable[[Sequence[Tensor]], Any], int]:
+    """What makes values like this one from tensors, those from ``start`` on, and where it ends."""
+    if isinstance(value, Tensor):
+        return operator.itemgetter(start), start + 1
+    if not isinstance(value, tuple | list):
+        return lambda tensors: value, start
+    make = getattr(value, "_make", type(value))
+    if all(isinstance(part, Tensor) for part in value):
+        stop = start + len(value)
+        return lambda tensors: make(tensors[start:stop]), stop
+    builders = []
+    for part in value:
+        builder, start = _builder(part, start)
+        builders.append(builder)
+    return lambda tensors: make([builder(tensors) for builder in builders]), start
 
 
 def _lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

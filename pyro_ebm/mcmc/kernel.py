@@ -207,8 +207,11 @@ class Kernel(MCMCKernel):
 
     def step_size_of(self, state: State) -> Tensor:
         """The step size of each chain, shape ``(chains, 1)``."""
-        step_size = self.adaptation.step_size
-        return step_size.repeat(state.z.shape[0] // step_size.shape[0])[:, None]
+        step_size, chains = self.adaptation.step_size, state.z.shape[0]
+        if self._own_step_size[0] is not step_size or len(self._own_step_size[1]) != chains:
+            repeated = step_size.repeat(chains // step_size.shape[0])[:, None]
+            self._own_step_size = step_size, repeated
+        return self._own_step_size[1]
 
     # -- many chains ---------------------------------------------------------------------------
 
@@ -444,6 +447,7 @@ class Kernel(MCMCKernel):
         self._adaptation: Adaptation | None = None
         self._engine: Any = None
         self._state: State | None = None
+        self._own_step_size = torch.empty(0), torch.empty(0)  # of groups, and of their chains
         self._warmup_steps = 0
         self._steps = 0
         self._mean_accept, self._seen = 0.0, 0
