@@ -38,10 +38,8 @@ docs: $(VENV)/.installed-docs  ## the documentation, to docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-bench: $(VENV)/.installed-bench  ## ours against the peers: samplers, Boltzmann machines, annealing
-	$(RUN) -m tests.benchmarks
-	$(RUN) -m tests.benchmarks.boltzmann
-	$(RUN) -m tests.benchmarks.annealing
+bench: $(VENV)/.installed-bench  ## ours against the peers, a table for each question; BENCH=--quick
+	$(RUN) -m tests.benchmarks $(BENCH)
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) dist build docs/_build docs/jupyter_execute examples/output

@@ -27,6 +27,8 @@ from pyro_ebm.losses import (
     RankingNCE,
     ScoreMatching,
     SlicedScoreMatching,
+    load_training,
+    save_training,
 )
 from pyro_ebm.mcmc import (
     MCMC,
@@ -79,8 +81,10 @@ __all__ = [
     "estimate_log_normalizer",
     "evaluate",
     "fisher_divergence",
+    "load_training",
     "mixture",
     "product",
+    "save_training",
     "score",
     "to_arviz",
 ]

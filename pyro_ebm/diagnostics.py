@@ -8,6 +8,7 @@ variables, dimensions, coordinates and values.
 
 import datetime
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -100,6 +101,26 @@ def to_arviz(
     groups["warmup_sample_stats"] = _statistics(getattr(mcmc, "_warmup_fields", {}))
     groups = {group: variables for group, variables in groups.items() if variables}
     return _to_library(_renamed(groups, dims or {}), coords or {})
+
+
+def open_store(path: str | os.PathLike[str]) -> Any:
+    """The draws that a run streamed to a Zarr store, as ArviZ data.
+
+    They are read from the disk where they are looked at, and so may be larger than memory.
+
+    Args:
+        path: the ``store`` that was given to :class:`pyro_ebm.MCMC`.
+
+    Returns:
+        ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x.
+    """
+    import arviz
+    import xarray
+
+    tree = xarray.open_datatree(path, engine="zarr")
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return tree
+    return arviz.InferenceData.from_datatree(tree)
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ EXAMPLES = {
         ["posterior.png"],
         ["exchange", "exact", "naive", "refuses", "posterior.png"],
     ),
+    "distributed_training.py": (
+        "--num-steps 4 --every 2 --batch-size 16 --channels 4 --checkpoint training.ckpt",
+        [],
+        ["from step 0", "step 4: saved", "held-out digit", "one process", "ms/step"],
+    ),
     "denoise.py": (
         "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
         ["denoise.png"],

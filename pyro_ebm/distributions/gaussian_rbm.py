@@ -38,6 +38,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.two_layers import (
     TwoLayers,
+    affine,
     bits_like,
     check_beside,
     check_weights,
@@ -131,11 +132,11 @@ class GaussianRBM(TwoLayers):
 
     def hidden_logits(self, x: Tensor) -> Tensor:
         """The log-odds of the hidden units, ``(*sample, *batch, n) -> (*sample, *batch, m)``."""
-        return self.hidden_bias + times(x / self.scale.square(), self.weights)
+        return affine(x / self.scale.square(), self.weights, self.hidden_bias)
 
     def visible_mean(self, z: Tensor) -> Tensor:
         """The mean of the visible units, ``(*sample, *batch, m) -> (*sample, *batch, n)``."""
-        return self.visible_bias + times(z, self.weights.mT)
+        return affine(z, self.weights.mT, self.visible_bias)
 
     def visible_given(self, z: Tensor) -> Independent:
         r"""The visible units given the hidden ones, :math:`N(b + W z, s^2)`: independent.

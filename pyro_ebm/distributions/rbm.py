@@ -36,11 +36,11 @@ from torch import Tensor
 
 from pyro_ebm.distributions.two_layers import (
     TwoLayers,
+    affine,
     check_weights,
     common_batch,
     dot,
     softplus,
-    times,
 )
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ class BinaryLayers(TwoLayers):
 
     def hidden_logits(self, x: Tensor) -> Tensor:
         """The log-odds of the hidden units, ``(*sample, *batch, n) -> (*sample, *batch, m)``."""
-        return self.hidden_bias + times(x, self.weights)
+        return affine(x, self.weights, self.hidden_bias)
 
     def visible_logits(self, z: Tensor) -> Tensor:
         """The log-odds of the visible units, ``(*sample, *batch, m) -> (*sample, *batch, n)``."""
-        return self.visible_bias + times(z, self.weights.mT)
+        return affine(z, self.weights.mT, self.visible_bias)
 
     def log_hidden(self, z: Tensor) -> Tensor:
         r""":math:`\log p(z) + \log Z`, ``(*sample, *batch, m) -> (*sample, *batch)``."""
@@ -101,11 +101,13 @@ class BinaryLayers(TwoLayers):
         self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         # z ~ p(z | x), then x ~ p(x | z), at weights and biases times beta
-        scale = 1.0 if beta is None else beta[..., None]
         u_hidden, u_visible = noise
-        z = (u_hidden < (scale * self.hidden_logits(x)).sigmoid()).to(x.dtype)
-        x = (u_visible < (scale * self.visible_logits(z)).sigmoid()).to(x.dtype)
-        return x, z
+        hidden = self.hidden_logits(x)
+        hidden = hidden if beta is None else beta[..., None] * hidden
+        z = (u_hidden < hidden.sigmoid()).to(x.dtype)
+        visible = self.visible_logits(z)
+        visible = visible if beta is None else beta[..., None] * visible
+        return (u_visible < visible.sigmoid()).to(x.dtype), z
 
     def _validate_sample(self, value: Tensor) -> None:
         if isinstance(value, Tensor) and not bool(((value == 0) | (value == 1)).all()):

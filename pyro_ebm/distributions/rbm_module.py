@@ -119,6 +119,10 @@ class RBMModule(nn.Module):
             self.hidden_bias - self._drive(self.visible_offset) @ self.weights,
         )
 
+    def refresh(self, machine: RBM | GaussianRBM) -> None:
+        """Gives a machine that this module made the present parameters."""
+        machine.weights, machine.visible_bias, machine.hidden_bias = self.plain_parameters()
+
     @torch.no_grad()
     def recenter(self, x: Tensor, rate: float = 0.01) -> None:
         r"""Moves the offsets towards the means over a batch, and leaves the density as it is.
@@ -144,12 +148,59 @@ class RBMModule(nn.Module):
         machine = self()
         machine._validate_sample(x)
         x = x.to(self.weights.dtype).reshape(-1, machine.num_visible)
-        visible = rate * (x.mean(0) - self.visible_offset)
-        hidden = rate * (machine.hidden_given(x).mean.mean(0) - self.hidden_offset)
+        self.move_offsets(x.mean(0), machine.hidden_logits(x).sigmoid().mean(0), rate)
+
+    def move_offsets(self, visible_mean: Tensor, hidden_mean: Tensor, rate: float) -> None:
+        """:meth:`recenter` where the means over the batch are known, ``(n,)`` and ``(m,)``."""
+        visible = rate * (visible_mean - self.visible_offset)
+        hidden = rate * (hidden_mean - self.hidden_offset)
         self.visible_bias += self.weights @ hidden
         self.hidden_bias += self._drive(visible) @ self.weights
         self.visible_offset += visible
         self.hidden_offset += hidden
+
+    @torch.no_grad()
+    def contrast(self, x: Tensor, negatives: Tensor) -> dict[str, Tensor]:
+        r"""The gradient of contrastive divergence in closed form, without autograd.
+
+        That of the contrast :math:`\overline{F(x)} - \overline{F(x')}` of mean free energies,
+
+        .. math:: \Big\langle (x - \mu) (p - \lambda)^\top \Big\rangle_{x'}
+                  - \Big\langle (x - \mu) (p - \lambda)^\top \Big\rangle_x, \qquad
+                  \langle x \rangle_{x'} - \langle x \rangle_x, \qquad
+                  \langle p \rangle_{x'} - \langle p \rangle_x
+
+        in :math:`W`, :math:`b` and :math:`c`, with :math:`p = p(z = 1 \mid x)`.
+
+        Args:
+            x: data, shape ``(num, n)``.
+            negatives: where the chains are, shape ``(num_chains, n)``.
+
+        Returns:
+            The gradients, by the names of the parameters.
+
+        Example:
+            >>> net = RBMModule(6, 4, centered=True)
+            >>> x, negatives = torch.bernoulli(torch.full((2, 50, 6), 0.3))
+            >>> (net().energy(x).mean() - net().energy(negatives).mean()).backward()
+            >>> torch.allclose(net.contrast(x, negatives)["weights"], net.weights.grad, atol=1e-6)
+            True
+        """
+        machine = self()
+        x, negatives = x.to(self.weights.dtype), negatives.to(self.weights.dtype)
+        p, q = (machine.hidden_logits(units).sigmoid() for units in (x, negatives))
+        return self.contrast_of(x, p, negatives, q)
+
+    def contrast_of(self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor) -> dict[str, Tensor]:
+        """:meth:`contrast` where the means of the hidden units are known, those of data first."""
+        x, negatives = self._drive(x), self._drive(negatives)
+        # with D f = <f>_negatives - <f>_data, and d = x, or x / s^2 for real units:
+        #   D[(d - mu)(p - lambda)^T] = D[d p^T] - mu D[p]^T - D[d] lambda^T
+        visible, hidden = negatives.mean(0) - x.mean(0), q.mean(0) - p.mean(0)
+        both = torch.addmm(x.mT @ p, negatives.mT, q, beta=-1 / len(x), alpha=1 / len(negatives))
+        both.addr_(self._drive(self.visible_offset), hidden, alpha=-1)
+        both.addr_(visible, self.hidden_offset, alpha=-1)
+        return {"weights": both, "visible_bias": visible, "hidden_bias": hidden}
 
     # -- what depends on the kind of visible units ---------------------------------------------
 
@@ -249,6 +300,23 @@ class GaussianRBMModule(RBMModule):
                 :class:`~pyro_ebm.distributions.gaussian_rbm.GaussianRBM`.
         """
         return GaussianRBM(*self.plain_parameters(), scale=self.log_scale.exp(), **kwargs)
+
+    def refresh(self, machine: RBM | GaussianRBM) -> None:
+        """As for bits, and the scale."""
+        assert isinstance(machine, GaussianRBM)
+        super().refresh(machine)
+        machine.scale = self.log_scale.exp()
+
+    def contrast_of(self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor) -> dict[str, Tensor]:
+        """As for bits, and the log of the scale."""
+        grads = super().contrast_of(x, p, negatives, q)
+        # -dF / d log s = (x - b')^2 / s^2 - 2 sum_j W_j (x - mu) p_j / s^2, where b' = b - W lambda
+        bias = self.visible_bias - self.weights @ self.hidden_offset
+        square = (negatives - bias).square().mean(0) - (x - bias).square().mean(0)
+        both = grads["weights"].addr(grads["visible_bias"], self.hidden_offset)
+        interaction = (self.weights * both).sum(1)
+        grads["log_scale"] = square * (-2 * self.log_scale).exp() - 2 * interaction
+        return grads
 
     _center = 0.0
 

@@ -25,6 +25,7 @@ from pyro.distributions import (
     constraints,
 )
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.functional import softplus as _softplus
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
@@ -301,6 +302,13 @@ def times(x: Tensor, weights: Tensor) -> Tensor:
     if weights.dim() == 2:
         return x @ weights
     return torch.einsum("...n,...nm->...m", x, weights)  # never a copy of W for each sample
+
+
+def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """``x W + b``, ``(*sample, *batch, n)`` with ``(*batch, n, m)`` and ``(*batch, m)``."""
+    if weights.dim() == 2 and bias.dim() == 1:
+        return linear(x, weights.mT, bias)
+    return bias + times(x, weights)
 
 
 def dot(x: Tensor, bias: Tensor) -> Tensor:

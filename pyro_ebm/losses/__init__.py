@@ -1,9 +1,11 @@
 """How you fit: losses for ``SVI`` in which energy sites need no log Z."""
 
 from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.checkpoint import load_training, save_training
 from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.flow_contrastive import FlowNCE
 from pyro_ebm.losses.layers import fit_layers, fit_rbm
+from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
 from pyro_ebm.losses.score_matching import (
     DenoisingScoreMatching,
@@ -17,6 +19,7 @@ __all__ = [
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "EnergyLoss",
+    "EnergyLossModule",
     "EnergySite",
     "FlowNCE",
     "RankingNCE",
@@ -25,4 +28,6 @@ __all__ = [
     "fit_layers",
     "fit_rbm",
     "gaussian_noise",
+    "load_training",
+    "save_training",
 ]

@@ -27,7 +27,9 @@ from torch import Tensor
 from pyro_ebm.distributions.checks import judged_by_a_loss
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.distributions.util import modules
+from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite, find_site, leaves
+from pyro_ebm.ops.distributed import pooled_mean
 
 
 class EnergyLoss(Trace_ELBO):
@@ -76,6 +78,8 @@ class EnergyLoss(Trace_ELBO):
         self._checked: frozenset[str] | None = None
         self._points: list[Tensor] = []
         self.evaluating = False
+        self.group: Any = None
+        self.steps_taken = 0
 
     # -- the mathematics: what a new loss writes -------------------------------------------------
 
@@ -102,6 +106,20 @@ class EnergyLoss(Trace_ELBO):
             self._records.setdefault(site.name, {}).update(
                 {name: value.detach() for name, value in values.items()}
             )
+
+    def pooled(self, value: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        """The mean over the ranks that train together, inside ``DistributedDataParallel``.
+
+        Elsewhere, and in an evaluation, ``value`` itself. What a loss reads off its own draws and
+        acts upon goes through here, so that all ranks act alike.
+
+        Args:
+            value: a mean that this rank took, of any shape.
+            weight: over how many rows it was taken, of a shape that broadcasts to it.
+        """
+        if self.group is None or self.evaluating:
+            return value
+        return pooled_mean(value, torch.as_tensor(weight), self.group)
 
     def points(self, x: Tensor) -> Tensor:
         """``x`` to differentiate in; as a leaf it counts as no parameter."""
@@ -235,6 +253,10 @@ class EnergyLoss(Trace_ELBO):
 
     # -- Pyro's plumbing -------------------------------------------------------------------------
 
+    def __call__(self, model: Any, guide: Any) -> EnergyLossModule:
+        """An ``nn.Module`` whose value is the loss, to train with a torch optimiser."""
+        return EnergyLossModule(model, guide, self)
+
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, without touching gradients, chains, running averages or diagnostics."""
         with torch.no_grad():
@@ -279,6 +301,7 @@ class EnergyLoss(Trace_ELBO):
                 surrogate = torch.as_tensor(surrogate)
                 total = total + (loss + (surrogate - surrogate.detach())) / self.num_particles
         warn_if_nan(total, "loss")
+        self.steps_taken += not self.evaluating
         return total.detach() if self.evaluating else total
 
     def _check_registered(self, loss: Tensor, params: Mapping[str, Tensor], model: Any) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.negatives import NegativeKernels
 from pyro_ebm.losses.sites import EnergySite, leaves
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.kernel import Kernel
@@ -54,7 +55,9 @@ class ContrastiveDivergence(EnergyLoss):
         kernel: any kernel, without a model; by default the energy's own, else
             :class:`~pyro_ebm.mcmc.LangevinKernel`. If it adapts its step size, that goes on all
             through training, towards its ``target_accept_prob``; its mass matrix stays the
-            identity, and a schedule of steps starts anew for each gradient.
+            identity, and a schedule of steps starts anew for each gradient. With ``jit_compile``
+            one graph serves all of training (:mod:`~pyro_ebm.losses.negatives`): it pays for
+            networks, with several ``num_steps``.
         num_steps: transitions for each gradient, the k of CD-k.
         persistent: whether chains go on from step to step, in a buffer of this loss.
         num_chains: size of the buffer; by default the number of rows at the first step. More
@@ -135,6 +138,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.energy_penalty = energy_penalty
         self.chains: dict[str, Tensor] = {}
         self.step_sizes: dict[str, Tensor] = {}
+        self._kernels = NegativeKernels()
         self.monitor, self.monitor_every = monitor, monitor_every
         self._steps_seen: dict[str, int] = {}
         self._monitored: dict[str, dict[str, Tensor]] = {}
@@ -156,8 +160,10 @@ class ContrastiveDivergence(EnergyLoss):
         )
         if self.monitor is not None and site.is_observed and not self.evaluating:
             self._watch(site, energy.unexpanded)
-        term = -e_data - self.energy_penalty * e_data.square()
-        contrast = e_negatives - self.energy_penalty * e_negatives.square()
+        term, contrast = -e_data, e_negatives
+        if self.energy_penalty:
+            term = term - self.energy_penalty * e_data.square()
+            contrast = contrast - self.energy_penalty * e_negatives.square()
         if energy.base is not None:  # a learned base has a gradient too, and a latent sees it
             assert site.energy.base is not None
             term = term + site.energy.base.log_prob(site.x)
@@ -194,14 +200,12 @@ class ContrastiveDivergence(EnergyLoss):
                 " first one at every gradient, and the negatives be none of the energy's. Use its"
                 " inner kernel with more num_steps or persistent chains"
             )
-        kernel = template.copy()
-        potential = EnergyPotential(energy, like=start, groups=1)
-        kernel.bind(potential, warmup_steps=0)
+        kernel, potential = self._kernels.bound(template, energy, start, site.name)
         step_size = self.step_sizes.get(site.name)
         if step_size is not None:
-            kernel.adaptation.step_size = step_size
+            kernel.adaptation.step_size = step_size.to(start.device)
         with torch.no_grad():
-            z = potential.to_position(start)
+            z = potential.to_position(start).contiguous()
             if not z.isfinite().all():
                 raise ValueError(
                     f"data at site {site.name!r} lie on the boundary of the support"
@@ -215,6 +219,8 @@ class ContrastiveDivergence(EnergyLoss):
                 rates.append(info.accept_prob)
             rate = torch.stack(rates).mean(0)
             rate = rate.mean() if self.persistent else site.mean(rate.reshape(site.batch_shape))
+            # of all ranks' chains, so that their step sizes stay one
+            rate = self.pooled(rate, len(start) if self.persistent else site.num_rows)
             adaptation = kernel.adaptation
             self.record(site, acceptance_rate=rate, step_size=adaptation.step_size.mean())
             if kernel.adapt_step_size and not self.evaluating and rate.isfinite():
@@ -225,21 +231,33 @@ class ContrastiveDivergence(EnergyLoss):
     def _buffered(self, site: EnergySite) -> tuple[UnnormalizedEnergy, Tensor]:
         """The unconditional energy of a site, and its persistent chains, some started again."""
         energy = site.energy.unexpanded
-        chains = self.chains.get(site.name)
-        if chains is None:
+        if site.name not in self.chains:
             self._refuse_conditional(site)
-            num_chains = self.num_chains or max(site.batch_shape.numel(), 1)
-            chains = energy.starting_points((num_chains,)).to(site.x)
+        return energy, self.buffer(site.name, energy, site.batch_shape.numel(), like=site.x)
+
+    def buffer(self, name: str, energy: UnnormalizedEnergy, num_rows: int, like: Tensor) -> Tensor:
+        """The persistent chains of a site, ``(num_chains, *event)``, some of them started again.
+
+        Args:
+            name: the site's.
+            energy: what the chains are of.
+            num_rows: how many chains there are at first, where ``num_chains`` is not given.
+            like: points that tell dtype and device.
+        """
+        chains = self.chains.get(name)
+        if chains is None:
+            chains = energy.starting_points((self.num_chains or max(num_rows, 1),))
+        chains = chains.to(like)  # a file's are on the CPU
         if self.num_chains is not None and len(chains) != self.num_chains:
             raise ValueError(
-                f"the buffer of site {site.name!r} holds {len(chains)} chains, num_chains asks for"
+                f"the buffer of site {name!r} holds {len(chains)} chains, num_chains asks for"
                 f" {self.num_chains}: load a buffer of that size, or let num_chains be"
             )
         if self.restart_prob > 0:
             again = torch.rand(len(chains), device=chains.device) < self.restart_prob
             again = again.reshape((-1,) + (1,) * energy.event_dim)
             chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
-        return energy, chains
+        return chains
 
     def _refuse_conditional(self, site: EnergySite) -> None:
         if site.has_latent_in(site.energy.unnormalized_log_prob(site.x.detach())):
@@ -256,8 +274,10 @@ class ContrastiveDivergence(EnergyLoss):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The chains and step sizes, to go on exactly where training stopped."""
+        """Chains, step sizes and what was monitored, to go on exactly where training stopped."""
         return {
+            "steps_seen": dict(self._steps_seen),
+            "monitored": {name: dict(told) for name, told in self._monitored.items()},
             "chains": {name: chain.clone() for name, chain in self.chains.items()},
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
         }
@@ -266,6 +286,8 @@ class ContrastiveDivergence(EnergyLoss):
         """Takes back what :meth:`state_dict` gave."""
         self.chains = {name: chain.clone() for name, chain in state["chains"].items()}
         self.step_sizes = {name: step.clone() for name, step in state["step_sizes"].items()}
+        self._steps_seen = dict(state["steps_seen"])
+        self._monitored = {name: dict(told) for name, told in state["monitored"].items()}
 
 
 def _differs_by_row(site: EnergySite) -> bool:

@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
 from pyro_ebm.losses.sites import EnergySite, leaves
+from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
 
@@ -131,6 +132,7 @@ class FlowNCE(NCE):
         """As in :class:`NCE`; attached to the flow, gradients reversed, unless the flow rests."""
         fn = checked_noise(site, type(self).__name__)
         self._contrasted.add(site.name)
+        self._rows[site.name] = site.num_rows
         if not fn.has_rsample:
             raise ValueError(
                 f"the noise at site {site.name!r}, {type(fn).__name__}, has no reparametrized"
@@ -197,7 +199,8 @@ class FlowNCE(NCE):
         )
 
     def _refuse_shared(self, site: EnergySite, log_q_data: Tensor) -> None:
-        mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
+        with eval_mode(site.energy.modules):  # a look that no spectral norm notices
+            mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
         for leaf in leaves(log_q_data):
             if id(leaf) in mine:
                 raise ValueError(
@@ -210,17 +213,25 @@ class FlowNCE(NCE):
         """As in every loss; unless it is an evaluation, the turn goes on."""
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if not self.evaluating:
-            rates = [float(v["accuracy"]) for v in self._records.values() if "accuracy" in v]
-            rates = [rate for rate in rates if math.isfinite(rate)]  # not of a batch all masked
-            if rates:
-                accuracy = sum(rates) / len(rates)
+            accuracy = self._accuracy_of_this_step()
+            if math.isfinite(accuracy):  # not of a batch all masked
                 past = accuracy if self.accuracy is None else self.accuracy
                 self.accuracy = self.smoothing * past + (1 - self.smoothing) * accuracy
             self.num_steps += 1
         return loss
 
+    def _accuracy_of_this_step(self) -> float:
+        """The mean over the sites, of all ranks' rows, so that all switch players together."""
+        if not self._contrasted:
+            return math.nan
+        sites = sorted(self._contrasted)
+        rates = torch.stack([self._records[name]["accuracy"] for name in sites])
+        rates = self.pooled(rates, torch.stack([self._rows[name] for name in sites]))
+        return float(rates[rates.isfinite()].mean())
+
     def _get_trace(self, *args: Any) -> Any:
         self._contrasted: set[str] = set()
+        self._rows: dict[str, Tensor] = {}
         traces = super()._get_trace(*args)
         if self.turn == "flow":  # whatever else the loss trains is of the energy's player
             for trace in traces:

@@ -28,6 +28,8 @@ from torch.nn.functional import logsigmoid
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
+from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.ops.distributed import gathered
 
 
 class NCE(EnergyLoss):
@@ -148,7 +150,8 @@ class NCE(EnergyLoss):
             )
         if self.self_normalized or site.energy.constant_normalizer:
             return
-        log_prob = site.energy.unnormalized_log_prob(site.x.detach())
+        with eval_mode(site.energy.modules):  # a look that no spectral norm notices
+            log_prob = site.energy.unnormalized_log_prob(site.x.detach())
         log_z = site.energy.log_normalizer
         if site.has_latent_in(log_prob) and not site.has_latent_in(log_z):
             raise ValueError(
@@ -170,8 +173,12 @@ class NCE(EnergyLoss):
             # a mean over the draws, and over the rows that share an element of the parameter
             shape = (1,) * (log_weight.dim() - parameter.dim()) + tuple(parameter.shape)
             shared = [dim for dim, size in enumerate(shape) if size == 1]
-            estimate = log_weight.logsumexp(shared).reshape(parameter.shape)
-            parameter.data.copy_(estimate - math.log(log_weight.numel() / parameter.numel()))
+            total = log_weight.logsumexp(shared).reshape(parameter.shape)
+            count = torch.full_like(total, log_weight.numel() / parameter.numel())
+            if self.group is not None:  # over the draws of all ranks, so that all start alike
+                totals, counts = gathered(torch.stack([total, count]), self.group).unbind(1)
+                total, count = totals.logsumexp(0), counts.sum(0)
+            parameter.data.copy_(total - count.log())
 
     def state_dict(self) -> dict[str, Any]:
         """Which log normalizers have been started, and must not be again."""

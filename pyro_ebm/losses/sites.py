@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, constraints
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 
@@ -56,6 +56,12 @@ class EnergySite:
             return value.mean()
         mask = self.mask.expand(value.shape)
         return torch.where(mask, value, 0.0).sum() / mask.sum()
+
+    @property
+    def num_rows(self) -> Tensor:
+        """How many rows count."""
+        rows = torch.tensor(self.batch_shape.numel(), device=self.x.device)
+        return rows if self.mask is None else self.mask.sum()
 
     @property
     def is_fixed(self) -> bool:
@@ -131,7 +137,7 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             f"the data at site {name!r} hold NaN or infinite values: mask those rows"
             " (poutine.mask) or drop them"
         )
-    if not energy.support.check(x).all():
+    if not (_on_the_reals(energy) or energy.support.check(x).all()):
         try:
             energy._validate_sample(x)  # an energy may know better what is wrong
         except ValueError as error:
@@ -142,6 +148,14 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             f"the data at site {name!r} leave the energy's support {energy.support}: give the"
             " support that they live on"
         )
+
+
+def _on_the_reals(energy: UnnormalizedEnergy) -> bool:
+    """Whether every finite point lies in the support."""
+    support = energy.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def leaves(tensor: Tensor) -> Iterator[Tensor]:

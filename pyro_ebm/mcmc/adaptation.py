@@ -10,6 +10,10 @@ far out rejects every step of the size that suits the bulk, and would stand ther
 mean acceptance of the others, and spoil the covariance; with its own small step it comes in. The
 fast end starts from the median of a group's step sizes, and adapts one for all of its chains.
 
+Where chains are shared out over processes, "all" are those of all of them
+(:mod:`pyro_ebm.mcmc.population`): means and medians each time that they are taken, covariances
+once, at the end of a window.
+
 Reference:
     Stan Development Team, Stan Reference Manual, "HMC algorithm parameters". Nesterov (2009),
     Primal-dual subgradient methods for convex problems. Hoffman and Gelman (2014), The No-U-Turn
@@ -22,6 +26,8 @@ from typing import Any
 import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
+
+from pyro_ebm.mcmc.population import Population, current
 
 START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
 
@@ -111,6 +117,20 @@ class PooledCovariance:
             raise RuntimeError("a covariance needs at least two positions")
         return self.moment / (self.count - 1)
 
+    def over(self, population: Population) -> "PooledCovariance":
+        """What those of all ranks were fed together; a collective call."""
+        if population.size == 1 or self.mean is None or self.moment is None:
+            return self
+        # M2 = sum_r  M2_r + n_r (mean_r - mean)^2
+        pooled = PooledCovariance(self.groups, self.dense)
+        count = self.mean.new_tensor([self.count])
+        total = population.total(torch.cat([count, (self.count * self.mean).flatten()]))
+        pooled.count = int(total[0])
+        pooled.mean = (total[1:] / total[0]).reshape(self.mean.shape)
+        between = self._outer((self.mean - pooled.mean)[None]) * self.count
+        pooled.moment = population.total(self.moment + between)
+        return pooled
+
     def state_dict(self) -> dict[str, Any]:
         """What it was fed, see :meth:`load_state_dict`."""
         return {"count": self.count, "mean": self.mean, "moment": self.moment}
@@ -171,6 +191,9 @@ class Adaptation:
         if self._windows:
             ones = torch.ones(groups, dim, dtype=like.dtype, device=like.device)
             self.factor = torch.diag_embed(ones) if full_mass else ones
+        self.population = current()
+        self._typical = torch.empty(0), torch.empty(0)  # of which step sizes, and the median
+        self._own = False  # whether each chain has a step size of its own
         self._pool = PooledCovariance(groups, full_mass)
         self._averaging = DualAveraging()
         self.restart(self.step_size)
@@ -183,11 +206,24 @@ class Adaptation:
     def start(self, num_chains: int) -> None:
         """Gives each of this many chains a step size of its own."""
         if self.adapt_step_size and self.t < settling_step(self.warmup_steps):
+            self._own = True
             self.restart(self.step_size.repeat(num_chains // self.step_size.shape[0]))
 
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""
-        return accept_prob.reshape(-1, self.step_size.shape[0]).mean(0)
+        sharing = accept_prob.reshape(-1, self.step_size.shape[0])
+        return sharing.mean(0) if self._own else self.population.mean(sharing)
+
+    def typical_step_size(self) -> Tensor:
+        """The median of each group's step sizes, shape ``(groups,)``."""
+        if self._typical[0] is not self.step_size:
+            self._typical = self.step_size, self._median(self.step_size)
+        return self._typical[1]
+
+    def _median(self, step_size: Tensor) -> Tensor:
+        if self._own:
+            step_size = self.population.rows(step_size)
+        return step_size.reshape(-1, self.groups).median(0).values
 
     def restart(self, step_size: Tensor) -> None:
         """Starts the search for the step size again, from here."""
@@ -214,7 +250,8 @@ class Adaptation:
             self.step_size = torch.as_tensor(self._averaging.get_state()[0]).exp()
             if self.t + 1 == settling_step(self.warmup_steps):
                 own = torch.as_tensor(self._averaging.get_state()[1]).exp()
-                self.restart(own.reshape(-1, self.groups).median(0).values)
+                self.restart(self._median(own))
+                self._own = False
         if self._windows and self.t >= self._windows[0][0]:
             self._pool.update(z)
             if self.t + 1 == self._windows[0][1]:
@@ -231,6 +268,7 @@ class Adaptation:
         return {
             "t": self.t,
             "step_size": self.step_size,
+            "own": self._own,
             "factor": self.factor,
             "windows": list(self._windows),
             "covariance": self._pool.state_dict(),
@@ -241,6 +279,7 @@ class Adaptation:
         """Goes on from where another adaptation with the same arguments was."""
         device = self.step_size.device
         self.t, self._windows = state["t"], list(state["windows"])
+        self._own = state["own"]
         self.step_size = to_device(state["step_size"], device)
         self.factor = to_device(state["factor"], device)
         self._pool.load_state_dict(state["covariance"], device)
@@ -248,7 +287,7 @@ class Adaptation:
             setattr(self._averaging, name, to_device(state["averaging"][name], device))
 
     def _renew_factor(self) -> None:
-        pool = self._pool
+        pool = self._pool.over(self.population)
         if pool.count < 2:
             return
         # Shrunk, as in Stan, with the weight of five draws towards 1/1000 of what was believed
@@ -267,7 +306,8 @@ def _cholesky(covariance: Tensor) -> Tensor:
     """The Cholesky factors of a batch; the diagonal's root where rounding made one indefinite."""
     factor, info = torch.linalg.cholesky_ex(covariance)
     diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1).sqrt())
-    return torch.where((info == 0)[:, None, None], factor, diagonal)
+    # laid out by rows, as the first one: a compiled graph is for one layout
+    return torch.where((info == 0)[:, None, None], factor, diagonal).contiguous()
 
 
 _AVERAGING = ("prox_center", "_x_avg", "_g_avg", "_x_t", "_t")  # of Pyro's DualAveraging

@@ -19,7 +19,7 @@ Other observed sites keep their data: a site that depends on :math:`x` does not 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -30,7 +30,7 @@ from torch.func import grad
 
 from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.adaptation import Adaptation
+from pyro_ebm.mcmc.adaptation import Adaptation, to_device
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
@@ -211,11 +211,28 @@ class InnerChain(Auxiliary):
         renewed = self.adaptation.update(draw.position.flatten(0, 1), draw.accept_prob.flatten())
         return renewed and self.adaptation.adapt_step_size
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned, see :meth:`load_state_dict`."""
+        return {
+            "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
+            "acceptance_rate": self.acceptance_rate,
+            "position": self.position,
+            "too_short": self._too_short,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another inner chain was, after :meth:`bind`."""
+        assert self.adaptation is not None
+        self.adaptation.load_state_dict(state["adaptation"])
+        self.acceptance_rate, self._too_short = state["acceptance_rate"], state["too_short"]
+        self.position = to_device(state["position"], self.adaptation.step_size.device)
+
     def search(self, draw: Draw) -> bool:
         """Doubles or halves the step size after a draw of one step; tells whether to go on."""
         adaptation = self.adaptation
         assert adaptation is not None
-        too_short = float(draw.accept_prob.mean()) > adaptation.target_accept_prob
+        rate = adaptation.population.mean(draw.accept_prob.flatten())
+        too_short = float(rate) > adaptation.target_accept_prob
         if not adaptation.adapt_step_size or self._too_short not in (None, too_short):
             self._too_short = None
             return False

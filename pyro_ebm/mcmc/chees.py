@@ -24,7 +24,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.engine import Engine, JitCompile
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
 from pyro_ebm.mcmc.potential import Potential
@@ -218,14 +218,15 @@ class ChEESKernel(Kernel):
         super().bind(potential, warmup_steps)
         like = self.adaptation.step_size
         length = torch.full_like(like, self._init_trajectory_length)
-        self._trajectory = TrajectoryAdaptation(length, potential.dim, self._engine.jit_compile)
-        self._verdict = Engine(self.decide, self._engine.jit_compile)
+        self._trajectory = TrajectoryAdaptation(length, potential.dim, self._engine)
+        self._verdict = self._engine.sibling(self.decide)
 
     def init(self, z: Tensor) -> State:
         """As every kernel; a length that is learned starts from two steps."""
         state = super().init(z)
         if self._learns:
             self._learner.start(2 * self._typical_step_size())
+        self._most_steps = None  # it was counted in steps of the first size
         return state
 
     def step(self, state: State) -> tuple[State, Info]:
@@ -276,7 +277,7 @@ class ChEESKernel(Kernel):
 
     def _typical_step_size(self) -> Tensor:
         """Of each group, ``(groups,)``; during warmup chains have step sizes of their own."""
-        return self.adaptation.step_size.reshape(-1, self.potential.groups).median(0).values
+        return self.adaptation.typical_step_size()
 
     def _draw_num_steps(self) -> list[int]:
         most = self._most_steps

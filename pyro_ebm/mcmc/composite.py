@@ -8,7 +8,7 @@ Reference:
     Tierney (1994), Markov chains for exploring posterior distributions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.tempering import TemperingKernel
@@ -41,6 +42,13 @@ class BlockPotential(Potential):
         )
         self.rest = torch.empty(0, whole.dim)
         self._modules = getattr(whole, "_modules", ())
+
+    def hold(self, z: Tensor) -> None:
+        """Takes whole positions; in place, since a captured graph refers to this very tensor."""
+        if self.rest.shape == z.shape and self.rest.dtype == z.dtype:
+            self.rest.copy_(z)
+        else:
+            self.rest = z.clone()
 
     def __call__(self, z: Tensor) -> Tensor:
         """The potential of each chain, ``(chains, block dim) -> (chains,)``, differentiable."""
@@ -194,7 +202,7 @@ class CompositeKernel(Kernel):
     def init(self, z: Tensor) -> State:
         """The state at the first positions; each kernel finds its first step size."""
         for kernel, block in self._bound:
-            block.rest = z.clone()
+            block.hold(z)
             kernel.init(z[:, block.columns])
         return self.evaluate(z)
 
@@ -207,7 +215,7 @@ class CompositeKernel(Kernel):
         """A transition of each kernel in turn."""
         info = None
         for kernel, block in self._bound:
-            block.rest.copy_(state.z)  # in place: a captured graph holds this very tensor
+            block.hold(state.z)
             z = state.z[:, block.columns]
             inner = kernel.evaluate(z) if kernel.needs_grad else State(z, state.potential, None)
             inner, now = kernel.step(inner)
@@ -222,6 +230,18 @@ class CompositeKernel(Kernel):
         state, info = self.move(state)
         self._steps += 1
         return state, info
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with those of its own."""
+        parts = [{"kernel": k.state_dict(), "rest": block.rest.clone()} for k, block in self._bound]
+        return {**super().state_dict(), "parts": parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        for (kernel, block), part in zip(self._bound, state["parts"], strict=True):
+            kernel.load_state_dict(part["kernel"])
+            block.hold(to_device(part["rest"], block.columns.device))
 
     @property
     def adaptation(self) -> Any:

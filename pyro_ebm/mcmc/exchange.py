@@ -275,6 +275,15 @@ class ExchangeKernel(MHKernel):
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
         return self.choose(accepted, new, state), Info(accept_prob, ~valid)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with the inner chains."""
+        return {**super().state_dict(), "auxiliaries": self._exchange.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        self._exchange.load_state_dict(state["auxiliaries"])
+
     def _warn_of_chains_that_stand_still(self) -> None:
         for name, chain in self._exchange.inner_chains.items():
             if chain.acceptance_rate is not None and chain.acceptance_rate < STANDS_STILL:

@@ -300,6 +300,19 @@ class ExchangePotential(ModelPotential):
             draws = self.draw(z, tuning=True, num_steps=1)
             searching = {k: chain for k, chain in searching.items() if chain.search(draws.sites[k])}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What inner chains have learned, and how draws are made."""
+        chains = {name: chain.state_dict() for name, chain in self.inner_chains.items()}
+        vectorize = [self._draws_vectorize.get(tuning) for tuning in (False, True)]
+        return {"inner_chains": chains, "draws_vectorize": vectorize}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another one was, after :meth:`bind_auxiliaries`."""
+        for name, chain in self.inner_chains.items():
+            chain.load_state_dict(state["inner_chains"][name])
+        known = zip((False, True), state["draws_vectorize"], strict=True)
+        self._draws_vectorize = {tuning: does for tuning, does in known if does is not None}
+
     def note(self, draws: AuxiliaryDraws) -> None:
         """Keeps how often the inner chains accepted."""
         for name, chain in self.inner_chains.items():

@@ -22,6 +22,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
@@ -38,8 +39,8 @@ class GibbsKernel(Kernel):
     Args:
         model: a Pyro model, or a distribution.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: whether to capture and compile the transition: a sweep of blocks, or the draw
-            of one variable.
+        jit_compile: False, ``"capture"``, True or ``"auto"`` (:mod:`pyro_ebm.mcmc.engine`); what
+            runs as a graph is a sweep of blocks, or the draw of one variable.
         ignore_jit_warnings: whether to silence warnings of the capture.
         init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
 
@@ -66,7 +67,7 @@ class GibbsKernel(Kernel):
         self,
         model: Callable[..., Any] | None = None,
         max_plate_nesting: int | None = None,
-        jit_compile: bool = False,
+        jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):

@@ -11,7 +11,7 @@ import io
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import pyro
@@ -21,6 +21,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
+from torch.nn import Module
 
 from pyro_ebm.mcmc.adaptation import Adaptation
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
@@ -321,7 +322,7 @@ class Kernel(MCMCKernel):
             mean = adaptation.pooled(info.accept_prob)
             now = torch.where(mean > adaptation.target_accept_prob, 1.0, -1.0)
             direction = now if direction is None else torch.where(now == direction, direction, 0.0)
-            if not direction.any():
+            if not adaptation.population.any(direction != 0):
                 break
             adaptation.step_size = adaptation.step_size * 2.0**direction
         adaptation.restart(adaptation.step_size)
@@ -495,9 +496,25 @@ class _Parameters:
     """What a graph of a potential depends on beside its inputs: see :class:`Engine`."""
 
     def __init__(self, potential: Potential):
-        self.modules = getattr(potential, "_modules", ())
+        self.potential = potential
+        self._look_at(getattr(potential, "_modules", ()))
+
+    def _look_at(self, modules: Iterable[Module]) -> None:
+        self.modules = tuple({id(m): m for top in modules for m in top.modules()}.values())
+        self._known = {id(module) for module in self.modules}
+        self._plain = [  # tensors that are neither parameters nor buffers
+            (vars(module), name)
+            for module in self.modules
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
 
     def __call__(self) -> tuple[Any, ...]:
+        children = [id(m) for module in self.modules for m in module._modules.values() if m]
+        if not self._known.issuperset(children):  # a layer was replaced
+            self._look_at(self.modules)
+            self.potential._modules = self.modules  # pyright: ignore[reportAttributeAccessIssue]
+            return self()
         store = [id(p) for p in pyro.get_param_store()._params.values()]
         own = [
             (id(p), p.dtype, p.device)
@@ -505,7 +522,9 @@ class _Parameters:
             for p in (*module._parameters.values(), *module._buffers.values())
             if p is not None
         ]
-        return (*store, *own, *(module.training for module in self.modules))
+        plain = [id(attributes.get(name)) for attributes, name in self._plain]
+        modes = [module.training for module in self.modules]
+        return (*store, *own, *children, *plain, *modes)
 
 
 def check_positive(name: str, value: Any) -> None:

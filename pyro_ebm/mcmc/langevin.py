@@ -129,7 +129,8 @@ class LangevinKernel(Kernel):
     def draw(self, state: State) -> tuple[Any, ...]:
         """The step size, the factor, the temperature, the noise and the uniform."""
         if self.schedule is not None:
-            self.adaptation.step_size.fill_(_scheduled(self.schedule, self._steps))
+            now = _scheduled(self.schedule, self._steps)
+            self.adaptation.step_size = torch.full_like(self.adaptation.step_size, now)
         return (
             self.step_size_of(state),
             self.factor,

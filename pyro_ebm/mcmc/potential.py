@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform, identity_transform
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.mcmc.mode import eval_mode
@@ -371,6 +372,8 @@ def nan_where_singular(
     try:
         return function(z)
     except torch.linalg.LinAlgError:
+        if get_proxy_mode() is not None:  # a graph is being captured, and would split for ever
+            raise
         rows = z.shape[0] // groups
         if rows <= 1:  # a potential, and a gradient for those who ask for one
             return z.new_full(z.shape[:1], torch.nan), torch.full_like(z, torch.nan)

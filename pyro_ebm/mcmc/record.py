@@ -2,8 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -12,68 +12,166 @@ from torch.distributions.transforms import Transform
 from tqdm.auto import tqdm
 
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
-from pyro_ebm.mcmc.potential import Potential, to_support
+from pyro_ebm.mcmc.potential import Potential, Site, to_support
+
+BLOCK_BYTES = 2**22  # collected before a store has to take them
+POSITION = "z"
 
 
 class Draws:
-    """Preallocated positions and statistics of all chains, kept flat and unconstrained.
+    """Positions and statistics of all chains, flat and unconstrained, collected block by block.
 
     Args:
         potential: tells the sites.
         keep: the names of the sites to keep.
-        num_steps: how many transitions will be added.
-        thinning: every ``thinning``-th of them is kept.
+        num_draws: how many draws will be added at most.
+        thinning: every ``thinning``-th transition is a draw.
         state: of the chains, tells their number.
+        store: takes a block when it is full.
+
+    Attributes:
+        seen: transitions so far.
+        count: draws so far.
+        first: how many of them the store has.
     """
 
     def __init__(
-        self, potential: Potential, keep: list[str], num_steps: int, thinning: int, state: State
+        self,
+        potential: Potential,
+        keep: list[str],
+        num_draws: int,
+        thinning: int,
+        state: State,
+        store: "Store",
     ):
-        self.thinning = thinning
-        self.count = self.seen = 0
-        self.capacity, chains = num_steps // thinning, state.z.shape[0]
-        self.sites = [site for site in potential.sites if site.name in keep]
+        self.thinning, self.store = thinning, store
+        self.seen = self.count = self.first = 0
+        chains = state.z.shape[0]
+        sites = [site for site in potential.sites if site.name in keep]
         self.columns: Tensor | None = None
-        if len(self.sites) < len(potential.sites):
+        if len(sites) < len(potential.sites):
             columns = torch.arange(potential.dim, device=state.z.device).split(potential.sizes)
             of_site = dict(zip(potential.names, columns, strict=True))
-            self.columns = torch.cat([of_site[site.name] for site in self.sites])
-        dim = sum(site.shape.numel() for site in self.sites)
-        self.z = state.z.new_empty(self.capacity, chains, dim)
-        self.stats = {
-            name: state.potential.new_empty(self.capacity, chains)
-            for name in (potential.lp_name, "acceptance_rate", "step_size")
-        }
-        self.stats["diverging"] = torch.empty_like(self.stats["step_size"], dtype=torch.bool)
+            self.columns = torch.cat([of_site[site.name] for site in sites])
+        dim = sum(site.shape.numel() for site in sites)
+        z = state.z.new_empty(0, chains, dim)
+        self.size = min(num_draws, draws_in_a_block(z))
+        self.block = {POSITION: state.z.new_empty(self.size, chains, dim)}
+        for name in (potential.lp_name, "acceptance_rate", "step_size"):
+            self.block[name] = state.potential.new_empty(self.size, chains)
+        diverging = torch.empty_like(self.block["step_size"], dtype=torch.bool)
+        self.block["diverging"] = diverging
+        self.store.put(self.tail())
 
     def add(self, state: State, info: Info, step_size: Tensor, own: Mapping[str, Tensor]) -> None:
         """Takes what a transition gave; the step size is that it was made with."""
         self.seen += 1
-        if self.count == self.capacity or self.seen % self.thinning:
+        if self.seen % self.thinning:
             return
-        self.z[self.count] = state.z if self.columns is None else state.z[:, self.columns]
+        z = state.z if self.columns is None else state.z[:, self.columns]
         for name, value in own.items():
-            if name not in self.stats:
-                self.stats[name] = value.new_empty(self.stats["step_size"].shape)
-        values = (-state.potential, info.accept_prob, step_size, info.diverging, *own.values())
-        for stat, value in zip(self.stats.values(), values, strict=True):
-            stat[self.count] = value
+            if name not in self.block:
+                self.block[name] = value.new_empty(self.block["step_size"].shape)
+        i = self.count - self.first
+        values = (z, -state.potential, info.accept_prob, step_size, info.diverging, *own.values())
+        for rows, value in zip(self.block.values(), values, strict=True):
+            rows[i] = value
         self.count += 1
+        if i + 1 == self.size:
+            self.flush()
 
-    def samples(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
-        """Each site's draws in its support, shape ``(chains, draws, *site)``."""
-        z = self.z[: self.count].transpose(0, 1)
-        parts = z.split([site.shape.numel() for site in self.sites], -1)
-        found = {}
-        for site, part in zip(self.sites, parts, strict=True):
-            value = part.reshape(z.shape[:-1] + site.shape).to(site.dtype)
-            transform = transforms.get(site.name)
-            found[site.name] = value if transform is None else to_support(transform, value)
-        return dict(sorted(found.items()))
+    def tail(self) -> dict[str, Tensor]:
+        """The draws that the store does not have yet, each of shape ``(draws, chains, ...)``."""
+        return {name: rows[: self.count - self.first] for name, rows in self.block.items()}
 
-    def fields(self) -> dict[str, Tensor]:
-        """The statistics of each draw, shape ``(chains, draws)``."""
-        return {name: stat[: self.count].T.contiguous() for name, stat in self.stats.items()}
+    def flush(self) -> None:
+        """Gives them to the store."""
+        if self.count > self.first:
+            self.store.put(self.tail())
+            self.first = self.count
+
+    def go_on(self, seen: int, first: int, tail: Mapping[str, Tensor]) -> None:
+        """Goes on from where other draws were, whose first ones the store has."""
+        self.seen, self.first = seen, first
+        self.count = first + (len(tail[POSITION]) if tail else 0)
+        for name, rows in tail.items():
+            if name not in self.block:
+                shape = self.block["step_size"].shape
+                device = self.block["step_size"].device
+                self.block[name] = torch.empty(shape, dtype=rows.dtype, device=device)
+            self.block[name][: len(rows)] = rows.to(self.block[name].device)
+
+
+def draws_in_a_block(z: Tensor) -> int:
+    """How many draws are collected at a time, of positions ``(draws, chains, dim)``."""
+    _, chains, dim = z.shape
+    return max(1, BLOCK_BYTES // (chains * (dim + 4) * z.element_size()))
+
+
+class Store(Protocol):
+    """Where draws are kept."""
+
+    def put(self, rows: Mapping[str, Tensor]) -> None:
+        """Appends draws, each of shape ``(draws, chains, ...)``."""
+
+
+class Memory:
+    """Draws in the memory of a device.
+
+    Args:
+        num_draws: how many there will be.
+        device: where.
+        first: how many draws came before, which are kept elsewhere.
+    """
+
+    def __init__(self, num_draws: int, device: torch.device, first: int = 0):
+        self.num_draws, self.device = num_draws, device
+        self.first = self.count = first
+        self.values: dict[str, Tensor] = {}
+
+    def put(self, rows: Mapping[str, Tensor]) -> None:
+        """As every :class:`Store`."""
+        here, num = self.count - self.first, len(rows[POSITION])
+        for name, value in rows.items():
+            if name not in self.values:
+                shape = (self.num_draws, *value.shape[1:])
+                self.values[name] = torch.empty(shape, dtype=value.dtype, device=self.device)
+            self.values[name][here : here + num] = value
+        self.count += num
+
+    def clear(self) -> None:
+        """Forgets the draws, which were read."""
+        self.first, self.values = self.count, {}
+
+    def rows(self, first: int) -> dict[str, Tensor]:
+        """The draws from this one on, each of shape ``(draws, chains, ...)``."""
+        part = slice(first - self.first, self.count - self.first)
+        return {name: value[part] for name, value in self.values.items()}
+
+
+def samples_of(
+    rows: Mapping[str, Tensor], sites: Sequence[Site], transforms: Mapping[str, Transform]
+) -> dict[str, Tensor]:
+    """Each site's draws in its support, shape ``(chains, draws, *site)``.
+
+    Args:
+        rows: what :class:`Draws` collected.
+        sites: those that were kept, in the order of the position.
+        transforms: from the supports to the reals.
+    """
+    z = rows[POSITION].transpose(0, 1)
+    parts = z.split([site.shape.numel() for site in sites], -1)
+    found = {}
+    for site, part in zip(sites, parts, strict=True):
+        value = part.reshape(z.shape[:-1] + site.shape).to(site.dtype)
+        transform = transforms.get(site.name)
+        found[site.name] = value if transform is None else to_support(transform, value)
+    return dict(sorted(found.items()))
+
+
+def statistics_of(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics of each draw, shape ``(chains, draws)``."""
+    return {name: stat.T.contiguous() for name, stat in rows.items() if name != POSITION}
 
 
 class Chain:
@@ -145,16 +243,21 @@ class Bar:
         num_chains: how many chains each of them moves.
         disable: whether to show nothing.
         chain: the chain, if they run one after another.
+        done: how many of them were made before.
     """
 
     EVERY = 0.2
     """Seconds between two looks at the chains."""
 
-    def __init__(self, total: int, num_chains: int, disable: bool, chain: int | None = None):
+    def __init__(
+        self, total: int, num_chains: int, disable: bool, chain: int | None = None, done: int = 0
+    ):
         self.label = f"{num_chains} chain{'s' * (num_chains > 1)}"
         if chain is not None:
             self.label = f"chain {chain}"
-        self.bar = tqdm(total=total, disable=disable, desc=self.label, mininterval=self.EVERY)
+        self.bar = tqdm(
+            total=total, disable=disable, desc=self.label, mininterval=self.EVERY, initial=done
+        )
         self.shown = 0.0
 
     def __enter__(self) -> "Bar":

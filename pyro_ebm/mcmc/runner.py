@@ -6,31 +6,34 @@ after another and ``"parallel"`` one in each worker process, as Pyro does; they 
 kernel, ``NUTS`` and ``HMC`` among them.
 """
 
-import contextlib
+import datetime
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer.mcmc.api import MCMC as PyroMCMC
-from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from pyro.infer.mcmc.util import diagnostics as chain_diagnostics
-from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.files import PathLike
+from pyro_ebm.mcmc.checkpoint import Checkpoint, checked_every
+from pyro_ebm.mcmc.fingerprint import fingerprint, of_sites
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
-from pyro_ebm.mcmc.record import Bar, Chain, Draws, cut_short, fields_of, stack, warmup_fields_of
+from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.record import Bar, cut_short
+from pyro_ebm.mcmc.sequential import ChainByChain
+from pyro_ebm.mcmc.store import ZarrStore
+from pyro_ebm.mcmc.vectorized import VectorizedRun
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
+COMPARED = ("num_samples", "warmup_steps", "num_chains", "thinning", "save_warmup")
 
 
-class MCMC(AbstractMCMC):
+class MCMC(ChainByChain):
     r"""A drop-in for ``pyro.infer.MCMC`` that runs many chains at once.
 
     A model whose unknown log Z depends on a latent is refused before sampling
@@ -57,6 +60,14 @@ class MCMC(AbstractMCMC):
         chain_method: ``"vectorized"``, ``"sequential"`` or ``"parallel"``.
         thinning: keep every ``thinning``-th draw, ``num_samples // thinning`` in all.
         save_warmup: whether to keep the warmup too (not in parallel).
+        draws_device: where vectorized draws are kept, as ``"cpu"`` while the chains are on a GPU;
+            by default where the chains are.
+        store: the folder of a Zarr store that vectorized draws are streamed to, in place of the
+            memory; :meth:`to_arviz` opens it. Needs the package ``zarr``.
+        checkpoint: the file to which the state of vectorized chains is saved as they run, for
+            :meth:`resume`; draws go to a folder beside it.
+        checkpoint_every: how often: a number of transitions, or a time. It is also saved before
+            the first transition and after the last.
 
     Raises:
         ValueError: for numbers out of range, or a chain method that the kernel cannot do.
@@ -89,6 +100,10 @@ class MCMC(AbstractMCMC):
         chain_method: str | None = None,
         thinning: int = 1,
         save_warmup: bool = False,
+        draws_device: torch.device | str | None = None,
+        store: PathLike | None = None,
+        checkpoint: PathLike | None = None,
+        checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=1),
     ):
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
@@ -115,6 +130,13 @@ class MCMC(AbstractMCMC):
             raise ValueError(
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
+        if chain_method != "vectorized":
+            given = {"checkpoint": checkpoint, "store": store, "draws_device": draws_device}
+            if names := [name for name, value in given.items() if value is not None]:
+                raise ValueError(
+                    f'{names[0]}= needs chain_method="vectorized", got {chain_method!r}'
+                    f" for {type(kernel).__name__}"
+                )
         for name, value in (initial_params or {}).items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"initial_params[{name!r}] must be a tensor, got {value!r}")
@@ -130,31 +152,30 @@ class MCMC(AbstractMCMC):
         self.disable_progbar, self.disable_validation = disable_progbar, disable_validation
         self.save_params = save_params
         self.chain_method, self.thinning, self.save_warmup = chain_method, thinning, save_warmup
+        self.draws_device = None if draws_device is None else torch.device(draws_device)
+        self.store, self.checkpoint = store, checkpoint
+        self.checkpoint_every = checked_every(checkpoint_every)
         self._validate_kernel(initial_params)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._args: tuple[Any, ...] = ()
-        self._kwargs: dict[str, Any] = {}
-        self._samples: dict[str, Tensor] | None = None
-        self._fields: dict[str, Tensor] = {}
-        self._warmup_samples: dict[str, Tensor] | None = None
-        self._warmup_fields: dict[str, Tensor] = {}
-        self._diagnostics: list[dict[str, Any]] = []
+        self._run: VectorizedRun | None = None
+        self._checkpoint: Checkpoint | None = None
 
     # -- running -------------------------------------------------------------------------------
 
     @poutine.block
     def run(self, *args: Any, **kwargs: Any) -> None:
-        """Draws the chains; the arguments go to the model.
+        """Draws the chains, from the start; the arguments go to the model.
 
         Raises:
             NormalizerError: if an unknown or learned log Z depends on a latent.
+            CheckpointError: if a checkpoint or store is there already: :meth:`resume` goes on from
+                it.
             ValueError: if no finite starting point is found, or ``initial_params`` do not fit.
         """
-        self._clear()
-        self._args, self._kwargs = args, kwargs
-        self.transforms = self._given_transforms
+        if self.checkpoint is not None:
+            Checkpoint.refuse_to_replace(self.checkpoint)
+        if self.store is not None:
+            ZarrStore.refuse_to_replace(self.store)
+        self._start_anew(args, kwargs)
         model = getattr(self.kernel, "model", None)
         # the kernels of this package check for themselves, but too late in a worker process
         ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
@@ -176,244 +197,193 @@ class MCMC(AbstractMCMC):
         else:
             self._run_parallel(args, kwargs)
 
+    @poutine.block
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Goes on from the last checkpoint, as if the run had never stopped.
+
+        The kernel, the settings and the model's arguments are to be those of the run. Draws and
+        statistics are then the same as without the interruption, on a CPU to the last bit, and so
+        is the global random state afterwards. A run that was finished gives its draws again; one
+        that was killed while it was extended goes on to the end of that. Never does ``resume``
+        start anew.
+
+        Args:
+            *args: of the model.
+            **kwargs: of the model.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            CheckpointError: if it cannot be read, or is that of another model, other data or other
+                settings; it names the difference.
+            RuntimeError: without a ``checkpoint``.
+        """
+        if self.checkpoint is None:
+            raise RuntimeError(
+                'there is nothing to resume from: give a file, as in MCMC(..., checkpoint="a.ckpt")'
+            )
+        payload = Checkpoint.read(self.checkpoint)
+        self._start_anew(args, kwargs)
+        potential, _ = self._potential_and_start(args, kwargs, start=False)
+        run = self._new_run(potential)
+        checkpoint = self._new_checkpoint(run, args, kwargs)
+        assert checkpoint is not None
+        checkpoint.compare(payload)
+        if self.store is not None:
+            run.store = ZarrStore(self.store, run.sites, self._transforms, payload["store"])
+        checkpoint.load(run, payload)
+        self._go_on(run, checkpoint)
+
+    @poutine.block
+    def extend(self, num_samples: int) -> None:
+        """Adds draws to a finished run, without another warmup.
+
+        (:meth:`run` starts anew, as Pyro's does.) In a new process, :meth:`resume` the finished run
+        first.
+
+        Args:
+            num_samples: how many transitions more of each chain.
+
+        Raises:
+            RuntimeError: before a run is finished, or if its chains were not vectorized.
+
+        Example:
+            >>> from pyro_ebm import LangevinKernel, UnnormalizedEnergy
+            >>> p = UnnormalizedEnergy(torch.square)
+            >>> mcmc = MCMC(LangevinKernel(p), 100, num_chains=20, disable_progbar=True)
+            >>> mcmc.run()
+            >>> mcmc.extend(50)
+            >>> mcmc.get_samples(group_by_chain=True)["x"].shape
+            torch.Size([20, 150])
+        """
+        run, num_samples = self._run, _count("num_samples", num_samples, 1)
+        if run is None:
+            raise RuntimeError(
+                "only a finished run of vectorized chains can be extended: call run, or resume,"
+                " first"
+            )
+        if not run.done:
+            raise RuntimeError(
+                "the run was interrupted, within a transition: resume it from a checkpoint, or run"
+                " anew"
+            )
+        if run.kernel._potential is not run.potential:
+            raise RuntimeError(f"{run.kernel!r} was used for another run since: run anew")
+        if self._checkpoint is not None and not self._checkpoint.has_all(run):
+            self._checkpoint.save(run)  # which failed at the end of the run
+        run.extend(num_samples)
+        self._go_on(run, self._checkpoint)
+
+    def _start_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._clear()
+        self._run = self._checkpoint = None
+        self._args, self._kwargs = args, kwargs
+        self.transforms = self._given_transforms
+
     def _run_vectorized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        potential, z = self._potential_and_start(args, kwargs)
+        run = self._new_run(potential)
+        if self.store is not None:
+            run.store = ZarrStore(self.store, run.sites, self._transforms)
+        run.start(z)
+        checkpoint = self._new_checkpoint(run, args, kwargs)
+        if checkpoint is not None:
+            checkpoint.start(run)
+        if run.store is not None:
+            run.store.open()
+        self._go_on(run, checkpoint)
+
+    def _potential_and_start(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], start: bool = True
+    ) -> tuple[Potential, Tensor]:
         kernel = self.kernel
         assert isinstance(kernel, Kernel)
         with self._starts(kernel):
             if self.initial_params is not None:  # one chain's values say what the sites are
                 kernel.initial_params = self._start_of(0)
             potential = kernel.make_potential(*args, **kwargs)
+            if not start:
+                return potential, torch.empty(0)
             if self.initial_params is not None:
                 kernel.initial_params = self.initial_params
-            z = kernel.initial_position(potential, self.num_chains)
-        kernel.bind(potential, self.warmup_steps)
-        state = kernel.init(z)
+            return potential, kernel.initial_position(potential, self.num_chains)
+
+    def _new_run(self, potential: Potential) -> VectorizedRun:
+        assert isinstance(self.kernel, Kernel)
         if self.transforms is None:
             self.transforms = potential.transforms
-        keep, in_warmup = self._kept(potential.names), self.warmup_steps
-        warmup = Draws(potential, keep, in_warmup if self.save_warmup else 0, 1, state)
-        draws = Draws(potential, keep, self.num_samples, self.thinning, state)
+        return VectorizedRun(
+            self.kernel,
+            potential,
+            self.num_samples,
+            self.warmup_steps,
+            self.thinning,
+            self._kept(potential.names),
+            self.save_warmup,
+            self.draws_device,
+        )
+
+    @property
+    def _transforms(self) -> dict[str, Transform]:
+        assert self.transforms is not None
+        return dict(self.transforms)
+
+    def _new_checkpoint(
+        self, run: VectorizedRun, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        settings = {name: getattr(self, name) for name in COMPARED}
+        settings = {**settings, "save_params": run.keep, "store": self.store is not None}
+        described = [fingerprint(value, name) for name, value in settings.items()]
+        described += [of_sites(run.potential), fingerprint(self.kernel, "the kernel")]
+        described += [fingerprint(args, "argument"), fingerprint(kwargs, "argument")]
+        settings = {name: value for part in described for name, value in part.items()}
+        return Checkpoint(self.checkpoint, self.checkpoint_every, settings)
+
+    def _go_on(self, run: VectorizedRun, checkpoint: Checkpoint | None) -> None:
+        after = None if checkpoint is None else checkpoint.after_transition
+        draws = run.records["draws"]
         try:
-            with Bar(in_warmup + self.num_samples, self.num_chains, self.disable_progbar) as bar:
-                for stage, into, num_steps in (
-                    ("Warmup", warmup, in_warmup),
-                    ("Sample", draws, self.num_samples),
-                ):
-                    for i in range(num_steps):
-                        step_size = kernel.adaptation.step_size
-                        state, info = kernel.step(state)
-                        into.add(state, info, step_size, kernel.own_stats)
-                        bar.update(stage.lower(), kernel, info)
-                        if self.hook_fn is not None:
-                            self.hook_fn(kernel, potential.unravel(state.z), stage, i)
+            with Bar(run.goal, self.num_chains, self.disable_progbar, done=run.t) as bar:
+                run.advance(bar, self.hook_fn, after)
         except KeyboardInterrupt:
             if draws.count == 0:
                 raise
-            cut_short(draws.count, self.num_samples // self.thinning)
-        if self.save_warmup:
-            self._warmup_samples = warmup.samples(self.transforms)
-            self._warmup_fields = warmup.fields()
-        self._samples, self._fields = draws.samples(self.transforms), draws.fields()
-        told = {k: v for k, v in kernel.diagnostics().items() if k != "sample_stats"}
-        rates = self._fields["acceptance_rate"].mean(1).tolist()
-        self._diagnostics = [
-            {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
-            for bad, rate in zip(self._fields["diverging"], rates, strict=True)
-        ]
+            cut_short(draws.count, (run.goal - self.warmup_steps) // self.thinning)
+        self._run, self._checkpoint = run, checkpoint
+        self._read(run)
 
-    def _run_sequential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kernel = self.kernel
-        chains: list[Chain] = []
-        for index in range(self.num_chains):
-            chain = Chain()
-            try:
-                with self._starts(kernel), self._validation():
-                    self._run_chain(index, chain, args, kwargs)
-            except KeyboardInterrupt:
-                if not chains and not chain.draws:
-                    raise
-                if chains:  # chains of one length: the one that was cut short goes
-                    cut_short(len(chains), self.num_chains, "chains")
-                    kernel.cleanup()
-                    break
-                cut_short(len(chain.draws), self.num_samples // self.thinning)
-                self._finish_chain(chain, chains)
-                break
-            self._finish_chain(chain, chains)
-        if self.transforms is None:
-            self._set_transforms(*args, **kwargs)
-        self._samples = stack([chain.draws for chain in chains], self.transforms)
-        if self.save_warmup:
-            self._warmup_samples = stack([chain.warmup for chain in chains], self.transforms)
-            self._warmup_fields = warmup_fields_of(chains)
-        self._take_fields(len(chains[0].draws))
+    def _read(self, run: VectorizedRun) -> None:
+        transforms, records = self._transforms, run.records
+        if "warmup" in records and self._warmup_samples is None:
+            read = run.read(records["warmup"], transforms)
+            self._warmup_samples, self._warmup_fields = read
+        draws, told = records["draws"], dict(run.kernel.diagnostics())
+        told.pop("sample_stats", None)
+        if run.store is not None:
+            draws.flush()
+            self._stored = run.store.path
+        else:
+            samples, fields = run.read(draws, transforms)
+            self._samples = _joined(self._samples, samples)
+            self._fields = _joined(self._fields, fields)
+            rates = self._fields["acceptance_rate"].mean(1).tolist()
+            self._diagnostics = [
+                {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
+                for bad, rate in zip(self._fields["diverging"], rates, strict=True)
+            ]
+        if self._checkpoint is None or self._checkpoint.has_all(run):
+            run.forget()
 
-    def _run_chain(
-        self, index: int, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        kernel, label = self.kernel, f" [{index}]" if self.num_chains > 1 else ""
-        if self.initial_params is not None:
-            kernel.initial_params = self._start_of(index)
-        total, which = self.warmup_steps + self.num_samples, index if label else None
-        with Bar(total, 1, self.disable_progbar, which) as bar:
-            kernel.setup(self.warmup_steps, *args, **kwargs)
-            params = kernel.initial_params
-            assert params is not None
-            keep = self._kept(params)
-            for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self.num_samples)):
-                for i in range(num_steps):
-                    params = kernel.sample(params)
-                    kept = {name: params[name] for name in keep}
-                    if stage == "Warmup" and self.save_warmup:
-                        chain.warmup.append(kept)
-                        if isinstance(kernel, Kernel):
-                            chain.warmup_stats.append(kernel.last_stats)
-                    elif stage == "Sample" and (i + 1) % self.thinning == 0:
-                        chain.draws.append(kept)
-                    bar.update(stage.lower(), kernel)
-                    if self.hook_fn is not None:
-                        self.hook_fn(kernel, params, stage + label, i)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None, "_checkpoint": None}
 
-    def _finish_chain(self, chain: Chain, chains: list[Chain]) -> None:
-        chains.append(chain)
-        self._diagnostics.append(dict(self.kernel.diagnostics()))
-        self.kernel.cleanup()
 
-    def _start_of(self, chain: int) -> dict[str, Tensor]:
-        given = dict(self.initial_params or {})
-        return given if self.num_chains == 1 else {k: v[chain] for k, v in given.items()}
-
-    @contextlib.contextmanager
-    def _starts(self, kernel: MCMCKernel) -> Iterator[None]:
-        """Starts that are given to this run do not stay with a kernel of this package."""
-        if not isinstance(kernel, Kernel):
-            yield
-            return
-        before = kernel._given_params
-        try:
-            yield
-        finally:
-            kernel._given_params = before
-
-    def _validation(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.kernel, Kernel) or self.disable_validation is None:
-            return contextlib.nullcontext()
-        return pyro.validation_enabled(not self.disable_validation)
-
-    def _run_parallel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mcmc = PyroMCMC(
-            self.kernel,
-            self.num_samples,
-            warmup_steps=self.warmup_steps,
-            initial_params=None if self.initial_params is None else dict(self.initial_params),
-            num_chains=self.num_chains,
-            hook_fn=self.hook_fn,
-            mp_context=self.mp_context or "spawn",
-            disable_progbar=self.disable_progbar,
-            disable_validation=self.disable_validation,  # pyright: ignore[reportArgumentType]
-            transforms=self.transforms,
-            # Pyro packs in the order given, and unpacks sorted
-            save_params=None if self.save_params is None else sorted(self.save_params),
-        )
-        mcmc.run(*args, **kwargs)
-        self.transforms = mcmc.transforms
-        samples = mcmc.get_samples(group_by_chain=True)
-        assert samples is not None
-        self._samples = {k: v[:, self.thinning - 1 :: self.thinning] for k, v in samples.items()}
-        told: list[Any] = mcmc._diagnostics
-        self._diagnostics = [dict(d) for d in told]
-        self._take_fields(self.num_samples // self.thinning)
-
-    def _take_fields(self, num_draws: int) -> None:
-        self._fields = fields_of(self._diagnostics, num_draws, self.thinning)
-        for told in self._diagnostics:
-            told.pop("sample_stats", None)
-
-    def _kept(self, names: Any) -> list[str]:
-        names = sorted(names)
-        if not names:  # the kernels of this package say so themselves
-            raise ValueError("the model has no latent site to sample")
-        if self.save_params is None:
-            return names
-        if unknown := set(self.save_params) - set(names):
-            raise ValueError(f"save_params names {sorted(unknown)}, the sites are {names}")
-        return sorted(self.save_params)
-
-    # -- reading -------------------------------------------------------------------------------
-
-    def get_samples(
-        self, num_samples: int | None = None, group_by_chain: bool = False
-    ) -> dict[str, Tensor]:
-        """The draws, in the supports of their sites.
-
-        Args:
-            num_samples: if given, this many draws are resampled with replacement.
-            group_by_chain: whether to keep the chains apart.
-
-        Returns:
-            Each site's draws, shape ``(chains, draws, *site)`` or ``(chains * draws, *site)``.
-        """
-        return select_samples(self._done(), num_samples, group_by_chain)
-
-    def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Statistics of each draw: ``lp``, ``acceptance_rate``, ``step_size``, ``diverging``.
-
-        Some kernels tell more, as ``n_steps``. ``lp`` is :math:`-U(z)`, the log density on the
-        unconstrained space. Pyro's own kernels tell ``diverging`` alone.
-
-        Args:
-            group_by_chain: whether to keep the chains apart.
-
-        Returns:
-            Shapes ``(chains, draws)`` or ``(chains * draws,)``.
-        """
-        self._done()
-        return {k: v if group_by_chain else v.flatten() for k, v in self._fields.items()}
-
-    def get_warmup_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """The draws of the warmup, kept with ``save_warmup=True``."""
-        if self._warmup_samples is None:
-            raise RuntimeError("no warmup was kept: give save_warmup=True and run")
-        return select_samples(self._warmup_samples, None, group_by_chain)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
-        self._refuse_short("diagnostics")
-        result = dict(chain_diagnostics(self._numbers()))
-        for name in self._diagnostics[0]:
-            result[name] = {f"chain {i}": d[name] for i, d in enumerate(self._diagnostics)}
-        return result
-
-    def summary(self, prob: float = 0.9) -> None:
-        """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
-        self._refuse_short("a summary")
-        print_summary(self._numbers(), prob=prob)
-        if "diverging" in self._fields:
-            print(f"Number of divergences: {int(self._fields['diverging'].sum())}")  # noqa: T201
-
-    def to_arviz(self, **kwargs: Any) -> Any:
-        """This run as ArviZ data; arguments as for :func:`pyro_ebm.to_arviz`."""
-        from pyro_ebm.diagnostics import to_arviz
-
-        return to_arviz(self, **kwargs)
-
-    def _done(self) -> dict[str, Tensor]:
-        if self._samples is None:
-            raise RuntimeError("there are no draws yet: call run first")
-        return self._samples
-
-    def _numbers(self) -> dict[str, Tensor]:
-        """The draws, whole numbers as real ones: their means are no whole numbers."""
-        default = torch.get_default_dtype()
-        return {
-            name: draws if draws.is_floating_point() else draws.to(default)
-            for name, draws in self._done().items()
-        }
-
-    def _refuse_short(self, what: str) -> None:
-        got = next(iter(self._done().values())).shape[1]
-        if got < 4:
-            raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
+def _joined(before: Mapping[str, Tensor] | None, after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws ``(chains, draws, ...)``, and those that came after them."""
+    if not before:
+        return after
+    return {name: torch.cat([before[name], value], 1) for name, value in after.items()}
 
 
 def _count(name: str, value: Any, least: int) -> int:

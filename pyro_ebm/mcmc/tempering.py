@@ -18,7 +18,7 @@ Reference:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.ops.metropolis import metropolis_accept
@@ -216,6 +217,20 @@ class TemperingKernel(Kernel):
         if grad is not None:
             grad = self._take(grad, source) * ratio[:, None]
         return State(self._take(state.z, source), self._take(state.potential, source) * ratio, grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with the inner one's and the rates of exchange."""
+        inner, _ = self._parts
+        own = {"inner": inner.state_dict(), "swaps": self._swaps, "num_swaps": self._num_swaps}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        inner, tempered = self._parts
+        inner.load_state_dict(state["inner"])
+        self._swaps = to_device(state["swaps"], tempered.betas.device)
+        self._num_swaps = to_device(state["num_swaps"], tempered.betas.device)
 
     @property
     def swap_rates(self) -> Tensor:

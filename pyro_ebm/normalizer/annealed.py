@@ -16,6 +16,14 @@ weights is :math:`Z_0 / Z_1`, and the log of that mean too low again, so that th
 :math:`\log Z` is too *high*. The two hold the truth between them. The draws must be those of the
 target: a stochastic upper bound from data holds as far as the model drew the data.
 
+With a kernel that is compiled, as ``kernel=LangevinKernel(jit_compile=True)``, all that happens at
+a temperature runs as one graph (:mod:`~pyro_ebm.normalizer.graphed`). Compiling takes seconds: it
+pays for many temperatures, or many chains.
+
+Chains can be shared out over the ranks of a process group (``distributed=True``). All ranks then
+make the same pilot run, and take the temperatures of rank 0. Each anneals its own chains with
+random numbers of its own, and all get the estimate of all weights.
+
 Reference:
     Neal (2001), Annealed importance sampling. Jarzynski (1997), Nonequilibrium equality for free
     energy differences. Grosse, Ghahramani and Adams (2015), Sandwiching the marginal likelihood
@@ -38,9 +46,11 @@ from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel
+from pyro_ebm.mcmc.population import Population, population_of
 from pyro_ebm.mcmc.short_run import short_run
 from pyro_ebm.mcmc.tempering import TemperingKernel
 from pyro_ebm.normalizer.function_path import FunctionPath
+from pyro_ebm.normalizer.graphed import GraphedAnnealing
 from pyro_ebm.normalizer.ladder import Ladder, ladder_of, pilot
 from pyro_ebm.normalizer.layers import LayersPath
 from pyro_ebm.normalizer.path import GeometricPath, Path, TemperedPath
@@ -66,6 +76,9 @@ from pyro_ebm.normalizer.starts import (
 FIT_CHAINS = 500
 """Short chains that a start is fitted to."""
 
+AGREED = 16
+"""Points at which ranks see whether they have the same energy."""
+
 FORWARD, REVERSE = "ais", "reverse_ais"
 
 
@@ -82,20 +95,29 @@ def annealed(
     num_temperatures: int | None = None,
     ess_drop: float | None = None,
     disable_progbar: bool = False,
+    distributed: bool = False,
 ) -> NormalizerEstimate:
     """``method="ais"`` and ``"reverse_ais"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
     given = None if betas is None else checked_betas(betas)
+    over = population_of(num_chains if samples is None else len(samples), distributed)
+    over.seed(alike=True)  # one path and one pilot run on all ranks
+    disable_progbar = disable_progbar or over.rank > 0
     way = path_of(p, proposal, path, like=samples)
     kernel = kernel_of(kernel, p, way)
     kernel.bind(way, warmup_steps=0)
     levels = []
     if given is None or kernel.adapt_step_size or kernel.adapt_mass_matrix:
         levels = pilot(way, kernel, disable_progbar)
-    ladder = Ladder(levels, given or ladder_of(levels, num_temperatures, ess_drop))
+    chosen = given or ladder_of(levels, num_temperatures, ess_drop)
+    ladder = Ladder(levels, _agreed(chosen, over, way))
+    over.seed()
     results = []
     if method == FORWARD:
-        z = way.at(0.0).draw(num_chains)
-        results.append(_run(way, kernel, ladder, z, FORWARD, num_steps, disable_progbar))
+        over = population_of(num_chains, distributed)
+        with over.all_or_none("annealing"):
+            z = way.at(0.0).draw(len(range(num_chains)[over.here(num_chains)]))
+            log_w = _log_weights(way, kernel, ladder, z, FORWARD, num_steps, disable_progbar)
+        results.append(_estimate(way, ladder, over.rows(log_w), FORWARD))
     if samples is not None:
         z = way.target.to_position(samples)
         if not z.isfinite().all():
@@ -103,7 +125,11 @@ def annealed(
                 f"samples lie on the boundary of the support {p.support}, where chains cannot"
                 " start: move them inside"
             )
-        results.append(_run(way, kernel, ladder, z, REVERSE, num_steps, disable_progbar))
+        over = population_of(len(samples), distributed)
+        z = z.reshape(len(samples), -1, way.dim)[over.here(len(samples))].flatten(0, 1)
+        with over.all_or_none("annealing in reverse"):
+            log_w = _log_weights(way, kernel, ladder, z, REVERSE, num_steps, disable_progbar)
+        results.append(_estimate(way, ladder, over.rows(log_w), REVERSE))
     forward, backward = results[0], results[-1]
     if len(results) == 2:
         _compare(forward, backward)
@@ -111,7 +137,18 @@ def annealed(
     return NormalizerEstimate(**{**vars(forward), "upper": upper})
 
 
-def _run(
+def _agreed(betas: list[float], over: Population, path: Path) -> list[float]:
+    """The temperatures of rank 0, after a look whether all ranks have one energy."""
+    if over.size == 1:
+        return betas
+    z = over.from_first(path.at(0.0).draw(AGREED))
+    over.check_alike(path.at(1.0)(z), "the log density of the energy")
+    num = int(over.from_first(torch.tensor(len(betas))))
+    mine = betas if len(betas) == num else [0.0] * num
+    return over.from_first(torch.tensor(mine, dtype=torch.float64)).tolist()
+
+
+def _log_weights(
     path: Path,
     kernel: Kernel,
     ladder: Ladder,
@@ -119,19 +156,22 @@ def _run(
     method: str,
     num_steps: int,
     disable_progbar: bool,
-) -> NormalizerEstimate:
-    """The estimate of one direction."""
+) -> Tensor:
+    """Of the chains in one direction, shape ``(chains, *batch)``."""
     betas = ladder.betas if method == FORWARD else ladder.betas[::-1]
     log_w = anneal(path, kernel, ladder, z, betas, num_steps, disable_progbar)
-    p = path.target.energy
-    log_w = log_w.reshape((-1,) + p.batch_shape)
+    return log_w.reshape((-1,) + path.target.energy.batch_shape)
+
+
+def _estimate(path: Path, ladder: Ladder, log_w: Tensor, method: str) -> NormalizerEstimate:
+    """The estimate of one direction."""
     name = "annealing" if method == FORWARD else "reverse annealing"
     check_weights(log_w, name)
     sign = 1.0 if method == FORWARD else -1.0
     log_w = log_w + sign * path.log_normalizer
     value, ess, k = sign * log_mean_exp(log_w), effective_sample_size(log_w), tail_shape(log_w)
     remedy = (
-        f"anneal at more temperatures than {len(betas)}, or with more transitions at each"
+        f"anneal at more temperatures than {len(ladder.betas)}, or with more transitions at each"
         " (num_steps=), or with a better kernel, or from a nearer start (proposal=)"
     )
     side = "too low" if method == FORWARD else "too high"
@@ -174,10 +214,16 @@ def anneal(
     """
     path.at(betas[0])
     kernel.init(z)
-    state = path.state(kernel, z)
-    log_w = torch.zeros_like(state.potential)
     name = "anneal" if betas[0] < betas[-1] else "anneal in reverse"
     label = f"{name}, {len(z)} chain{'s' * (len(z) > 1)}"
+    graphs = GraphedAnnealing.of(path, kernel, planned=num_steps * (len(betas) - 2))
+    if graphs is not None:
+        with tqdm(betas[1:], disable=disable_progbar, desc=label, delay=1.0) as bar:
+            log_w = graphs.run(ladder, z, betas, num_steps, bar)
+        if log_w is not None:
+            return log_w
+    state = path.at(betas[0]).state(kernel, z)
+    log_w = torch.zeros_like(state.potential)
     with tqdm(betas[1:], disable=disable_progbar, desc=label, delay=1.0) as bar:
         for beta in bar:
             # log w += log p~_{t}(z) - log p~_{t-1}(z) = U_{t-1}(z) - U_t(z)

@@ -44,6 +44,7 @@ _ANNEALING = {
     "betas",
     "num_temperatures",
     "ess_drop",
+    "distributed",
 }
 TAKES = {
     "exact": {"max_units"},
@@ -72,6 +73,7 @@ def estimate_log_normalizer(
     ess_drop: float | None = None,
     max_units: int | None = None,
     disable_progbar: bool = False,
+    distributed: bool = False,
 ) -> NormalizerEstimate:
     r"""Estimates :math:`\log Z` of an energy, with an error.
 
@@ -123,6 +125,8 @@ def estimate_log_normalizer(
             a variance of about 0.5, and at most 10,001.
         max_units: of ``"exact"``: at most :math:`2^{\text{max\_units}}` states, 25 by default.
         disable_progbar: whether long runs show no progress.
+        distributed: whether annealing shares its chains out over the ranks of a process group, each
+            of which calls this alike and gets the estimate of all chains.
 
     Returns:
         The estimate: its ``value`` is a plain tensor of shape ``batch_shape``, and
@@ -167,6 +171,7 @@ def estimate_log_normalizer(
         "num_temperatures": num_temperatures,
         "ess_drop": ess_drop,
         "max_units": max_units,
+        "distributed": distributed or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
     _check_energy(p)

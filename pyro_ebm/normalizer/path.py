@@ -72,6 +72,7 @@ class Path(Potential):
 
     Attributes:
         beta: a tensor without dimensions, changed in place.
+        graphed: the graphs of a kernel on it, see :mod:`pyro_ebm.normalizer.graphed`.
     """
 
     def __init__(self, target: UnnormalizedEnergy | EnergyPotential, log_normalizer: Any = 0.0):
@@ -86,6 +87,7 @@ class Path(Potential):
         self.beta = torch.zeros((), dtype=exact, device=device)
         self._last: Known | None = None
         self._here: Known | None = None
+        self.graphed: Any = None
 
     # -- what a new path writes ----------------------------------------------------------------
 
@@ -150,6 +152,11 @@ class Path(Potential):
         self._here = known
         return known
 
+    def know(self, here: "Known | None") -> "Known | None":
+        """Takes what is known of positions where chains are; returns what was evaluated last."""
+        last, self._last, self._here = self._last, None, here
+        return last
+
     def state(self, kernel: Kernel, z: Tensor) -> Any:
         r"""A kernel's state at the present :attr:`beta`, for positions that were followed."""
         known = self._here
@@ -159,6 +166,9 @@ class Path(Potential):
             return state
         grad = self.combine(*known.grads) if kernel.needs_grad and known.grads else None
         return State(z, self.combine(*known.parts), grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None, "_here": None, "graphed": None}
 
     def draw(self, num: int) -> Tensor:
         """Exact draws of the start, where the target has a density.

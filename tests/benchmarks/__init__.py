@@ -1,6 +1,9 @@
-"""Measurements. Each question is a file that can be run alone; the first is asked by ``__main__``.
+"""Measurements. Each question is a file that can be run alone; ``__main__`` asks them all.
 
-A file of this folder says in its docstring what it asks, and prints one readable table. A
-comparison runs all its rows in one process, in alternating order, over several rounds, and names
-settings, versions and seed beside the numbers.
+A question (:mod:`tests.benchmarks.harness`) measures rows, contestants taking turns over several
+rounds, and tells them as a readable table, as JSON with settings, versions and seeds, as pictures,
+and as its own section of a page. A new one is a file that ends in a ``QUESTION`` and a name in
+``__main__.NAMES``.
+
+``densities`` is another kind: how well each loss fits, not how fast.
 """

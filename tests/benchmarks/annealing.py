@@ -1,8 +1,8 @@
-"""How fast is annealed importance sampling, beside a bare torch loop of the same arithmetic?
+"""Question 5: how fast is annealed importance sampling, beside a bare torch loop?
 
     python -m tests.benchmarks.annealing
 
-Two tables. The first counts chains x temperatures per second of the annealing alone, on
+The targets:
 
 - ``wells``: sixteen double wells, 32 dimensions, an energy of a few operations; Langevin;
 - ``network``: an energy network 2-128-128-1; Langevin;
@@ -10,21 +10,16 @@ Two tables. The first counts chains x temperatures per second of the annealing a
 
 The bare loops are written for their target alone: they keep energies and gradients from one
 temperature to the next by hand, know neither supports, batches nor infinities, and share step size
-and temperatures with ours. Each samples in turn, the order turned by one each round.
-
-The second is error against time, of whole runs: ours with its pilot, that finds the temperatures
-and step sizes, and the bare loop, which is handed what a pilot found, free of charge. The error is
-the root mean square over seeds, in nats.
+and temperatures with ours.
 """
 
-import argparse
 import math
 import time
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from statistics import median
+from pathlib import Path as FilePath
 
+import matplotlib.pyplot as plt
 import pyro
 import torch
 from torch import Tensor
@@ -34,10 +29,22 @@ from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import RBM
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.nn import MLPEnergy
-from pyro_ebm.normalizer import UnreliableEstimateWarning, estimate_log_normalizer
+from pyro_ebm.normalizer import estimate_log_normalizer
 from pyro_ebm.normalizer.annealed import anneal, kernel_of, path_of
 from pyro_ebm.normalizer.ladder import Ladder, ladder_of, pilot
 from pyro_ebm.normalizer.path import Path
+from tests.benchmarks import report
+from tests.benchmarks.harness import Options, Question, Row, progress, seconds_of, versions
+
+PREFACE = """
+Annealed importance sampling beside a bare torch loop of the same arithmetic. The bare loops are
+written for their target alone and keep energies and gradients by hand; step sizes and
+temperatures are the same. First the annealing by itself: chains x temperatures per second, on
+sixteen double wells (32-d, Langevin), an energy network 2-128-128-1 (Langevin), and a restricted
+Boltzmann machine 784 x 500 (Gibbs). Then error against time, of whole runs: ours with the pilot
+that finds the temperatures and step sizes, the bare loop handed what a pilot found, free of
+charge; the error is the root mean square over seeds, in nats.
+"""
 
 DOUBLE_WELL = 10.29348
 
@@ -169,76 +176,166 @@ def targets(chains: int, num_temperatures: int) -> dict[str, Target]:
     }
 
 
-# ---- the tables --------------------------------------------------------------------------------
+# ---- the question ------------------------------------------------------------------------------
 
 
-def speed(chains: int, num_temperatures: int, rounds: int) -> None:
-    print(f"{'chains x temperatures / s':28}{'ours':>12}{'bare loop':>12}{'ratio':>8}")
+def measure(
+    options: Options, chains: int = 1000, num_temperatures: int = 101, seeds: int = 10
+) -> list[Row]:
+    if options.quick:
+        chains, num_temperatures, seeds = 20, 11, 2
+    pyro.set_rng_seed(options.seed)
+    tasks = []
     for name, target in targets(chains, num_temperatures).items():
-        seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-        runs = [("ours", target.ours), ("bare", target.bare)]
-        for _, run in runs:
+        for contestant, run in (("pyro_ebm", target.ours), ("bare loop", target.bare)):
             run()
-        for i in range(rounds):
-            for label, run in runs[:: 1 if i % 2 else -1]:
-                start = time.perf_counter()
-                run()
-                seconds[label].append(time.perf_counter() - start)
+            tasks.append((name, contestant, target, run))
+        progress(f"ready: {name}")
+    rows = []
+    for i, (name, contestant, target, run) in options.rotate(tasks):
         count = target.chains * (len(target.ladder.betas) - 1)
-        rates = [count / median(seconds[label]) for label in ("ours", "bare")]
-        label = f"{name}, {target.chains} chains"
-        print(f"{label:28}{rates[0]:12.3g}{rates[1]:12.3g}{rates[0] / rates[1]:8.2f}")
+        seconds = seconds_of(run)
+        rows.append(
+            {
+                "question": "speed",
+                "case": name,
+                "contestant": contestant,
+                "chains": target.chains,
+                "round": i,
+                "seed": options.seed,
+                "settings": f"{len(target.ladder.betas)} temperatures",
+                "versions": versions("pyro-ebm", "torch"),
+                "seconds": seconds,
+                "per_second": count / seconds,
+            }
+        )
+    order = [task[:2] for task in tasks]
+    rows.sort(key=lambda r: order.index((r["case"], r["contestant"])))
+    return rows + errors(options.seed, chains, [10] if options.quick else [10, 30, 100], seeds)
 
 
-def error_against_time(chains: int, ladders: list[int], seeds: int) -> None:
+def errors(first_seed: int, chains: int, ladders: list[int], seeds: int) -> list[Row]:
+    """Whole runs: one row for each seed."""
     generator = torch.Generator().manual_seed(0)
     machine = RBM(torch.randn(64, 16, generator=generator), torch.zeros(64), torch.zeros(16))
-    p = UnnormalizedEnergy(double_well, event_shape=(2,))
-    cases = {"double well": (p, DOUBLE_WELL), "machine 64 x 16": (machine, None)}
-    print(f"\n{'root mean square error, nats':28}{'ours':>16}{'bare loop':>20}")
-    for name, (p, log_z) in cases.items():
+    well = UnnormalizedEnergy(double_well, event_shape=(2,))
+    rows = []
+    for name, (p, log_z) in {
+        "double well": (well, DOUBLE_WELL),
+        "RBM 64 x 16": (machine, None),
+    }.items():
         truth = float(machine.exact_log_normalizer()) if log_z is None else log_z
         for num in ladders:
-            errors: dict[str, list[float]] = {"ours": [], "bare": []}
-            seconds: dict[str, list[float]] = {"ours": [], "bare": []}
             target = Target(p, chains, num)
-            for seed in range(seeds):
+            for seed in range(first_seed, first_seed + seeds):
                 pyro.set_rng_seed(seed)
                 start = time.perf_counter()
                 found = estimate_log_normalizer(
                     p, "ais", num_chains=chains, num_temperatures=num, disable_progbar=True
                 )
-                seconds["ours"].append(time.perf_counter() - start)
-                errors["ours"].append(float(found) - truth)
-                start = time.perf_counter()
+                ours, after = time.perf_counter() - start, time.perf_counter()
                 log_w = target.bare()
-                seconds["bare"].append(time.perf_counter() - start)
-                errors["bare"].append(float(log_w.logsumexp(0)) - math.log(chains) - truth)
-            cells = []
-            for label in ("ours", "bare"):
-                error = math.sqrt(sum(e * e for e in errors[label]) / seeds)
-                cells.append(f"{error:9.4f} in {median(seconds[label]):.2f} s")
-            print(f"{name + f', {num} temperatures':32}" + "".join(f"{cell:>20}" for cell in cells))
+                bare = time.perf_counter() - after
+                value = float(log_w.logsumexp(0)) - math.log(chains)
+                for contestant, seconds, estimate in (
+                    ("pyro_ebm", ours, float(found)),
+                    ("bare loop", bare, value),
+                ):
+                    rows.append(
+                        {
+                            "question": "error",
+                            "case": name,
+                            "contestant": contestant,
+                            "chains": chains,
+                            "round": seed - first_seed,
+                            "seed": seed,
+                            "settings": f"{num} temperatures",
+                            "versions": versions("pyro-ebm", "torch"),
+                            "seconds": seconds,
+                            "error": estimate - truth,
+                        }
+                    )
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chains", type=int, default=1000)
-    parser.add_argument("--num-temperatures", type=int, default=101)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    pyro.set_rng_seed(0)
-    warnings.simplefilter("ignore", UnreliableEstimateWarning)
-    if args.quick:
-        speed(20, 11, 1)
-        error_against_time(20, [10], 2)
-        return
-    speed(args.chains, args.num_temperatures, args.rounds)
-    error_against_time(args.chains, [10, 30, 100, 300], args.seeds)
+def root_mean_square(group: list[Row]) -> float:
+    return math.sqrt(sum(row["error"] ** 2 for row in group) / len(group))
 
+
+def tables(rows: list[Row]) -> str:
+    header = ["target", "chains", "contestant", "time of one annealing", "chains x temperatures/s"]
+    header += ["to the bare loop"]
+    lines = []
+    speed = [row for row in rows if row["question"] == "speed"]
+    for (case,), same in report.grouped(speed, "case").items():
+        groups = report.grouped(same, "contestant")
+        for (name,), group in groups.items():
+            lines.append(
+                [
+                    case,
+                    f"{group[0]['chains']:,}",
+                    name,
+                    report.spread([r["seconds"] for r in group], report.duration),
+                    report.spread([r["per_second"] for r in group]),
+                    report.number(report.paired(group, groups[("bare loop",)], "per_second")),
+                ]
+            )
+    first = report.table(header, lines)
+    header = ["log Z of", "temperatures", "contestant", "error, nats", "time of a whole run"]
+    lines = []
+    found = report.grouped(
+        [row for row in rows if row["question"] == "error"], "case", "settings", "contestant"
+    )
+    for (case, settings, name), group in found.items():
+        seconds = [row["seconds"] for row in group]
+        error = report.number(root_mean_square(group))
+        number = settings.removesuffix(" temperatures")
+        lines.append([case, number, name, error, report.spread(seconds, report.duration)])
+    return f"{first}\n\n{report.table(header, lines)}"
+
+
+def pictures(rows: list[Row], path: FilePath) -> None:
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    speed = report.grouped(
+        [row for row in rows if row["question"] == "speed"], "case", "contestant"
+    )
+    cases = list(dict.fromkeys(case for case, _ in speed))
+    ratios = [
+        report.paired(speed[case, "pyro_ebm"], speed[case, "bare loop"], "per_second")
+        for case in cases
+    ]
+    report.bars(axes[0], cases, ratios, "annealing: ours to the bare loop")
+    groups = report.grouped(
+        [row for row in rows if row["question"] == "error"], "case", "contestant", "settings"
+    )
+    for ax, case in zip(axes[1:], dict.fromkeys(case for case, *_ in groups)):
+        for contestant in ("pyro_ebm", "bare loop"):
+            runs = [g for (c, name, _), g in groups.items() if (c, name) == (case, contestant)]
+            x = [report.middle(group, "seconds") for group in runs]
+            y = [root_mean_square(group) for group in runs]
+            ax.plot(x, y, "o-", color=report.colour(contestant), label=contestant)
+        ax.set(xscale="log", yscale="log", xlabel="seconds of a run", ylabel="error of log Z, nats")
+        ax.set_title(case, fontsize=10)
+        ax.grid(alpha=0.25, which="both")
+        ax.legend(fontsize=8)
+    report.save(fig, path.with_suffix(".png"))
+
+
+QUESTION = Question(
+    name="annealing",
+    title="Annealed importance sampling",
+    preface=PREFACE,
+    measure=measure,
+    tables=tables,
+    pictures=pictures,
+    rounds=7,
+    minutes=1.5,
+    options={
+        "chains": {"type": int, "default": 1000},
+        "num_temperatures": {"type": int, "default": 101},
+        "seeds": {"type": int, "default": 10},
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    QUESTION.main()

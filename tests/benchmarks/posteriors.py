@@ -1,230 +1,361 @@
-"""How much does a second of sampling bring on two real posteriors?
+"""Question 1: how much does a second of sampling bring, on five posteriors?
 
-Eight schools (Rubin 1981), non-centred, 10 unconstrained dimensions; and logistic regression on
-scikit-learn's breast cancer data, 30 standardized features and an intercept, 31 dimensions.
-
-Each sampler runs once a round, in an order that is turned by one each round, so that a slow minute
-of the machine hits no sampler alone. Every row is one run and tells
-
-- ``whole``: seconds from the construction of the kernel to the last draw, with tracing, capture and
-  compilation;
-- ``warm``: seconds of the transitions alone, warmup included: without what comes before the first
-  one of each chain, and with a transition that captures or compiles a graph (it lasts more than
-  fifty times the median and 0.2 s) counted as a median one;
-- ``transitions``: the number of transitions, over all chains, warmup included;
-- ``ess``: the smallest bulk effective sample size among all latent quantities (ArviZ);
-- ``r_hat``: the largest rank-normalized R-hat among them, of half chains, so that one chain has it
-  too. Where it is well above 1.01, ``ess`` is no measure of anything.
-
-What Python imports on first use is imported before the first round, and counted for nobody.
+python -m tests.benchmarks.posteriors
+python -m tests.benchmarks.posteriors --posterior schools --chains 64 --rounds 5
 """
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import arviz as az
-import numpy as np
-import pyro
-import pyro.distributions as dist
-import torch
-from pyro.infer import NUTS, RandomWalkKernel
-from sklearn.datasets import load_breast_cancer
-from torch import Tensor
+import matplotlib.pyplot as plt
 
-from pyro_ebm import MCMC, LangevinKernel, MHKernel
+from tests.benchmarks import report
+from tests.benchmarks.harness import Options, Question, Row, progress, versions
+from tests.benchmarks.judge import agreement, judge
+from tests.benchmarks.models import POSTERIORS
+from tests.benchmarks.workers import OverBudget, Worker
 
-# ---- the posteriors ----------------------------------------------------------------------------
+PREFACE = """
+Effective draws per second on five posteriors. *ESS* is the smallest bulk effective size among the
+latent quantities (ArviZ; of a model with many alike, 32 evenly spaced ones), *tail* the smallest
+tail size. *Whole* counts everything of a first run, from the model to the draws on their
+supports, tracing and compiling included, every compiler starting with an empty cache. *Warm*
+counts warmup and draws, without tracing and compiling. Both divide the effective draws of the
+sampling phase.
 
+Samplers of a kind (HMC and NUTS; Langevin; random walks) run equally long: *warmup + draws*, of
+each chain. Where a dense mass matrix pays (logistic, Gaussian) every sampler that can have one
+has it. NumPyro's chains are vectorized, BlackJAX's mapped by `vmap`, its MALA tuned to an
+acceptance of 0.574, its ChEES with its pooled diagonal mass matrix; ours are compiled
+(`jit_compile=True`). Pyro's chains run one after another, so that its rates hold for any number
+of them. All in single precision.
 
-def eight_schools(sigma: Tensor, y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(y)):
-        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+Read *R-hat* first (the largest, rank-normalized, of half chains): where it is well above 1.01 the
+chains have not converged, and their ESS means nothing. *z* is the largest difference of a
+posterior mean, or second moment, from what the other samplers found together (or, for the
+Gaussian, from the exact mean), in standard errors: some 3 or 4 are chance, more than 6 are a
+sampler that is wrong or has not converged. *Over budget*: a single run would take more than the
+seconds said, or took them and was stopped. The last column is the ratio
+to the best peer that converged: with R-hat at most 1.02, or, of 1,000 chains, which are too short
+for an R-hat near 1, at most 1.1 and z at most 5. `*` marks a ratio of a sampler that did not
+converge itself.
+"""
 
-
-def schools_data() -> tuple[Tensor, Tensor]:
-    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    return sigma, torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-
-
-def logistic_regression(x: Tensor, y: Tensor) -> None:
-    beta = pyro.sample("beta", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
-    with pyro.plate("patient", len(y)):
-        pyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
-
-
-def cancer_data() -> tuple[Tensor, Tensor]:
-    x, y = load_breast_cancer(return_X_y=True)
-    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
-    return torch.cat([torch.ones(len(x), 1), x], -1), torch.tensor(y, dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    title: str
-    model: Callable[..., None]
-    data: Callable[[], tuple[Tensor, ...]]
-    dense: bool  # whether a dense mass matrix pays
-
-
-POSTERIORS = {
-    "schools": Posterior("Eight schools, non-centred, 10-d", eight_schools, schools_data, False),
-    "logistic": Posterior(
-        "Logistic regression, breast cancer, 31-d", logistic_regression, cancer_data, True
-    ),
+SAMPLERS = {  # and their kind; rivals side by side
+    "pyro_ebm ChEES": "gradient",
+    "NumPyro NUTS": "gradient",
+    "BlackJAX NUTS": "gradient",
+    "BlackJAX ChEES": "gradient",
+    "Pyro NUTS, jit": "Pyro",
+    "pyro_ebm Langevin": "langevin",
+    "BlackJAX MALA": "langevin",
+    "pyro_ebm MH": "walk",
+    "Pyro random walk": "walk",
 }
-
-# ---- the samplers ------------------------------------------------------------------------------
+CHAINS = (4, 64, 1000)
+MANY = 500
+LENGTHS = {  # warmup and draws of a kind, for the number of chains
+    "gradient": {4: (500, 1000), 64: (500, 500), 1000: (300, 100)},
+    "langevin": {4: (1000, 2000), 64: (1000, 1000), 1000: (1000, 200)},
+    "walk": {4: (1000, 2000), 64: (1000, 1000), 1000: (1000, 200)},
+    "Pyro": {4: (150, 150)},
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: a kernel, and how long it runs. The chains of Pyro's kernels run in turn."""
+    """A sampler on a posterior."""
 
+    posterior: str
     sampler: str
     chains: int
     warmup: int
-    draws: int  # transitions of each chain after warmup
-    thinning: int
-    kernel: Callable[[Posterior], Any] = field(repr=False)
-    arguments: str = ""
+    draws: int
 
     @property
-    def name(self) -> str:
-        return f"{self.sampler}, {self.chains} chain{'s' * (self.chains > 1)}"
+    def steps(self) -> int:
+        return self.chains * (self.warmup + self.draws)
 
 
-def settings(posterior: Posterior, quick: bool) -> Iterator[Setting]:
-    """The rows of one posterior, ours before Pyro's."""
-
-    def rows(sampler, chains, warmup, draws, thinning, kernel, arguments=""):
+def settings(posteriors: list[str], chains: list[int], quick: bool) -> Iterator[Setting]:
+    """The rows of the tables."""
+    for posterior in posteriors:
         for c in chains:
-            few = (40, 40, 1) if quick else (warmup, draws, thinning)
-            yield Setting(sampler, c, *few, kernel, arguments)
+            for sampler, kind in SAMPLERS.items():
+                alone = sampler.startswith("Pyro ")  # one chain at a time
+                if alone and (c > 4 or posterior not in ("schools", "logistic")):
+                    continue
+                if kind == "walk" and posterior in ("gaussian", "groups"):
+                    continue  # not in this dimension
+                lengths = LENGTHS[kind]
+                warmup, draws = lengths.get(c) or lengths[min(lengths, key=lambda n: abs(n - c))]
+                yield Setting(posterior, sampler, c, *((50, 50) if quick else (warmup, draws)))
 
-    dense = f"full_mass={posterior.dense}"
-    for jit in (False, True):
-        yield from rows(
-            "LangevinKernel" + ", compiled" * jit,
-            (1, 4) if quick else (1, 4, 64),
-            1000,
-            1500,
-            1,
-            lambda p, jit=jit: LangevinKernel(p.model, full_mass=p.dense, jit_compile=jit),
-            dense,
+
+class Runner:
+    """Measures settings in their workers, and knows which would take too long."""
+
+    def __init__(self, options: Options, budget: float):
+        # workers import JAX or our kernels, this process neither
+        self.workers = {
+            "jax": Worker(_setup_jax, options.threads),
+            "torch": Worker(_setup_torch, options.threads),
+        }
+        self.options, self.budget = options, budget
+        self.known: dict[tuple[str, str], tuple[Setting, float]] = {}
+
+    def measure(self, setting: Setting, seed: int) -> Row:
+        row: Row = {
+            "posterior": setting.posterior,
+            "sampler": setting.sampler,
+            "chains": setting.chains,
+            "warmup": setting.warmup,
+            "draws": setting.draws,
+            "seed": seed,
+            "settings": _described(setting),
+            "versions": _versions(setting.sampler),
+        }
+        key = setting.posterior, setting.sampler
+        other, seconds = self.known.get(key, (setting, 0.0))
+        if seconds * setting.steps / other.steps / 2 > self.budget:
+            return {**row, "over_budget": "expected"}
+        kind = "jax" if "JAX" in setting.sampler or "NumPyro" in setting.sampler else "torch"
+        arguments = (setting.sampler, setting.posterior, setting.chains, setting.warmup)
+        try:  # JAX may run twice, and draws are judged
+            found = self.workers[kind].run(
+                _measure, kind, *arguments, setting.draws, seed, seconds=2 * self.budget + 30
+            )
+        except OverBudget:
+            self.known[key] = setting, 2 * self.budget
+            return {**row, "over_budget": "stopped"}
+        self.known[key] = setting, found["warm"]
+        if found["whole"] > self.budget:
+            return {**row, "over_budget": f"{found['whole']:.0f} s"}
+        return {
+            **row,
+            **found,
+            **{
+                f"{ess}_per_second_{time}": found[ess] / found[time]
+                for ess in ("ess", "tail_ess")
+                for time in ("whole", "warm")
+            },
+        }
+
+
+def _setup_jax() -> None:
+    from tests.benchmarks import jax_samplers
+
+    jax_samplers.setup()
+
+
+def _setup_torch() -> None:
+    from tests.benchmarks import torch_samplers
+
+    torch_samplers.setup()
+
+
+def _measure(kind: str, *arguments: Any) -> dict[str, Any]:
+    """In a worker: runs a sampler, and judges its draws."""
+    from importlib import import_module
+
+    module = import_module(f"tests.benchmarks.{kind}_samplers")
+    found = module.measure(*arguments)
+    samples = found.pop("samples")
+    return {**found, **judge(samples)}
+
+
+def _described(setting: Setting) -> str:
+    dense = POSTERIORS[setting.posterior].dense and setting.sampler not in (
+        "BlackJAX ChEES",
+        "BlackJAX MALA",
+        "pyro_ebm MH",
+        "Pyro random walk",
+    )
+    return f"{setting.warmup} + {setting.draws}" + ", dense" * dense
+
+
+def _versions(sampler: str) -> str:
+    packages = {"NumPyro": ("numpyro", "jax"), "BlackJAX": ("blackjax", "numpyro", "jax")}
+    library = sampler.split(" ")[0]
+    return versions(*packages.get(library, ("pyro-ebm", "pyro-ppl", "torch")))
+
+
+def measure(
+    options: Options,
+    posterior: list[str] | None = None,
+    chains: list[int] | None = None,
+    sampler: list[str] | None = None,
+    budget: float = 45.0,
+) -> list[Row]:
+    few = options.quick and not posterior
+    names = posterior or (["schools"] if few else list(POSTERIORS))
+    counts = chains or ([4] if options.quick else list(CHAINS))
+    todo = [
+        s for s in settings(names, counts, options.quick) if not sampler or s.sampler in sampler
+    ]
+    runner, rows = Runner(options, budget), []
+    for i, setting in options.rotate(todo):
+        row = {"round": i, **runner.measure(setting, options.seed + i)}
+        rows.append(row)
+        told = row.get("over_budget") or (
+            f"{row['whole']:.1f} s whole, {row['warm']:.2f} s warm, ESS {row['ess']:.0f},"
+            f" R-hat {row['r_hat']:.3f}"
         )
-    yield from rows(
-        "MHKernel", (1, 4) if quick else (1, 4, 64), 1000, 3000, 2, lambda p: MHKernel(p.model)
+        progress(f"{i + 1}: {setting.posterior}, {setting.sampler}, {setting.chains}: {told}")
+    for worker in runner.workers.values():
+        worker.stop()
+    for row in rows:
+        row["budget"] = budget
+        same = [r for r in rows if r["posterior"] == row["posterior"] and "ess" in r]
+        if "ess" in row:
+            others = [r for r in same if r["sampler"] != row["sampler"]]
+            row["z"] = agreement(row, others, POSTERIORS[row["posterior"]].mean)
+    order = [(s.posterior, s.chains, s.sampler) for s in todo]
+    return sorted(
+        rows, key=lambda r: (order.index((r["posterior"], r["chains"], r["sampler"])), r["round"])
     )
-    yield from rows("NUTS", (1,), 300, 400, 1, lambda p: NUTS(p.model))
-    yield from rows(
-        "NUTS, jit",
-        (1,) if quick else (1, 4),
-        300,
-        400,
-        1,
-        lambda p: NUTS(p.model, jit_compile=True, ignore_jit_warnings=True),
-    )
-    yield from rows(
-        "RandomWalkKernel",
-        (1,) if quick else (1, 4),
-        1000,
-        3000,
+
+
+# ---- the report --------------------------------------------------------------------------------
+
+
+def converged(group: list[Row]) -> bool:
+    """By R-hat, which short chains inflate however well they mix: many of them, also by z."""
+    r_hat = report.middle(group, "r_hat")
+    many = group[0]["chains"] > MANY and report.middle(group, "z") <= 5
+    return r_hat <= (1.1 if many else 1.02)
+
+
+def best_peer(groups: dict[Any, list[Row]], value: str) -> float:
+    """The best median among peers that converged, NaN if there is none."""
+    rates = [
+        report.middle(group, value)
+        for (sampler, *_), group in groups.items()
+        if not sampler.startswith("pyro_ebm") and converged(group)
+    ]
+    return max(rates, default=float("nan"))
+
+
+def tables(rows: list[Row]) -> str:
+    header = ["sampler", "warmup + draws", "ESS/s, whole", "ESS/s, warm", "tail/s, whole"]
+    header += [
+        "tail/s, warm",
+        "whole, s",
+        "warm, s",
+        "R-hat",
+        "z",
+        "to the best peer, whole / warm",
+    ]
+    parts = []
+    for (posterior, chains), same in report.grouped(rows, "posterior", "chains").items():
+        groups = report.grouped(same, "sampler")
+        lines = []
+        for (sampler,), group in groups.items():
+            good = [row for row in group if "ess" in row]
+            line = [sampler, group[0]["settings"]]
+            if not good:
+                seconds = group[0]["budget"]
+                lines.append([*line, f"over budget ({seconds:.0f} s)", *[""] * (len(header) - 3)])
+                continue
+            line += [
+                report.spread([r[f"{value}_per_second_{when}"] for r in good])
+                for value in ("ess", "tail_ess")
+                for when in ("whole", "warm")
+            ]
+            line += [report.spread([r[when] for r in good]) for when in ("whole", "warm")]
+            line.append(f"{max(r['r_hat'] for r in good):.3f}")
+            line.append(f"{report.middle(good, 'z'):.1f}")
+            ratios = ""
+            if sampler.startswith("pyro_ebm"):
+                star = "" if converged(good) else "*"
+                ratios = " / ".join(
+                    report.number(
+                        report.middle(good, f"ess_per_second_{when}")
+                        / best_peer(groups, f"ess_per_second_{when}")
+                    )
+                    for when in ("whole", "warm")
+                )
+                ratios += star
+            lines.append([*line, ratios])
+        title = f"### {POSTERIORS[posterior].title}, {chains:,} chains"
+        parts.append(f"{title}\n\n{report.table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def pictures(rows: list[Row], path: Path) -> None:
+    posteriors = list(report.grouped(rows, "posterior"))
+    good = [row for row in rows if "ess" in row and converged([row])]
+    fig, axes = plt.subplots(
         2,
-        lambda p: RandomWalkKernel(p.model),
+        len(posteriors),
+        figsize=(3.6 * len(posteriors) + 1, 7.4),
+        layout="constrained",
+        squeeze=False,
     )
+    for column, (posterior,) in zip(axes.T, posteriors):
+        here = [row for row in good if row["posterior"] == posterior]
+        for ax, when in zip(column, ("whole", "warm")):
+            report.lines(
+                ax,
+                report.grouped(here, "sampler", "chains"),
+                f"ess_per_second_{when}",
+                xlabel="chains",
+                ylabel=f"min bulk ESS / s, {when}",
+                title=POSTERIORS[posterior].title,
+            )
+    found = {}
+    for ax in axes.flat:
+        handles, labels = ax.get_legend_handles_labels()
+        found.update(zip(labels, handles))
+    names = [s for s in SAMPLERS if s in found]
+    fig.legend([found[n] for n in names], names, loc="outside lower center", ncol=5, fontsize=9)
+    report.save(fig, path.with_suffix(".png"))
 
-
-# ---- the measurement ---------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """A hook that takes the time after every transition."""
-
-    def __init__(self) -> None:
-        self.gaps: list[float] = []
-        self.last = 0.0
-
-    def __call__(self, kernel: Any, params: Any, stage: str, i: int) -> None:
-        now = time.perf_counter()
-        first = stage.startswith("Warmup") and i == 0
-        if not first:
-            self.gaps.append(now - self.last)
-        self.last = now
-
-    def warm(self) -> float:
-        gaps = torch.tensor(self.gaps, dtype=torch.float64)
-        median = gaps.median()
-        return float(torch.where(gaps > 0.2 + 50 * median, median, gaps).sum())
-
-
-def quantities(mcmc: MCMC) -> Iterator[np.ndarray]:
-    """The draws of every latent number, each of shape ``(chains, draws)``."""
-    for x in mcmc.get_samples(group_by_chain=True).values():
-        yield from x.flatten(2).permute(2, 0, 1).numpy() if x.dim() > 2 else x[None].numpy()
-
-
-def halves(x: np.ndarray) -> np.ndarray:
-    """The two halves of every chain as chains, shape ``(2 chains, draws / 2)``."""
-    return x.reshape(2 * x.shape[0], x.shape[1] // 2)
-
-
-def measure(posterior: Posterior, setting: Setting, seed: int) -> dict[str, Any]:
-    """Runs one sampler once."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    data, watch = posterior.data(), Stopwatch()
-    start = time.perf_counter()
-    mcmc = MCMC(
-        setting.kernel(posterior),
-        setting.draws,
-        setting.warmup,
-        num_chains=setting.chains,
-        thinning=setting.thinning,
-        hook_fn=watch,
-        disable_progbar=True,
+    fig, axes = plt.subplots(
+        1,
+        len(posteriors),
+        figsize=(3.8 * len(posteriors) + 1, 4.2),
+        layout="constrained",
+        squeeze=False,
     )
-    mcmc.run(*data)
-    whole, warm = time.perf_counter() - start, watch.warm()
-    chains = list(quantities(mcmc))
-    ess = min(float(az.ess(x, method="bulk")) for x in chains)
-    r_hat = max(float(az.rhat(halves(x), method="rank")) for x in chains)
-    transitions = setting.chains * (setting.warmup + setting.draws)
-    return {
-        "sampler": setting.sampler,
-        "chains": setting.chains,
-        "warmup": setting.warmup,
-        "draws": setting.draws,
-        "arguments": setting.arguments,
-        "seed": seed,
-        "whole": whole,
-        "warm": warm,
-        "transitions": transitions,
-        "transitions_per_second": transitions / warm,
-        "ess": ess,
-        "ess_per_second_whole": ess / whole,
-        "ess_per_second_warm": ess / warm,
-        "r_hat": r_hat,
-    }
+    for ax, (posterior,) in zip(axes[0], posteriors):
+        names, ratios = [], []
+        for chains in sorted({row["chains"] for row in rows}):
+            here = [r for r in rows if r["posterior"] == posterior and r["chains"] == chains]
+            groups = {k: g for k, g in report.grouped(here, "sampler").items() if "ess" in g[0]}
+            for when in ("whole", "warm"):
+                value = f"ess_per_second_{when}"
+                own = [
+                    report.middle(g, value)
+                    for (s,), g in groups.items()
+                    if s.startswith("pyro_ebm") and converged(g)
+                ]
+                names.append(f"{chains:,} chains, {when}")
+                ratios.append(max(own, default=float("nan")) / best_peer(groups, value))
+        report.bars(ax, names, ratios, POSTERIORS[posterior].title)
+    fig.suptitle("Our best sampler to the best peer, min bulk ESS / s", fontsize=11)
+    report.save(fig, path.with_name(f"{path.name}-ratios.png"))
 
 
-def compare(
-    posterior: Posterior, rounds: int, seed: int, quick: bool, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """All samplers, ``rounds`` times, each round in another order and with another seed."""
-    rows = list(settings(posterior, quick))
-    for kernel in (LangevinKernel(posterior.model), NUTS(posterior.model)):
-        chains = 2 if isinstance(kernel, LangevinKernel) else 1
-        MCMC(kernel, 2, num_chains=chains, disable_progbar=True).run(*posterior.data())
-    results = []
-    for i in range(rounds):
-        turn = i * len(rows) // rounds
-        for setting in rows[turn:] + rows[:turn]:
-            progress(f"round {i + 1} of {rounds}: {posterior.title}: {setting.name}")
-            results.append({"round": i, **measure(posterior, setting, seed + i)})
-    order = [(s.sampler, s.chains) for s in rows]
-    return sorted(results, key=lambda r: (order.index((r["sampler"], r["chains"])), r["round"]))
+QUESTION = Question(
+    name="posteriors",
+    title="Posteriors: effective draws per second",
+    preface=PREFACE,
+    measure=measure,
+    tables=tables,
+    pictures=pictures,
+    packages=("numpyro", "blackjax", "jax", "scikit-learn"),
+    rounds=3,
+    minutes=12.0,
+    options={
+        "posterior": {"choices": POSTERIORS, "action": "append", "help": "all by default"},
+        "chains": {"type": int, "action": "append", "help": "4, 64 and 1000 by default"},
+        "sampler": {"choices": tuple(SAMPLERS), "action": "append", "help": "all by default"},
+        "budget": {"type": float, "default": 45.0, "help": "seconds of a single run"},
+    },
+)
+
+if __name__ == "__main__":
+    QUESTION.main()

@@ -1,145 +1,191 @@
-"""Rows of a measurement as a table, as JSON, as a picture."""
+"""Rows of a measurement as Markdown tables and as pictures."""
 
-import datetime
-import importlib.metadata
-import os
-import platform
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
-OTHERS = "<!-- by other commands -->"
-"""Where the part of a page begins that is not rewritten with the posteriors."""
+Row = dict[str, Any]
 
-PACKAGES = ("pyro-ebm", "pyro-ppl", "torch", "arviz", "numpy")
-
-COLUMNS = {
-    "chains": lambda g: str(g[0]["chains"]),
-    "warmup + draws": lambda g: f"{g[0]['warmup']} + {g[0]['draws']}",
-    "whole, s": lambda g: spread(g, "whole"),
-    "warm, s": lambda g: spread(g, "warm"),
-    "transitions/s": lambda g: spread(g, "transitions_per_second"),
-    "ESS/s, whole": lambda g: spread(g, "ess_per_second_whole"),
-    "ESS/s, warm": lambda g: spread(g, "ess_per_second_warm"),
-    "min ESS": lambda g: number(median(r["ess"] for r in g)),
-    "max R-hat": lambda g: f"{max(r['r_hat'] for r in g):.3f}",
+COLOURS = {
+    "pyro_ebm": "#c0392b",
+    "Pyro": "#e59866",
+    "NumPyro": "#2471a3",
+    "BlackJAX": "#1e8449",
+    "TorchEBM": "#7d3c98",
+    "scikit-learn": "#b7950b",
+    "bare": "#707b7c",
 }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": threads,
-        "device": "cpu",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+MARKERS = "osD^vP*X"
 
 
 def number(x: float) -> str:
     """Three significant digits.
 
-    >>> number(0.12345), number(12.345), number(12345.6)
-    ('0.123', '12.3', '12,300')
+    >>> number(0.12345), number(12.345), number(12345.6), number(float("nan"))
+    ('0.123', '12.3', '12,300', '-')
     """
+    if not math.isfinite(x):
+        return "-"
     if abs(x) >= 100:
         digits = len(str(int(abs(x)))) - 3
         return f"{round(x, -digits):,.0f}"
     return f"{x:.3g}"
 
 
-def spread(group: list[dict[str, Any]], key: str) -> str:
-    """Median, and the range over the rounds."""
-    values = [row[key] for row in group]
-    middle = number(median(values))
-    return (
-        middle if len(values) == 1 else f"{middle} ({number(min(values))}..{number(max(values))})"
-    )
+def duration(seconds: float) -> str:
+    """A time with its unit.
+
+    >>> duration(3.2e-5), duration(0.0123), duration(4.5)
+    ('32 us', '12.3 ms', '4.5 s')
+    """
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 1000 * scale:
+            return f"{number(seconds / scale)} {unit}"
+    return f"{number(seconds)} s"
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """The rounds of each sampler and number of chains, in the order of the rows."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def spread(values: Sequence[float], form: Callable[[float], str] = number) -> str:
+    """The median, and the range over the rounds.
+
+    >>> spread([1.0, 4.0, 2.0])
+    '2 (1..4)'
+    """
+    middle = form(median(values))
+    low, high = form(min(values)), form(max(values))
+    return middle if low == high else f"{middle} ({low}..{high})"
+
+
+def grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The rounds of whatever has the same keys, in the order in which they first came."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["sampler"], row["chains"]), []).append(row)
-    return groups
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table that also reads well in a terminal."""
-    lines = [["sampler", *COLUMNS]]
-    for group in grouped(rows).values():
-        name = group[0]["sampler"]
-        if group[0]["arguments"]:
-            name += f", {group[0]['arguments']}"
-        lines.append([name, *(column(group) for column in COLUMNS.values())])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
+def middle(group: Sequence[Row], key: str) -> float:
+    """The median of a number over the rounds, NaN where there is none."""
+    values = [row[key] for row in group if row.get(key) is not None]
+    return median(values) if values else math.nan
 
 
-def picture(results: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
-    """ESS per second against chains: medians, with the range over the rounds."""
-    fig, axes = plt.subplots(
-        2, len(results), figsize=(5.2 * len(results), 7.5), layout="constrained", squeeze=False
-    )
-    for column, (name, rows) in enumerate(results.items()):
-        samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-        for ax, what in zip(axes[:, column], ("whole", "warm")):
-            for i, sampler in enumerate(samplers):
-                groups = [g for (s, _), g in grouped(rows).items() if s == sampler]
-                values = [[row[f"ess_per_second_{what}"] for row in g] for g in groups]
-                middle = [median(v) for v in values]
-                ax.errorbar(
-                    [g[0]["chains"] for g in groups],
-                    middle,
-                    [
-                        [m - min(v) for m, v in zip(middle, values)],
-                        [max(v) - m for m, v in zip(middle, values)],
-                    ],
-                    fmt="o--" if "Kernel" not in sampler or sampler.startswith("Random") else "o-",
-                    color=f"C{i}",
-                    capsize=3,
-                    label=sampler,
-                )
-            ax.set(xscale="log", yscale="log", xlabel="chains", ylabel=f"min bulk ESS / s, {what}")
-            ax.set_xticks([1, 4, 64], ["1", "4", "64"])
-            ax.minorticks_off()
-            ax.set_title(titles[name], fontsize=10)
-            ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+def paired(own: Sequence[Row], other: Sequence[Row], key: str) -> float:
+    """The median, over the rounds that both were in, of the ratio of their numbers.
+
+    Those of one round were measured at nearly the same time: what slows the machine for a while
+    slows both.
+    """
+    theirs = {row["round"]: row[key] for row in other if row.get(key)}
+    ratios = [
+        row[key] / theirs[row["round"]]
+        for row in own
+        if row.get(key) is not None and row["round"] in theirs
+    ]
+    return median(ratios) if ratios else math.nan
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that also reads well in a terminal; numbers to the right."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
+    right = [
+        all(not line[i] or line[i][0].isdigit() or line[i][0] in "-+" for line in lines)
+        for i in range(len(header))
+    ]
+
+    def padded(line: Sequence[str]) -> str:
+        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)]
+        return "| " + " | ".join(parts) + " |"
+
+    rule = "| " + " | ".join("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right))
+    return "\n".join([padded(cells[0]), rule + " |", *(padded(line) for line in cells[1:])])
+
+
+def colour(contestant: str) -> str:
+    """One for each library."""
+    return next((c for name, c in COLOURS.items() if contestant.startswith(name)), "black")
+
+
+def lines(
+    ax: Any,
+    groups: dict[tuple[str, Any], list[Row]],
+    value: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Medians, with the range over the rounds, against the second key of each group; log-log."""
+    contestants = list(dict.fromkeys(name for name, _ in groups))
+    seen: dict[str, int] = {}
+    ticks = set()
+    for name in contestants:
+        ours = name.startswith("pyro_ebm")
+        points = []
+        for (contestant, x), group in groups.items():
+            values = [row[value] for row in group if row.get(value)]
+            if contestant == name and values:
+                points.append((x, median(values), min(values), max(values)))
+        if not points:
+            continue
+        x, y, low, high = (list(column) for column in zip(*sorted(points)))
+        ticks.update(x)
+        shade = colour(name)
+        mark = MARKERS[seen.setdefault(shade, 0) % len(MARKERS)]
+        style = ("-", "--", ":", "-.")[seen[shade] % 4]
+        seen[shade] += 1
+        ax.errorbar(
+            x,
+            y,
+            [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]],
+            fmt=mark + style,
+            color=shade,
+            lw=2 if ours else 1.3,
+            ms=5,
+            capsize=2,
+            label=name.replace("bare gradient", "gradient"),
+        )
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    if ticks:
+        ax.set_xticks(sorted(ticks), [f"{x:,}" for x in sorted(ticks)])
+    ax.xaxis.minorticks_off()
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.25)
+
+
+def bars(ax: Any, names: Sequence[str], ratios: Sequence[float], title: str) -> None:
+    """Ratios to the best peer, on a log scale around 1."""
+    shown = [(n, math.log2(r)) for n, r in zip(names, ratios) if math.isfinite(r) and r > 0]
+    places = range(len(shown))[::-1]
+    logs = [x for _, x in shown]
+    low, high = min([0.0, *logs]), max([0.0, *logs])
+    span = max(high - low, 1.0)
+    ax.barh(places, logs, color=["#c0392b" if x >= 0 else "#d98880" for x in logs], height=0.6)
+    for place, x in zip(places, logs):
+        side, gap = ("left", 0.02) if x >= 0 else ("right", -0.02)
+        ax.text(x + gap * span, place, f"{number(2**x)}x", va="center", ha=side, fontsize=8)
+    left = 0.3 if low < 0 else 0.06
+    right = 0.3 if high > 0 else 0.06
+    ax.set_xlim(low - left * span, high + right * span)
+    step = 0.5 if span <= 1.5 else max(1, math.ceil(span / 4))
+    first, last = (end / step for end in ax.get_xlim())
+    ticks = [t * step for t in range(math.ceil(first), math.floor(last) + 1)]
+    labels = [f"1/{2**-t:.0f}" if t <= -2 else f"{2**t:.2g}" for t in ticks]
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(list(places), [n for n, _ in shown])
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_title(title, fontsize=10)
+    ax.grid(axis="x", alpha=0.25)
+
+
+def save(fig: Any, path: Path) -> None:
+    """Writes a picture, and closes it."""
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def markdown(
-    results: dict[str, list[dict[str, Any]]],
-    titles: dict[str, str],
-    about: dict[str, Any],
-    command: str,
-    preface: str,
-) -> str:
-    """A page of the documentation."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    parts = [
-        "# Benchmarks",
-        preface.strip(),
-        f"Measured in {about['date'][:7]} on {about['cores']} cores, CPU only, torch threads:"
-        f" {about['threads']}, rounds: {about['rounds']}, seeds from {about['seed']} on;"
-        f" Python {about['python']},\n{versions}.\nThis page is written by",
-        f"```sh\n{command}\n```",
-    ]
-    for name, rows in results.items():
-        parts += [f"## {titles[name]}", table(rows)]
-    return "\n\n".join(parts) + "\n"

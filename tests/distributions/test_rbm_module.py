@@ -46,6 +46,42 @@ def ascend(net, data, steps, lr=1.0, recenter=0.0):
     return values
 
 
+# -- the gradient in closed form -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("family", [RBMModule, GaussianRBMModule])
+def test_the_contrast_is_that_of_autograd(family, centered):
+    torch.manual_seed(0)
+    x, negatives = torch.randn(30, 5).double(), 2 * torch.randn(41, 5).double()
+    if family is RBMModule:
+        x, negatives = (x > 0).double(), (negatives > 1).double()
+    net = family(5, 3, x, centered=centered, weight_scale=0.7)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    if centered:
+        net.recenter(x, 0.3)
+    (net().energy(x).mean() - net().energy(negatives).mean()).backward()
+    found = net.contrast(x, negatives)
+    assert found.keys() == dict(net.named_parameters()).keys()
+    for name, parameter in net.named_parameters():
+        assert_close(found[name], parameter.grad)
+        assert not found[name].requires_grad
+
+
+def test_a_machine_is_refreshed():
+    for net in (RBMModule(5, 3, centered=True), GaussianRBMModule(5, 3, centered=True)):
+        machine, x = net(), torch.bernoulli(torch.full((7, 5), 0.5))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        assert not torch.allclose(machine.energy(x), net().energy(x))
+        net.refresh(machine)
+        assert_close(machine.energy(x), net().energy(x))
+        assert_close(machine.hidden_logits(x), net().hidden_logits(x))
+
+
 # -- the start -----------------------------------------------------------------------------------
 
 

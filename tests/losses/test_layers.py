@@ -1,12 +1,17 @@
 """Training machines and networks without a loop of one's own."""
 
+import math
+
 import pyro
 import pytest
 import torch
 
 from pyro_ebm import ContrastiveDivergence
 from pyro_ebm.distributions import RBM, DeepBeliefNetwork, GaussianRBM
-from pyro_ebm.losses import fit_layers, fit_rbm
+from pyro_ebm.distributions.rbm_module import RBMModule
+from pyro_ebm.losses import fit_layers, fit_rbm, layers
+from pyro_ebm.losses.closed_form import ClosedFormStep
+from pyro_ebm.mcmc import GibbsKernel, LangevinKernel
 
 
 def patterns(n):
@@ -113,12 +118,139 @@ def test_own_loss_is_used():
         ({"data": torch.zeros(5, 4)}, r"data must have shape \(num, 6\), got \(5, 4\)"),
         ({"data": torch.full((5, 6), 1.5)}, r"some leave \[0, 1\]"),
         ({"data": torch.full((5, 6), torch.nan)}, r"some leave \[0, 1\]"),
+        ({"center_rate": 1.5}, r"center_rate must lie in \[0, 1\], got 1.5"),
     ],
 )
 def test_bad_input(change, message):
     arguments = {"data": patterns(20), "num_epochs": 1, **change}
     with pytest.raises(ValueError, match=message):
         fit_rbm(RBM.module(6, 2), disable_progbar=True, **arguments)
+
+
+# -- steps in closed form ------------------------------------------------------------------------
+
+SETTINGS = {
+    "CD-1": {},
+    "CD-3": {"num_steps": 3, "kernel": GibbsKernel()},
+    "persistent": {"persistent": True},
+    "restarted": {"persistent": True, "num_chains": 7, "restart_prob": 0.3, "num_steps": 2},
+}
+
+
+def trained(family, centered, settings, **kwargs):
+    pyro.set_rng_seed(3)
+    data = torch.randn(50, 6).double() if family is GaussianRBM else patterns(50).double()
+    net = family.module(6, 4, data, centered=centered, weight_scale=0.5)
+    loss = ContrastiveDivergence(**settings)
+    seen = []
+    told = fit_rbm(
+        net,
+        kwargs.pop("data", data),
+        num_epochs=4,
+        batch_size=16,
+        loss=loss,
+        callback=lambda epoch, now: seen.append(net.weights.detach().clone()),
+        disable_progbar=True,
+        **kwargs,
+    )
+    return net, loss, told, torch.stack(seen)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("family", [RBM, GaussianRBM])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_steps_in_closed_form_are_those_of_the_loss(monkeypatch, settings, family, centered):
+    """The same draws, and after every epoch the same parameters, chains and diagnostics."""
+    assert ClosedFormStep.of(family.module(6, 4), ContrastiveDivergence(**settings)) is not None
+    net, loss, told, path = trained(family, centered, settings)
+    monkeypatch.setattr(ClosedFormStep, "of", lambda *args: None)
+    net_, loss_, told_, path_ = trained(family, centered, settings)
+    torch.testing.assert_close(path, path_, rtol=1e-9, atol=1e-12)
+    assert (path[1:] - path[:-1]).abs().amax((1, 2)).min() > 1e-3  # and they move
+    torch.testing.assert_close(net.state_dict(), net_.state_dict(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(loss.chains, loss_.chains, rtol=1e-9, atol=1e-9)
+    assert loss.steps_taken == loss_.steps_taken == 4 * (50 // 16)
+    for one, other in zip(told, told_, strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+def test_probabilities_and_whole_numbers_as_data(monkeypatch):
+    """Bits are drawn, or cast, as they are for the loss."""
+    for data in (torch.rand(50, 6), patterns(50).to(torch.uint8), patterns(50).bool()):
+        with monkeypatch.context() as patch:
+            *_, path = trained(RBM, True, {"persistent": True}, data=data)
+            patch.setattr(ClosedFormStep, "of", lambda *args: None)
+            *_, path_ = trained(RBM, True, {"persistent": True}, data=data)
+        torch.testing.assert_close(path, path_, rtol=1e-9, atol=1e-12)
+
+
+class Tied(RBMModule):
+    """A machine whose hidden biases are all alike."""
+
+    def plain_parameters(self):
+        w, b, c = super().plain_parameters()
+        return w, b, c.mean() + torch.zeros_like(c)
+
+
+def hooked():
+    net = RBM.module(6, 4)
+    net.weights.register_hook(lambda grad: 0 * grad)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "settings"),
+    [
+        (Tied(6, 4), {}),
+        (hooked(), {}),
+        (torch.nn.utils.parametrizations.weight_norm(RBM.module(6, 4), "weights"), {}),
+        (RBM.module(6, 4), {"energy_penalty": 0.1}),
+        (RBM.module(6, 4), {"num_particles": 2}),
+        (RBM.module(6, 4), {"monitor": lambda p: p.exact_log_normalizer()}),
+        (GaussianRBM.module(6, 4), {"kernel": LangevinKernel()}),
+    ],
+    ids=["subclass", "hook", "parametrized", "penalty", "particles", "monitor", "kernel"],
+)
+def test_what_has_no_closed_form_is_left_to_the_loss(net, settings):
+    loss = ContrastiveDivergence(**settings)
+    assert ClosedFormStep.of(net, loss) is None
+    before = net.weights.detach().clone()
+    (told,) = fit_rbm(net, patterns(100), 1, loss=loss, disable_progbar=True)
+    assert all(math.isfinite(value) for value in told.values())
+    still = bool(net.weights._backward_hooks)
+    assert torch.equal(net.weights, before) == still
+
+
+def test_frozen_parameters_stay(monkeypatch):
+    ends = []
+    for closed in (True, False):
+        if not closed:
+            monkeypatch.setattr(layers.ClosedFormStep, "of", lambda *args: None)
+        pyro.set_rng_seed(0)
+        net = RBM.module(6, 4).double()
+        net.visible_bias.requires_grad_(False)
+        fit_rbm(net, patterns(100).double(), 3, 20, disable_progbar=True)
+        assert not net.visible_bias.any()
+        ends.append(net.weights.detach())
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_are_no_numbers_are_refused():
+    net = RBM.module(6, 2)
+    with pytest.raises(ValueError, match="Expected parameter weights"):
+        fit_rbm(
+            net,
+            patterns(200),
+            num_epochs=3,
+            callback=lambda *now: net.weights.data.fill_(torch.nan),
+            disable_progbar=True,
+        )
+
+
+def test_real_data_must_be_finite():
+    data = torch.tensor([[0.0, 1.0], [torch.inf, 2.0]])
+    with pytest.raises(ValueError, match="hold NaN or infinite values"):
+        fit_rbm(GaussianRBM.module(2, 2), data, 1, disable_progbar=True)
 
 
 def test_layers_take_no_loss():

@@ -1,0 +1,116 @@
+"""The states of what a training is made of: what to save, whether it fits, how to take it back."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_ebm.losses.base import EnergyLoss
+
+
+def state_of(piece: Any) -> Any:
+    """The state of a network, optimiser, loss, generator, or anything with ``state_dict``.
+
+    Example:
+        >>> list(state_of(torch.nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    if isinstance(piece, torch.Generator):
+        return piece.get_state()
+    if isinstance(piece, EnergyLoss):
+        return {"loss": piece.state_dict(), "steps_taken": piece.steps_taken}
+    if isinstance(piece, PyroOptim):
+        state = {**piece._state_waiting_to_be_consumed, **piece.get_state()}
+        return {name: s for name, s in state.items() if name is not None}  # of no parameter now
+    return piece.state_dict()
+
+
+def differences(piece: Any, state: Any) -> Iterator[str]:
+    """What keeps a state from being that of the piece, in words."""
+    if isinstance(piece, nn.Module):
+        yield from _differences_of_module(piece.state_dict(), state)
+    elif isinstance(piece, PyroOptim):
+        parameters = dict(pyro.get_param_store().named_parameters())
+        for name, moments in state.items():
+            if name in parameters:  # if not, the difference is the store's, and told there
+                of_torch = moments.get("optimizer", moments)
+                yield from _differences_of_moments(of_torch, [parameters[name]])
+    elif isinstance(piece, Optimizer):
+        sizes = [len(group["params"]) for group in piece.param_groups]
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        if sizes != saved:
+            yield f"it steps groups of {saved} parameters in the file, of {sizes} here"
+        else:
+            parameters = [p for group in piece.param_groups for p in group["params"]]
+            yield from _differences_of_moments(state, parameters)
+
+
+def _differences_of_module(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    missing, unknown = sorted(mine.keys() - saved.keys()), sorted(saved.keys() - mine.keys())
+    if missing:
+        yield f"the file does not hold {missing}"
+    if unknown:
+        yield f"the file holds {unknown}, which is not here"
+    for name in mine.keys() & saved.keys():
+        a, b = saved[name], mine[name]
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            continue
+        if a.shape != b.shape:
+            yield f"{name!r} has shape {tuple(a.shape)} in the file, {tuple(b.shape)} here"
+        elif a.dtype != b.dtype:
+            yield f"{name!r} is {a.dtype} in the file, {b.dtype} here"
+
+
+def _differences_of_moments(state: Mapping[str, Any], parameters: list[Tensor]) -> Iterator[str]:
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            shape = parameters[index].shape
+            if isinstance(value, Tensor) and value.dim() and value.shape != shape:
+                yield (
+                    f"{name!r} has shape {tuple(value.shape)} in the file, its parameter"
+                    f" {tuple(shape)} here"
+                )
+
+
+def restore(piece: Any, state: Any) -> None:
+    """Takes back what :func:`state_of` gave."""
+    if isinstance(piece, torch.Generator):
+        piece.set_state(state)
+    elif isinstance(piece, EnergyLoss):
+        piece.load_state_dict(state["loss"])
+        piece.steps_taken = state["steps_taken"]
+    elif isinstance(piece, PyroOptim):
+        _restore_pyro_optim(piece, state)
+    elif isinstance(piece, nn.Module | Optimizer):
+        piece.load_state_dict(state)
+    else:
+        kinds = {key: getattr(piece, key, None) for key in state}
+        # a file holds plain dicts
+        counters = {k: Counter(state[k]) for k, now in kinds.items() if isinstance(now, Counter)}
+        piece.load_state_dict({**state, **counters})
+
+
+def _restore_pyro_optim(optim: PyroOptim, state: Mapping[str, Any]) -> None:
+    """Pyro's optimisers hold one of torch's for each parameter, made when they first step it."""
+    store = pyro.get_param_store()
+    named = dict(store.named_parameters())
+    parameters = {name: named[name] for name in state}
+    optim.optim_objs.clear()
+    optim.grad_clip.clear()
+    grads = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    optim(list(parameters.values()))  # makes them; without a gradient, no parameter moves
+    for name, p in parameters.items():
+        p.grad = grads[name]
+        mine, saved = optim.optim_objs[p], state[name]
+        if hasattr(mine, "optimizer"):  # a scheduler around it
+            mine.optimizer.load_state_dict(saved["optimizer"])
+            mine.load_state_dict(saved["scheduler"])
+        else:
+            mine.load_state_dict(saved)

@@ -1,0 +1,250 @@
+r"""A function of tensors, written down as a graph of operations.
+
+``make_fx`` runs the function once and records what is done to tensors: Pyro's handlers, autograd
+and ``vmap`` leave their operations, and are gone. What it cannot record is refused here: values
+that the host reads, shapes that depend on values, random numbers.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
+from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
+
+
+class Graph:
+    """The operations that a function makes with tensors of some shapes.
+
+    Args:
+        function: maps tensors and nested tuples of them to the same.
+        inputs: its arguments.
+        tensors: the tensors in these, in order, as :func:`describe` collects them.
+
+    Attributes:
+        constants: what else it reads, parameters for example: further inputs of the graph.
+        checked: whether it was found to agree with the function at other inputs.
+        captured_at: the inputs, until then.
+
+    Raises:
+        RuntimeError: if the function does something that a graph cannot hold.
+    """
+
+    checked = False
+
+    def __init__(self, function: Callable[..., Any], inputs: Any, tensors: list[Tensor]):
+        structure: list[Any] = []
+
+        def on_tensors(*tensors: Tensor) -> list[Any]:
+            remaining = iter(tensors)
+            structure.append(function(*_refill(inputs, remaining)))
+            return tensors_of(structure[-1:])
+
+        self.captured_at = [x.detach().clone() for x in tensors]
+        with _NoHostReads():
+            # one tensor that comes twice would be one input of the graph for ever
+            graph = make_fx(on_tensors)(*(x.detach() for x in tensors))
+        _refuse_dynamic(graph)
+        _list_masks(graph)
+        self.build, _ = _builder(structure[-1])
+        self.graph, self.constants = _lifted(graph)
+        self.run: Callable[..., Any] = self.graph
+        self.replays = False
+        self.places, self.layouts = self._look()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """Where the tensors are that it refers to, and how they lie there."""
+        places = [(x.data_ptr(), x.stride()) for x in self.constants]
+        return places, [(x.shape, x.dtype, x.device) for x in self.constants]
+
+    def is_stale(self) -> bool:
+        """Whether a tensor that it refers to has become one of another shape (``x.data = y``)."""
+        if [(x.data_ptr(), x.stride()) for x in self.constants] == self.places:
+            return False
+        strides = [stride for _, stride in self.places]
+        self.places, layouts = self._look()
+        return layouts != self.layouts or [stride for _, stride in self.places] != strides
+
+    def compile(self, tensors: list[Tensor]) -> None:
+        """Turns it into machine code, for inputs that lie in memory as these do."""
+        arguments = [*tensors, *self.constants]
+        with torch.no_grad():
+            if all(x.device.type == "cpu" for x in arguments):
+                # neither guards nor assertions in each call: the caller has looked at the layouts
+                compiler: Any = _inductor()
+                run = compiler(self.graph, arguments, {"size_asserts": False})
+            else:
+                run = torch.compile(self.graph, mode="reduce-overhead", dynamic=False)
+                self.replays = True
+            try:
+                run(*arguments)  # compiled by its first call
+            except torch.linalg.LinAlgError:
+                self.run = run
+                raise
+            self.run = run
+
+    def captured_value(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        """What the graph says before it is compiled."""
+        with torch.no_grad():
+            return self.graph(*tensors, *self.constants)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        """The function's value at these inputs."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(tensors)
+        if self.replays:  # into the same memory each time
+            torch.compiler.cudagraph_mark_step_begin()
+            found = [x.clone() for x in self.run(*tensors, *self.constants)]
+        else:
+            found = self.run(*tensors, *self.constants)
+        return self.build(found)
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Refuses what would read a traced value and leave no trace."""
+
+    HIDDEN = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        mode = get_proxy_mode()
+        if func in self.HIDDEN and mode is not None and has_proxy_slot(args[0], mode.tracer):
+            raise RuntimeError(f"a value is read on the host, by Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_dynamic(graph: GraphModule) -> None:
+    """Raises a RuntimeError if a graph draws random numbers, or if shapes depend on its inputs."""
+    moved: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or moved.intersection(node.all_input_nodes):
+            moved.add(node)
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise RuntimeError(f"it draws random numbers of its own, by {node.target}")
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        shaping = node.all_input_nodes
+        if node.target is torch.ops.aten.index.Tensor:  # only a mask among its indices says shapes
+            masks = (torch.bool, torch.uint8)
+            indices = [x for x in node.args[1] if isinstance(x, Node)]
+            shaping = [x for x in indices if x.meta["val"].dtype in masks]
+        if moved.intersection(shaping):
+            raise RuntimeError(f"the shape of a tensor depends on values, by {node.target}")
+
+
+def _list_masks(graph: GraphModule) -> None:
+    """Writes masks that nothing moves as lists of indices: compilers want shapes that they know."""
+    nodes, known = graph.graph, {}
+    for node in list(nodes.nodes):
+        if node.op != "call_function":
+            continue
+        if all(x in known for x in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+        if node.target not in _INDEXING:
+            continue
+        listed: list[Any] = []
+        for x in node.args[1]:
+            mask = known.get(x) if isinstance(x, Node) else None
+            if mask is None or mask.dtype is not torch.bool:
+                listed.append(x)
+                continue
+            for indices in mask.nonzero(as_tuple=True):
+                name = f"listed_{len(nodes.nodes)}"
+                graph.register_buffer(name, indices)
+                with nodes.inserting_before(node):
+                    listed.append(nodes.get_attr(name))
+        node.update_arg(1, listed)
+    nodes.eliminate_dead_code()
+    graph.recompile()
+
+
+_INDEXING = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+
+
+def _inductor() -> Any:
+    from torch._inductor import compile  # it takes seconds to import
+
+    return compile
+
+
+def _lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """A graph with the tensors that it refers to as further inputs, and these tensors.
+
+    A compiler may take what a graph refers to for constants; inputs it must read in each call.
+    """
+    nodes, constants = graph.graph, {}
+    inputs = [node for node in nodes.nodes if node.op == "placeholder"]
+    for node in list(nodes.nodes):
+        if node.op != "get_attr" or not isinstance(getattr(graph, str(node.target)), Tensor):
+            continue
+        if node.target not in constants:
+            after = nodes.inserting_after(inputs[-1]) if inputs else nodes.inserting_before()
+            with after:
+                inputs.append(nodes.placeholder(f"referred_{len(constants)}"))
+            constants[node.target] = inputs[-1]
+        node.replace_all_uses_with(constants[node.target])
+        nodes.erase_node(node)
+    tensors = [getattr(graph, str(name)) for name in constants]
+    for name in constants:
+        delattr(graph, str(name))
+    graph.recompile()
+    return graph, tensors
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors of nested tuples."""
+    found: list[Tensor] = []
+    describe(values, [], found)
+    return found
+
+
+def describe(values: Iterable[Any], described: list[Any], tensors: list[Tensor]) -> None:
+    """Collects the tensors of nested tuples, and what a graph takes for granted of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            described += (value.shape, value.stride(), value.dtype, value.device)
+        elif isinstance(value, tuple | list):
+            described += (type(value), len(value))
+            describe(value, described, tensors)
+        else:
+            described += (type(value), value)
+
+
+def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The value with other tensors in place of its own, in their order."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if not isinstance(value, tuple | list):
+        return value
+    parts = [_refill(part, tensors) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _builder(value: Any, start: int = 0) -> tuple[Callable[[Sequence[Tensor]], Any], int]:
+    """What makes values like this one from tensors, those from ``start`` on, and where it ends."""
+    if isinstance(value, Tensor):
+        return operator.itemgetter(start), start + 1
+    if not isinstance(value, tuple | list):
+        return lambda tensors: value, start
+    make = getattr(value, "_make", type(value))
+    if all(isinstance(part, Tensor) for part in value):
+        stop = start + len(value)
+        return lambda tensors: make(tensors[start:stop]), stop
+    builders = []
+    for part in value:
+        builder, start = _builder(part, start)
+        builders.append(builder)
+    return lambda tensors: make([builder(tensors) for builder in builders]), start

@@ -1,0 +1,236 @@
+"""Chains on two ranks adapt as one population: to one step size, mass matrix and length."""
+
+import pytest
+import torch
+
+from pyro_ebm.distributions import UnnormalizedEnergy
+from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, TemperingKernel
+from pyro_ebm.mcmc.adaptation import PooledCovariance
+from pyro_ebm.mcmc.population import ALONE, binding_to, current, population_of, shares
+from pyro_ebm.ops.distributed import RankError, rank
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as two:
+        yield two
+
+
+@pytest.fixture(scope="module")
+def three():
+    with Ranks(3) as some:
+        yield some
+
+
+# -- sums, means, rows -----------------------------------------------------------------------
+
+
+def test_alone_nothing_is_asked_of_anyone():
+    x = torch.randn(5, 3)
+    assert population_of(4, distributed=True) is population_of(4, distributed=False) is ALONE
+    assert ALONE.here(7) == slice(0, 7)
+    assert torch.equal(ALONE.mean(x), x.mean(0))
+    assert ALONE.rows(x) is ALONE.to_first(x) is ALONE.from_first(x) is ALONE.total(x) is x
+    assert current() is ALONE
+    before = torch.get_rng_state()
+    ALONE.seed()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_torchrun_without_a_group_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"join_group\(\) first"):
+        population_of(4, distributed=True)
+    assert population_of(4, distributed=False) is ALONE
+
+
+@pytest.mark.parametrize(("num", "size"), [(64, 2), (7, 3), (3, 3)])
+def test_shares_differ_by_one_at_most(num, size):
+    found = shares(num, size)
+    assert sum(found) == num
+    assert found == sorted(found, reverse=True)
+    assert found[0] - found[-1] <= 1
+
+
+def pooled(x, flags, each):
+    """What a rank of 7 chains, with some rows each, hears of the rows of all."""
+    over = population_of(7, distributed=True)
+    here = over.here(7)
+    mine = x.reshape(7, each, -1)[here].reshape(-1, x.shape[-1])
+    first = over.to_first(mine)
+    assert (first is None) == (rank() > 0)
+    return (
+        over.mean(mine),
+        over.rows(mine),
+        mine if first is None else first,
+        over.total(mine[:1]),
+        over.from_first(torch.tensor([rank() + 5])),
+        [over.any(torch.tensor(flag)[here]) for flag in flags],
+    )
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_rows_are_those_of_all_ranks_in_order(three, each):
+    x = torch.randn(7 * each, 4, dtype=torch.float64)
+    flags = [[False] * 6 + [True], [True] + [False] * 6, [False] * 7]
+    found = three(pooled, x, flags, each)
+    for mean, rows, _, total, first, any_of in found:
+        assert torch.allclose(mean, x.mean(0), rtol=1e-14)
+        assert torch.equal(rows, x)
+        assert torch.allclose(total[0], x[0] + x[3 * each] + x[5 * each], rtol=1e-14)
+        assert first == 5
+        assert any_of == [True, True, False]
+    assert torch.equal(found[0][2], x)
+    assert torch.equal(found[1][0], found[0][0])
+    assert torch.equal(found[2][0], found[0][0])
+
+
+def kinds(dtype):
+    over = population_of(3, distributed=True)
+    x = torch.arange(3)[over.here(3)].to(dtype)
+    return over.to_first(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
+def test_draws_of_any_kind_come_to_the_first_rank(ranks, dtype):
+    first, second = ranks(kinds, dtype)
+    assert torch.equal(first, torch.arange(3).to(dtype))
+    assert second is None
+
+
+def drawn():
+    population_of(2, distributed=True).seed()
+    return torch.rand(3)
+
+
+def test_ranks_draw_other_numbers_from_one_seed(ranks):
+    first, second = ranks(drawn)
+    assert not torch.equal(first, second)
+    assert torch.equal(ranks(drawn)[0], first)
+
+
+def fails_on(faulty):
+    over = population_of(2, distributed=True)
+    try:
+        with over.all_or_none("the start"):
+            if rank() in faulty:
+                raise ValueError("of my own")
+    except (ValueError, RankError) as error:
+        return type(error), str(error)
+    return None
+
+
+def test_an_error_of_one_is_an_error_of_all(ranks):
+    assert ranks(fails_on, ()) == [None, None]
+    mine, theirs = (ValueError, "of my own"), (RankError, "the start failed on rank 1")
+    assert ranks(fails_on, (1,)) == [theirs, mine]
+    assert ranks(fails_on, (0, 1)) == [mine, mine]
+
+
+def refused():
+    try:
+        population_of(1, distributed=True)
+    except ValueError as error:
+        return str(error)
+
+
+def test_fewer_chains_than_ranks(ranks):
+    assert "num_chains=1 cannot be shared out over 2 ranks" in ranks(refused)[1]
+
+
+def covariance(z, dense):
+    stats = PooledCovariance(2, dense)
+    over = population_of(z.shape[1], distributed=True)
+    for batch in z[:, over.here(z.shape[1])]:
+        stats.update(batch.flatten(0, 1))
+    whole = stats.over(over)
+    return whole.count, whole.mean, whole.covariance()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_covariances_are_those_of_all_chains(ranks, dense, offset):
+    mixing = torch.randn(4, 4, dtype=torch.float64)
+    z = offset + torch.randn(10, 5, 2, 4, dtype=torch.float64) @ mixing  # of 5 chains, 2 groups
+    z[:, 3:] += 2.0  # the second rank's are elsewhere
+    found = ranks(covariance, z, dense)
+    for i in range(2):
+        count, mean, of_all = (x if isinstance(x, int) else x[i] for x in found[0])
+        rows = z[:, :, i].flatten(0, 1)
+        want = torch.cov(rows.T)
+        assert count == 50
+        assert torch.allclose(mean, rows.mean(0), rtol=1e-12)
+        assert torch.allclose(of_all, want if dense else want.diagonal(), rtol=1e-8, atol=1e-8)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+# -- warmup ----------------------------------------------------------------------------------
+
+
+def energy(x):
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=x.dtype)
+    return (x / scale).square().sum(-1) / 2
+
+
+KERNELS = {
+    "langevin": lambda: LangevinKernel(),
+    "langevin, dense": lambda: LangevinKernel(full_mass=True),
+    "chees": lambda: ChEESKernel(),
+    "chees, dense": lambda: ChEESKernel(full_mass=True),
+    "chees, captured": lambda: ChEESKernel(jit_compile="capture"),
+    "replicas": lambda: TemperingKernel(ChEESKernel(), [1.0, 0.5]),
+}
+
+
+def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
+    """What the chains of a rank have learned, and how many they are."""
+    p = UnnormalizedEnergy(energy, event_shape=(3,))
+    potential, kernel = EnergyPotential(p, like=torch.zeros(())), KERNELS[name]()
+    over = population_of(num_chains, distributed=True)
+    with binding_to(over):
+        kernel.bind(potential, warmup_steps)
+    torch.manual_seed(seed)
+    over.seed()
+    z = torch.randn(num_chains, 3)[over.here(num_chains)]
+    if rank() == 1:  # chains that behave otherwise than those of the other rank
+        z = z + far
+    state = kernel.init(z)
+    for _ in range(warmup_steps):
+        state, _ = kernel.step(state)
+    kernel = getattr(kernel, "_inner", kernel)
+    learned = kernel.adaptation.step_size, kernel.factor
+    if isinstance(kernel, ChEESKernel):
+        learned = *learned, kernel.trajectory_length, kernel._learner.known.center
+    return [x.clone() for x in learned], len(z)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_all_ranks_learn_the_same_to_the_last_bit(ranks, name):
+    (first, here), (second, there) = ranks(warmed_up, name, 9, 60, 30.0)
+    assert (here, there) == (5, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(x.isfinite().all() for x in first)
+
+
+def test_one_chain_on_a_rank(ranks):
+    (first, here), (second, there) = ranks(warmed_up, "chees", 3, 60)
+    assert (here, there) == (2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (first, _), (second, _) = ranks(warmed_up, "langevin", 2, 60)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["langevin", "chees", "chees, dense"])
+def test_two_ranks_adapt_as_one_process_does(ranks, name):
+    runs = range(4)  # each of 64 chains
+    shared = [ranks(warmed_up, name, 64, 100, 0.0, seed)[0][0] for seed in runs]
+    alone = [warmed_up(name, 64, 100, 0.0, 10 + seed)[0] for seed in runs]
+    for what in range(len(alone[0]) - (name != "langevin")):  # all but the center
+        a, b = (torch.stack([run[what] for run in some]) for some in (shared, alone))
+        if a.dim() == 4:  # a dense factor
+            a, b = a.diagonal(dim1=-2, dim2=-1), b.diagonal(dim1=-2, dim2=-1)
+        a, b = a.log(), b.log()
+        gap, error = (a.mean(0) - b.mean(0)).abs(), ((a.var(0) + b.var(0)) / len(runs)).sqrt()
+        assert (gap < 8 * error).all(), (what, gap / error)  # as 4.5 errors are, with these few
+        assert (gap < 0.15).all()

@@ -1,0 +1,171 @@
+"""The harness of the benchmarks: what decides which numbers are shown.
+
+The benchmarks themselves need the peers, and run by `make bench`.
+"""
+
+import doctest
+import time
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from tests.benchmarks import harness, report
+from tests.benchmarks.__main__ import NAMES
+from tests.benchmarks.harness import Options
+from tests.benchmarks.judge import agreement, judge, quantities
+from tests.benchmarks.models import POSTERIORS
+from tests.benchmarks.posteriors import QUESTION, converged, settings, tables
+from tests.benchmarks.torch_samplers import Stopwatch
+from tests.benchmarks.workers import OverBudget, Worker
+
+
+@pytest.mark.parametrize("module", [harness, report])
+def test_doctests(module):
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_question_is_named_like_its_module(name):
+    question = import_module(f"tests.benchmarks.{name}").QUESTION
+    assert question.name == name
+    parsed = harness.parser(question).parse_args(["--rounds", "2", "--quick"])
+    assert (parsed.rounds, parsed.quick, parsed.device) == (2, True, "cpu")
+
+
+def test_the_command_names_what_is_not_usual():
+    usual = vars(harness.parser(QUESTION).parse_args([]))
+    own = {name: usual.pop(name) for name in QUESTION.options}
+    plain = "python -m tests.benchmarks.posteriors"
+    assert QUESTION.command(Options(**usual), own) == plain
+    told = QUESTION.command(
+        Options(**{**usual, "quick": True, "seed": 3}), {**own, "sampler": ["Pyro NUTS, jit"]}
+    )
+    assert told == plain + " --seed 3 --quick --sampler 'Pyro NUTS, jit'"
+
+
+def test_a_missing_peer_says_how_to_get_it():
+    with pytest.raises(SystemExit, match=r"no-such-peer.*make bench"):
+        harness.require(("torch", "no-such-peer"))
+
+
+def test_turns():
+    order = [task for _, task in Options(rounds=3).rotate("abc")]
+    assert "".join(order) == "abcbcacab"
+    assert [i for i, _ in Options(rounds=3, quick=True).rotate("ab")] == [0, 0]
+    # the first round is finished, however long it takes; no other is begun
+    assert len(list(Options(rounds=3, minutes=0.0).rotate("abc"))) == 3
+
+
+def test_only_the_own_section_is_rewritten(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n\nwords\n\n<!-- begin a -->\nold\n<!-- end a -->\n\nmore\n", encoding="utf-8"
+    )
+    harness.write_section(page, "a", "new")
+    harness.write_section(page, "b", "last")
+    assert page.read_text(encoding="utf-8") == (
+        "# Title\n\nwords\n\n<!-- begin a -->\nnew\n<!-- end a -->\n\nmore\n"
+        "\n<!-- begin b -->\nlast\n<!-- end b -->\n"
+    )
+
+
+def test_ratios_are_paired_by_round():
+    own = [{"round": i, "x": x} for i, x in enumerate((2.0, 20.0, 4.0))]
+    other = [{"round": i, "x": x} for i, x in enumerate((1.0, 10.0, 1.0))]
+    assert report.paired(own, other, "x") == 2.0
+    assert np.isnan(report.paired(own, [], "x"))
+
+
+def autoregression(rng, rho, chains=8, draws=2000):
+    x = np.zeros((chains, draws))
+    noise = rng.standard_normal((chains, draws)) * np.sqrt(1 - rho**2)
+    x[:, 0] = rng.standard_normal(chains)
+    for t in range(1, draws):
+        x[:, t] = rho * x[:, t - 1] + noise[:, t]
+    return x
+
+
+def test_judge_knows_the_effective_size():
+    rng = np.random.default_rng(0)
+    rho = 0.8
+    found = judge({"a": autoregression(rng, rho), "b": rng.standard_normal((8, 2000))})
+    # of an autoregression the mean's is n (1 - rho) / (1 + rho)
+    assert found["ess"] == pytest.approx(16_000 * (1 - rho) / (1 + rho), rel=0.2)
+    assert found["r_hat"] < 1.02
+    assert found["errors"][0] == pytest.approx(found["ess"] ** -0.5, rel=0.2)
+
+
+def test_agreement_finds_a_wrong_mean_and_a_wrong_variance():
+    rng = np.random.default_rng(1)
+    good = [judge({"x": rng.standard_normal((4, 1000))}) for _ in range(3)]
+    assert agreement(good[0], good[1:], None) < 4
+    assert agreement(good[0], [], 0.0) < 4
+    shifted = judge({"x": 0.3 + rng.standard_normal((4, 1000))})
+    assert agreement(shifted, good, None) > 8
+    assert agreement(shifted, [], 0.0) > 8
+    wide = judge({"x": 1.3 * rng.standard_normal((4, 1000))})
+    assert agreement(wide, good, None) > 8
+    # a chain that has not converged is no reference
+    stuck = judge({"x": np.arange(4.0)[:, None] + 0.01 * rng.standard_normal((4, 1000))})
+    assert np.isnan(agreement(good[0], [stuck], None))
+
+
+def test_quantities_leave_out_what_is_fixed_and_thin_out_what_is_alike():
+    rng = np.random.default_rng(2)
+    root = np.zeros((2, 5, 2, 2))
+    root[..., 0, 0], root[..., 1, 0], root[..., 1, 1] = 1, *rng.random((2, 2, 5))
+    eta = np.broadcast_to(np.arange(998.0), (2, 5, 998)) + 2
+    x = quantities({"root": root, "eta": eta, "mu": rng.standard_normal((2, 5))})
+    assert x.shape == (2, 5, 32)
+    assert x[0, 0, [3, -1]].tolist() == [2, 999]
+
+
+def test_samplers_of_a_kind_run_equally_long():
+    lengths = {}
+    for s in settings(list(POSTERIORS), [4, 64, 1000], quick=False):
+        if s.sampler in ("pyro_ebm ChEES", "NumPyro NUTS", "BlackJAX NUTS", "BlackJAX ChEES"):
+            lengths.setdefault(s.chains, set()).add((s.warmup, s.draws))
+    assert set(lengths) == {4, 64, 1000}
+    assert all(len(found) == 1 for found in lengths.values())
+
+
+def test_over_budget_and_not_converged_are_told():
+    common = {"posterior": "schools", "chains": 4, "settings": "1 + 1", "budget": 45.0, "round": 0}
+    rates = {f"{e}_per_second_{w}": 1.0 for e in ("ess", "tail_ess") for w in ("whole", "warm")}
+    good = {"whole": 1.0, "warm": 1.0, "ess": 1.0, "r_hat": 1.001, "z": 2.0, **rates}
+    rows = [
+        {**common, **good, "sampler": "pyro_ebm ChEES", "r_hat": 1.3},
+        {**common, **good, "sampler": "BlackJAX MALA"},
+        {**common, "sampler": "NumPyro NUTS", "over_budget": "stopped"},
+    ]
+    told = tables(rows)
+    assert "over budget (45 s)" in told
+    assert "1 / 1*" in told
+    assert converged(rows[1:2])
+    assert not converged(rows[:1])
+    assert QUESTION.name == "posteriors"
+
+
+def test_a_transition_that_compiles_counts_as_a_usual_one():
+    watch = Stopwatch()
+    watch.first = watch.last = 1.0
+    watch.gaps = [0.01] * 9 + [3.0]
+    assert watch.warm(end=1.5) == pytest.approx(0.1 + 0.5)
+
+
+def begin():
+    pass
+
+
+def double(x):
+    return 2 * x
+
+
+def test_a_worker_answers_or_is_stopped():
+    worker = Worker(begin)
+    assert worker.run(double, 21, seconds=120) == 42
+    with pytest.raises(OverBudget):
+        worker.run(time.sleep, 60, seconds=0.2)
+    assert worker.run(double, 1, seconds=120) == 2
+    worker.stop()
