@@ -141,7 +141,7 @@ def test_same_posterior_as_nuts(name):
         "breast cancer": (breast_cancer, True),
     }[name]
     # R-hat of half chains of n draws that are worth n / tau is about 1 + tau / (2 n)
-    x = draw(ChEESKernel(model, full_mass=dense), 300, 1000, num_chains=64)
+    x = draw(ChEESKernel(model, full_mass=dense), 1000, 300, num_chains=64)
     assert_same_posterior(name, x)
     assert split_gelman_rubin(x, chain_dim=0, sample_dim=1).max() < 1.01
 
@@ -219,8 +219,9 @@ def test_each_group_learns_its_own():
     potential = EnergyPotential(energies)
     kernel = ChEESKernel(adapt_mass_matrix=False)
     draws, info = run_kernel(kernel, potential, potential.initial(300), 300, 100)
+    # in one dimension a step is about as long as this, and the number of steps is rounded up
     torch.testing.assert_close(
-        kernel.trajectory_length / scale, torch.full((3,), 2.0), rtol=0.3, atol=0.0
+        kernel.trajectory_length / scale, torch.full((3,), 1.5), rtol=0.2, atol=0.0
     )
     for group in range(3):
         assert_moments(draws[group::3, :, 0] / scale[group], 0.0, 1.0)
