@@ -20,6 +20,7 @@ starts both again. A rank that hangs is named by the other after a minute.
 """
 
 import argparse
+import glob
 import os
 import time
 from pathlib import Path
@@ -118,6 +119,14 @@ def train(training, held_out, args):
     return losses, args.num_steps - first
 
 
+def remove(checkpoint):
+    """The files of all ranks, for rank 0 to call: the next run starts anew."""
+    names = glob.escape(rank_path(checkpoint).name).replace(".rank0of", ".rank*of")
+    for path in list(checkpoint.parent.glob(names)):
+        files.previous(path).unlink(missing_ok=True)
+        path.unlink()
+
+
 def main():
     parser = argparse.ArgumentParser(description="An energy of digits, in several processes.")
     parser.add_argument("--num-steps", type=int, default=300)
@@ -138,9 +147,12 @@ def main():
     with naming_ranks(TIMEOUT):
         training = Training(shard, world_size(), args)
         losses, num_steps = train(training, held_out, args)
+        if world_size() > 1:
+            torch.distributed.barrier()  # all have saved
     report = {f"{world_size()} ranks" if world_size() > 1 else "one process": losses}
     speed = {name: training.seconds / max(num_steps, 1) for name in report}
     if rank() == 0 and world_size() > 1:
+        print("the ranks are done; rank 0 trains alone", flush=True)
         alone = Training(images, 1, args)
         report["one process"] = beside = {}
         for step in range(1, args.num_steps + 1):
@@ -153,8 +165,7 @@ def main():
         for step in losses:
             print(f"{step:7}" + "".join(f"{column[step]:15.4f}" for column in report.values()))
         print("ms/step" + "".join(f"{1000 * seconds:15.1f}" for seconds in speed.values()))
-    for path in (rank_path(args.checkpoint), files.previous(rank_path(args.checkpoint))):
-        path.unlink(missing_ok=True)  # it is done: the next run starts anew
+        remove(args.checkpoint)  # last of all: until then a restart needs the files of all ranks
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Every docstring example starts alike: same seed, empty param store, the usual names."""
+"""Every docstring example starts alike: seed 0, no parameters, one thread, the usual names."""
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +13,7 @@ def _fresh_doctest(doctest_namespace):
     pyro.enable_validation(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    torch.set_num_threads(1)
     doctest_namespace.update(
         torch=torch, pyro=pyro, dist=dist, UnnormalizedEnergy=UnnormalizedEnergy
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.replay import Replay, is_factor
+from pyro_ebm.mcmc.results import Results
 
 DRAWS = ("chain", "draw")
 
@@ -168,6 +169,8 @@ def _pareto_k(row: np.ndarray) -> float:
     above = int((row > np.sort(row)[-tail - 1]).sum())
     if above < 5:  # bounded weights, or a few that dwarf all others
         return math.inf if above else -math.inf
+    if 2 * int((row == 0).sum()) > above:  # most of the tail is at its end: bounded
+        return -math.inf
     import arviz
 
     if int(arviz.__version__.split(".")[0]) < 1:
@@ -201,6 +204,8 @@ class _Run:
                 f" {type(mcmc).__name__}"
             )
         if not getattr(mcmc, "_samples", None):
+            if isinstance(mcmc, Results):
+                mcmc.get_samples()  # which says why
             raise RuntimeError("there are no draws yet: call run first")
         self.samples: dict[str, Tensor] = mcmc.get_samples(group_by_chain=True)
         self.lead = tuple(next(iter(self.samples.values())).shape[:2])

@@ -16,10 +16,13 @@ Reference:
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
+
+from pyro_ebm.ops.arguments import check_count
 
 
 class MLPEnergy(nn.Module):
@@ -45,8 +48,9 @@ class MLPEnergy(nn.Module):
         spectral_norm: bool = False,
     ):
         super().__init__()
-        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        self.event_shape = torch.Size(shape)
+        event_shape = (event_shape,) if isinstance(event_shape, int) else event_shape
+        self.event_shape = _sizes("event_shape", event_shape)
+        hidden = _sizes("hidden", hidden, least=1)
         widths = [max(self.event_shape.numel(), 1), *hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -85,6 +89,8 @@ class ConvEnergy(nn.Module):
         spectral_norm: bool = False,
     ):
         super().__init__()
+        image_shape = _sizes("image_shape", image_shape, least=1)
+        check_count("channels", channels)
         if len(image_shape) not in (2, 3):
             raise ValueError(
                 f"image_shape must be (height, width) or (channels, height, width), got"
@@ -108,6 +114,14 @@ class ConvEnergy(nn.Module):
         """Energies ``(*batch)`` of images ``(*batch, *image_shape)``."""
         batch = _batch_of(x, self.event_shape)
         return self.layers(x.reshape((batch.numel(),) + self._image_shape)).reshape(batch)
+
+
+def _sizes(name: str, sizes: Any, least: int = 0) -> torch.Size:
+    if not isinstance(sizes, Sequence):
+        raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {sizes!r}")
+    for size in sizes:
+        check_count(name, size, least)
+    return torch.Size(sizes)
 
 
 def _hidden(layer: nn.Linear | nn.Conv2d, spectral_norm: bool) -> nn.Module:

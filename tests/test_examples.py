@@ -74,6 +74,11 @@ EXAMPLES = {
         [],
         ["from step 0", "step 4: saved", "held-out digit", "one process", "ms/step"],
     ),
+    "distributed_sampling.py": (
+        "--num-samples 20 --warmup-steps 20 --num-chains 4 --num-data 50 --dim 2",
+        [],
+        ["rank 0 of 1: step size", "w[1]", "r_hat", "4 chains in one process"],
+    ),
     "denoise.py": (
         "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
         ["denoise.png"],

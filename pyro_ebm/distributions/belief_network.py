@@ -59,6 +59,8 @@ class DeepBeliefNetwork(nn.Module):
 
     def __init__(self, machines: Iterable[RBMModule]):
         super().__init__()
+        if isinstance(machines, Tensor) or not isinstance(machines, Iterable):
+            raise ValueError(f"machines must be a list of them, got {machines!r}")
         machines = list(machines)
         for machine in machines:
             if not isinstance(machine, RBMModule):

@@ -74,7 +74,7 @@ class BoltzmannMachine(PairwiseEnergy):
         states: str = "spin",
         **kwargs: Any,
     ):
-        if states not in STATES:
+        if not isinstance(states, str) or states not in STATES:
             raise ValueError(f"states must be 'spin' (-1, 1) or 'binary' (0, 1), got {states!r}")
         if bias is not None:
             bias = floating("bias", bias, (couplings, edges))

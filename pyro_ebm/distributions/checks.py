@@ -26,9 +26,12 @@ def checked_shape(name: str, shape: Iterable[int]) -> torch.Size:
         ValueError: if it is no tuple of sizes, such as a number.
     """
     try:
-        return torch.Size(shape)
+        sizes = torch.Size(shape)
     except TypeError as error:
         raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {shape!r}") from error
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{name} must be a tuple of sizes, none below 0, got {shape!r}")
+    return sizes
 
 
 def lift_support(

@@ -39,6 +39,7 @@ from pyro_ebm.distributions.checks import (
     refuse_plain_elbo,
 )
 from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
+from pyro_ebm.ops.arguments import check_number, check_tensor
 from pyro_ebm.ops.score import score
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ class UnnormalizedEnergy(TorchDistribution):
         self.num_steps = num_steps
         self.constant_normalizer = constant_normalizer
         if log_normalizer is not None and not isinstance(log_normalizer, Tensor):
+            check_number("log_normalizer", log_normalizer)
             if not math.isfinite(float(log_normalizer)):
                 raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
             # in the energy's own precision: float32 keeps 7 digits of a double
@@ -242,7 +244,8 @@ class UnnormalizedEnergy(TorchDistribution):
             ValueError: under ``SVI.step`` with a plain ELBO that would train the energy without
                 its log Z.
         """
-        if self._validate_args:
+        check_tensor("value", value)
+        if self._validate_args and value.numel():  # torch's checks choke on none at all
             self._validate_sample(value)
         log_prob = self._log_prob(value)
         follows = self.is_normalized and not self.is_estimated
@@ -324,6 +327,8 @@ class UnnormalizedEnergy(TorchDistribution):
         new = copy.copy(self)
         like = self._like()
         log_z: Any = getattr(log_normalizer, "value", log_normalizer)
+        if not isinstance(log_z, Tensor):
+            check_number("log_normalizer", log_z)
         value = torch.as_tensor(log_z, dtype=like.dtype, device=like.device)
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
@@ -481,6 +486,7 @@ class UnnormalizedEnergy(TorchDistribution):
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _broadcast(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
         batch = x.shape[: x.dim() - self.event_dim]
         if x.shape[len(batch) :] != self.event_shape:
             raise ValueError(

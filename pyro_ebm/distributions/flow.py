@@ -5,6 +5,8 @@ estimation, a ``base`` for an energy, a proposal for ``MHKernel``. This is the o
 imports zuko, and it does so when a flow is made.
 """
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
+
+from pyro_ebm.ops.arguments import check_count, check_number, check_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +149,13 @@ def neural_spline_flow(
         >>> net().event_shape
         torch.Size([2])
     """
+    check_count("features", features)
+    check_count("context", context, 0)
+    check_count("transforms", transforms)
+    if not isinstance(hidden_features, Sequence):
+        raise ValueError(f"hidden_features must be widths, such as (64,), got {hidden_features!r}")
+    for width in hidden_features:
+        check_count("hidden_features", width)
     validate = Distribution._validate_args
     import zuko
 
@@ -187,9 +198,21 @@ def fit_flow(
     """
     parameters = list(flow.parameters()) if isinstance(flow, nn.Module) else []
     if not parameters:
-        raise ValueError("fit_flow needs a module with parameters that returns a distribution")
+        raise ValueError("flow must be a module with parameters that returns a distribution")
+    check_tensor("data", data)
+    check_count("num_steps", num_steps)
+    check_count("batch_size", batch_size)
+    check_number("lr", lr)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if data.dim() < 1 or not len(data):
+        raise ValueError(f"data must be points, shape (n, *event), got shape {tuple(data.shape)}")
     if not data.isfinite().all():
         raise ValueError("the data hold NaN or infinite values: drop those rows")
+    if data.shape[1:] != (event := flow().event_shape):
+        raise ValueError(
+            f"data must have shape (n, *{tuple(event)}) for this flow, got {tuple(data.shape)}"
+        )
     optimizer, losses = torch.optim.Adam(parameters, lr=lr), []
     with tqdm(range(num_steps), disable=disable_progbar, desc="fit flow") as bar:
         for _ in bar:

@@ -46,6 +46,7 @@ from pyro_ebm.distributions.two_layers import (
     softplus,
     times,
 )
+from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.enumerate import states
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class GaussianRBM(TwoLayers):
     ):
         n, _ = check_weights(weights)
         if not isinstance(scale, Tensor):
+            check_number("scale", scale)
+            if not math.isfinite(scale):
+                raise ValueError(f"scale must be finite, got {scale}")
             scale = torch.tensor(scale, dtype=weights.dtype, device=weights.device)
         if scale.dim() == 0:
             scale = scale.expand(n)

@@ -10,7 +10,7 @@ weight is the share of its component only where the component is normalized: a m
 :math:`Z_k`, or it is one of unnormalized densities.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,8 @@ def mixture(
         >>> (p.sample((1000,)) > 0).float().mean()
         tensor(0.8010)
     """
+    if isinstance(components, Tensor) or not isinstance(components, Iterable):
+        raise ValueError(f"components must be a list of distributions, got {components!r}")
     checked = [as_part(f"component {k}", part) for k, part in enumerate(components)]
     if not checked:
         raise ValueError("mixture needs at least one component")
@@ -223,7 +225,10 @@ def _checked_weights(weights: Any, components: Sequence[Distribution]) -> Tensor
     if not isinstance(weights, Tensor):
         like = first_tensor(held(components))
         like = torch.empty(()) if like is None else like.detach()
-        weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+        try:
+            weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"weights must be numbers, got {weights!r}") from error
     elif not weights.is_floating_point():
         weights = weights.to(torch.get_default_dtype())
     if weights.dim() == 0 or weights.shape[-1] != len(components):

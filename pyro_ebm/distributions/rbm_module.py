@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.distributions.gaussian_rbm import GaussianRBM
 from pyro_ebm.distributions.rbm import RBM
+from pyro_ebm.ops.arguments import check_count, check_number, check_tensor
 
 
 class RBMModule(nn.Module):
@@ -86,10 +87,9 @@ class RBMModule(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if min(num_visible, num_hidden) < 1:
-            raise ValueError(
-                f"num_visible and num_hidden must be at least 1, got {num_visible}, {num_hidden}"
-            )
+        check_count("num_visible", num_visible)
+        check_count("num_hidden", num_hidden)
+        check_number("weight_scale", weight_scale)
         data = self._checked(data, num_visible)
         weights = weight_scale * torch.randn(
             num_visible, num_hidden, generator=generator, dtype=data.dtype
@@ -218,6 +218,7 @@ class RBMModule(nn.Module):
         """The data as floating numbers, without rows if there are none."""
         if data is None:
             return torch.empty(0, num_visible)
+        check_tensor("data", data)
         if data.dim() != 2 or data.shape[1] != num_visible or not len(data):
             raise ValueError(
                 f"data must have shape (num, {num_visible}), got {tuple(data.shape)}: flatten"

@@ -29,6 +29,7 @@ from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite, find_site, leaves
+from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.distributed import pooled_mean
 
 
@@ -73,6 +74,7 @@ class EnergyLoss(Trace_ELBO):
                 "vectorize_particles is not for energy losses: an energy would see the particles"
                 " as rows; leave it out, num_particles=... runs one after another"
             )
+        check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles, **kwargs)
         self._records: dict[str, dict[str, Tensor]] = {}
         self._checked: frozenset[str] | None = None

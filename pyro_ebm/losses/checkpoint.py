@@ -4,18 +4,24 @@ What a training is made of: parameters, in Pyro's store and in networks (a learn
 them), buffers of networks, the optimiser's moments, the loss with its persistent chains and step
 sizes, and the random state. All of it in one file, written whole or not at all, the one before
 kept (:mod:`pyro_ebm.files`). On the same machine and the CPU, what follows a load is bit for bit
-what would have followed the save.
+what would have followed the save. (A kernel with ``jit_compile=True`` is the exception: graphs are
+no part of the file, a loss meets its energy first without one, and what is compiled rounds
+differently. Then it is the same to rounding; with ``False`` and ``"capture"`` it is exact.)
 
 In a process group every rank calls both functions, and has a file of its own
 (:func:`~pyro_ebm.ops.distributed.rank_path`): chains and random states are its own. Ranks that were
-stopped between one's save and the other's go back to the last step that all of them have.
+stopped between one's save and the other's go back to the last save that all of them have: saves
+are numbered, from 1, and a training that was loaded counts on from its file.
 """
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -35,6 +41,9 @@ from pyro_ebm.ops.distributed import gathered, rank, rank_path, world_size
 
 KIND = "training"
 ABSENT, UNREADABLE = -1, -2
+# What a load_state_dict raises for a state of another piece
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_saves: dict[str, int] = {}  # the number of the last save, by the file it is in
 
 
 def save_training(path: str | os.PathLike[str], /, *parts: Any, **progress: Any) -> None:
@@ -80,7 +89,7 @@ def save_training(path: str | os.PathLike[str], /, *parts: Any, **progress: Any)
         >>> [svi.step(x) for _ in range(5)] == first
         True
     """
-    pieces = _pieces(parts)
+    pieces, mine = _pieces(parts), rank_path(path)
     covered = _parameters_in(pieces)
     store = pyro.get_param_store()
     loose = {name: p for name, p in store.named_parameters() if id(p) not in covered}
@@ -97,9 +106,11 @@ def save_training(path: str | os.PathLike[str], /, *parts: Any, **progress: Any)
         "constraints": {name: str(constraints[name]) for name in loose},
         "random": files.random_state(),
         "steps": sum(p.steps_taken for _, p in pieces if isinstance(p, EnergyLoss)),
+        "saves": _saves_at(mine) + 1,
         "progress": progress,
     }
-    files.save(rank_path(path), payload, KIND)
+    files.save(mine, payload, KIND)
+    _saves[os.path.abspath(mine)] = payload["saves"]
 
 
 def load_training(
@@ -112,7 +123,8 @@ def load_training(
 ) -> dict[str, Any]:
     """Takes back what :func:`save_training` wrote, into parts made as they were made before.
 
-    Everything is compared first: nothing changes unless all of it fits.
+    Everything is compared first: nothing changes unless all of it fits. A piece that then refuses
+    its state all the same has the others put back to where they were.
 
     Args:
         path: the file.
@@ -120,8 +132,9 @@ def load_training(
         args: what the model and the guide are called with, where their parameters are not made
             yet, as in a new process: they are run once to make them.
         kwargs: likewise.
-        missing_ok: whether no file means a training that has not begun, ``{}``, not an error. A
-            file that cannot be read is always one.
+        missing_ok: whether no file means a training that has not begun, ``{}``, not an error;
+            so it is if the ranks were stopped within their very first save. A file that cannot
+            be read is always an error.
 
     Returns:
         The progress that was saved.
@@ -134,6 +147,7 @@ def load_training(
     payload = _read(path, missing_ok)
     if payload is None:
         return {}
+    _saves[os.path.abspath(rank_path(path))] = payload.get("saves", 0)
     if args or kwargs:
         _make_parameters(parts, args, kwargs or {})
     pieces = _pieces(parts)
@@ -151,14 +165,38 @@ def load_training(
     told += _differences_of_store(payload, _parameters_in(pieces))
     if told:
         raise CheckpointError(f"{name} does not fit: {'; '.join(told)}")
-    store = dict(pyro.get_param_store().named_parameters())
-    with torch.no_grad():
-        for key, value in payload["store"].items():
-            store[key].copy_(value)
-    for (_, piece), state in zip(pieces, states):
-        restore(piece, state)
-    files.set_random_state(payload["random"])
+    with ExitStack() as undo:
+        undo.callback(files.set_random_state, files.random_state())
+        undo.callback(_set_store, {name: _stored()[name].clone() for name in payload["store"]})
+        _set_store(payload["store"])
+        for (title, piece), state in zip(pieces, states):
+            undo.callback(_put_back, piece, deepcopy(state_of(piece)))
+            try:
+                restore(piece, state)
+            except REFUSALS as error:
+                raise CheckpointError(
+                    f"{name} does not fit: {title} refuses its state"
+                    f" ({type(error).__name__}: {error}); nothing is changed"
+                ) from error
+        files.set_random_state(payload["random"])
+        undo.pop_all()
     return payload["progress"]
+
+
+def _stored() -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in pyro.get_param_store().named_parameters()}
+
+
+def _set_store(values: Mapping[str, Tensor]) -> None:
+    store = _stored()
+    for name, value in values.items():
+        store[name].copy_(value)
+
+
+def _put_back(piece: Any, state: Any) -> None:
+    """To the state before; one that takes back nothing must not keep the others from theirs."""
+    with suppress(*REFUSALS):
+        restore(piece, state)
 
 
 # -- what the parts are made of --------------------------------------------------------------------
@@ -217,11 +255,13 @@ def _parameters_in(pieces: list[tuple[str, Any]]) -> set[int]:
 
 def _make_parameters(parts: tuple[Any, ...], args: Any, kwargs: Any) -> None:
     """Runs models and guides once: ``pyro.param`` and lazy guides make their parameters."""
+    random = files.random_state()
     for part in parts:
         if isinstance(part, SVI | ELBOModule):
             with torch.no_grad():
                 trace = poutine.trace(part.guide).get_trace(*args, **kwargs)
                 poutine.replay(part.model, trace=trace)(*args, **kwargs)
+    files.set_random_state(random)
 
 
 def _differences_of_store(payload: dict[str, Any], covered: set[int]) -> Iterator[str]:
@@ -244,6 +284,11 @@ def _differences_of_store(payload: dict[str, Any], covered: set[int]) -> Iterato
                 f"the parameter {name!r} has shape {tuple(saved[name].shape)} in the file,"
                 f" {tuple(mine[name].shape)} here"
             )
+        elif saved[name].dtype != mine[name].dtype:
+            yield (
+                f"the parameter {name!r} is {saved[name].dtype} in the file,"
+                f" {mine[name].dtype} here"
+            )
         constraint, now = payload["constraints"][name], str(constraints[name])
         if constraint != now:
             yield f"the parameter {name!r} has the constraint {constraint} in the file, {now} here"
@@ -257,48 +302,85 @@ def _listed(titles: list[str]) -> str:
 # -- one file for each rank ------------------------------------------------------------------------
 
 
+class _Mark(NamedTuple):
+    """Which save a file is of: ranks go on from files of one mark."""
+
+    saves: int  # its number, or ABSENT or UNREADABLE
+    steps: int = 0  # that the losses have taken
+    previous: bool = False  # whether the file before is kept
+
+    @property
+    def save(self) -> tuple[int, int]:
+        return self.saves, self.steps
+
+    def __str__(self) -> str:
+        return "none" if self.saves == ABSENT else f"save {self.saves} after {self.steps} steps"
+
+
 def _read(path: str | os.PathLike[str], missing_ok: bool) -> dict[str, Any] | None:
-    """The payload of this rank, of a step that all ranks have; None where no rank has a file."""
+    """The payload of this rank, of a save that all ranks have; None where no save was complete."""
     mine = rank_path(path)
     if world_size() == 1:
         if not mine.exists():
             _refuse_other_ranks(path)
         return files.load(mine, KIND) if mine.exists() or not missing_ok else None
-    payload, steps = _try(mine)
-    all_steps: list[int] = gathered(torch.tensor(steps)).tolist()
-    _refuse_unreadable(path, all_steps)
-    if max(all_steps) == ABSENT:
+    payload, mark = _try(mine)
+    marks = _of_all_ranks(mark)
+    _refuse_unreadable(path, marks)
+    if max(marks).saves == ABSENT:
         _refuse_other_ranks(path)
         if missing_ok:
             return None
         raise FileNotFoundError(f"no rank has a file of its own for {os.fspath(path)}")
-    if len(set(all_steps)) > 1:  # stopped between one rank's save and another's
-        target = min(all_steps)
-        if steps != target:
-            payload, steps = _try(files.previous(mine))
-        at: list[int] = gathered(torch.tensor(steps)).tolist()
-        if target == ABSENT or at != [target] * len(at):
-            raise CheckpointError(
-                f"the files of the ranks for {os.fspath(path)} are of different steps"
-                f" ({_by_rank(all_steps)}), and no step is kept by all of them: bring back files"
-                " of one step, or remove them all to start anew"
-            )
+    if len({m.save for m in marks}) == 1:
+        return payload
+    target = min(m.save for m in marks)  # stopped between one rank's save and another's
+    begun = target[0] != ABSENT or max(marks).saves > 1 or any(m.previous for m in marks)
+    if missing_ok and not begun:  # within the first save
+        mine.unlink(missing_ok=True)
+        return None
+    behind = mark.save == target
+    if not behind:
+        payload, mark = _try(files.previous(mine))
+    if target[0] == ABSENT or {m.save for m in _of_all_ranks(mark)} != {target}:
+        told = ", ".join(f"rank {r} has {m}" for r, m in enumerate(marks))
+        raise CheckpointError(
+            f"the files of the ranks for {os.fspath(path)} are of different saves ({told}), and no"
+            " save is kept by all of them: bring back files of one save, or remove them all to"
+            " start anew"
+        )
+    if not behind:  # all agree; else the next save would keep the newer one as the one before
+        files.previous(mine).replace(mine)
     return payload
 
 
-def _try(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """A payload and its number of steps; a rank that raised here would leave the others waiting."""
+def _try(path: Path) -> tuple[dict[str, Any] | None, _Mark]:
+    """A payload and its mark; a rank that raised here would leave the others waiting."""
     try:
+        before = files.previous(path).exists()
         payload = files.load(path, KIND)
     except FileNotFoundError:
-        return None, ABSENT
-    except CheckpointError:
-        return None, UNREADABLE
-    return payload, payload["steps"]
+        return None, _Mark(ABSENT)
+    except (OSError, CheckpointError):
+        return None, _Mark(UNREADABLE)
+    return payload, _Mark(payload.get("saves", 0), payload["steps"], before)
 
 
-def _refuse_unreadable(path: str | os.PathLike[str], all_steps: list[int]) -> None:
-    bad = [r for r, steps in enumerate(all_steps) if steps == UNREADABLE]
+def _of_all_ranks(mark: _Mark) -> list[_Mark]:
+    rows: list[list[int]] = gathered(torch.tensor(list(map(int, mark)))).tolist()
+    return [_Mark(saves, steps, bool(previous)) for saves, steps, previous in rows]
+
+
+def _saves_at(path: Path) -> int:
+    """How many saves have led to a file, 0 where there is none."""
+    if not path.exists():
+        return 0
+    known = _saves.get(os.path.abspath(path))
+    return max(_try(path)[1].saves, 0) if known is None else known
+
+
+def _refuse_unreadable(path: str | os.PathLike[str], marks: list[_Mark]) -> None:
+    bad = [r for r, mark in enumerate(marks) if mark.saves == UNREADABLE]
     if rank() in bad:
         files.load(rank_path(path), KIND)  # says why
     if bad:
@@ -307,18 +389,12 @@ def _refuse_unreadable(path: str | os.PathLike[str], all_steps: list[int]) -> No
 
 def _refuse_other_ranks(path: str | os.PathLike[str]) -> None:
     """Another number of ranks has saved a training there."""
-    path = Path(path)
-    mine = rank_path(path)
-    found = [path, *path.parent.glob(f"{path.stem}.rank*of*{path.suffix}")]
+    path, mine = Path(path), rank_path(path)
+    stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
+    found = [path, *path.parent.glob(f"{stem}.rank*of*{suffix}")]
     others = sorted(p.name for p in found if p.exists() and p != mine)
     if others:
         raise CheckpointError(
             f"there is no {mine.name}, but there is {others[0]}: chains and random states belong to"
             " their ranks, so start as many as saved it"
         )
-
-
-def _by_rank(steps: list[int]) -> str:
-    return ", ".join(
-        f"rank {r} has {'none' if n == ABSENT else f'step {n}'}" for r, n in enumerate(steps)
-    )

@@ -33,6 +33,7 @@ from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.short_run import default_kernel
 from pyro_ebm.mcmc.tempering import TemperingKernel
+from pyro_ebm.ops.arguments import check_count, check_number
 
 STEP_SIZE_GAIN = 0.1
 
@@ -122,6 +123,8 @@ class ContrastiveDivergence(EnergyLoss):
             )
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+        check_number("restart_prob", restart_prob)
+        check_number("energy_penalty", energy_penalty)
         if not 0 <= restart_prob <= 1:
             raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
         if energy_penalty < 0 or not math.isfinite(energy_penalty):
@@ -131,8 +134,8 @@ class ContrastiveDivergence(EnergyLoss):
                 "num_chains and restart_prob speak of the buffer of persistent chains: give"
                 " persistent=True"
             )
-        if num_chains is not None and num_chains < 1:
-            raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+        if num_chains is not None:
+            check_count("num_chains", num_chains)
         self.kernel, self.num_steps, self.persistent = kernel, num_steps, persistent
         self.num_chains, self.restart_prob = num_chains, restart_prob
         self.energy_penalty = energy_penalty

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
 from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
 from pyro_ebm.losses.sites import EnergySite, leaves
 from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.score import value_and_grad
 
 
@@ -108,13 +110,18 @@ class FlowNCE(NCE):
             raise ValueError(
                 f"alternate must be 'accuracy', None or a number of steps, got {alternate!r}"
             )
+        check_number("smoothing", smoothing)
+        if broad_noise is not None and not isinstance(broad_noise, Distribution):
+            raise ValueError(f"broad_noise must be a distribution, got {broad_noise!r}")
         for name, value in (("threshold", threshold), ("broad_weight", broad_weight)):
+            check_number(name, value)
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
         self.alternate, self.threshold, self.smoothing = alternate, threshold, smoothing
-        self.broad_noise, self.broad_weight = broad_noise, broad_weight
+        self.broad_noise: Any = broad_noise
+        self.broad_weight = broad_weight
         self.accuracy: float | None = None
         self.num_steps = 0
 

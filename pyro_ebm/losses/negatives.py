@@ -5,6 +5,9 @@ serves a whole training run, since it reads the parameters where the optimiser c
 model makes its energy anew at each step, and a graph of another energy would be silently wrong:
 the graph is used again only where a :class:`~pyro_ebm.losses.fingerprint.Fingerprint` says that
 the energy computes the same, and captured only when an energy has come a second time.
+
+Graphs are no state: a training that was loaded meets its energies anew. A captured graph computes
+what runs without one, to the last bit; a compiled one, ``jit_compile=True``, to rounding.
 """
 
 import copy

@@ -29,6 +29,7 @@ from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.mode import eval_mode
+from pyro_ebm.ops.arguments import check_number, check_tensor
 from pyro_ebm.ops.distributed import gathered
 
 
@@ -333,10 +334,17 @@ def gaussian_noise(
         >>> noise.event_shape
         torch.Size([2])
     """
-    if len(data) < 2 or not width > 0:
-        raise ValueError(f"two or more points and a width > 0 are needed, got {len(data)}, {width}")
+    check_tensor("data", data)
+    check_number("width", width)
+    if data.dim() < 1 or len(data) < 2 or not 0 < width < math.inf:
+        raise ValueError(
+            "data of two or more points and a finite width > 0 are needed, got data of shape"
+            f" {tuple(data.shape)} and width={width}"
+        )
     if not data.isfinite().all():
         raise ValueError("the data hold NaN or infinite values: drop those rows")
+    if not data.is_floating_point():
+        data = data.to(torch.get_default_dtype())
     flat = data.detach().reshape(len(data), -1)
     mean, d = flat.mean(0), flat.shape[-1]
     scale = width * flat.std(0).clamp(min=1e-3 * float(flat.std()) + 1e-12)
@@ -346,6 +354,8 @@ def gaussian_noise(
     # shrunk a little towards the diagonal, so that it is positive definite
     covariance = 0.99 * width**2 * flat.T.cov() + 0.01 * scale.square().diag()
     covariance = covariance + 1e-6 * scale.square().diag()
+    if not (covariance.isfinite().all() and (covariance.diagonal() > 0).all()):
+        raise ValueError(f"width={width} times the data leaves the numbers of {flat.dtype}")
     normal = dist.MultivariateNormal(mean, covariance)
     if len(event) == 1:
         return normal

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
+from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
 METHODS = ("exact", "hutchinson")
@@ -80,8 +81,7 @@ class ScoreMatching(EnergyLoss):
         super().__init__(num_particles=num_particles, **kwargs)
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        if num_projections < 1:
-            raise ValueError(f"num_projections must be at least 1, got {num_projections}")
+        check_count("num_projections", num_projections)
         draw_probes(distribution, (), torch.zeros(1, 1))  # an unknown name is an error now
         self.method, self.num_projections, self.distribution = method, num_projections, distribution
 
@@ -132,8 +132,7 @@ class SlicedScoreMatching(EnergyLoss):
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, **kwargs)
-        if num_projections < 1:
-            raise ValueError(f"num_projections must be at least 1, got {num_projections}")
+        check_count("num_projections", num_projections)
         draw_probes(distribution, (), torch.zeros(1, 1))
         self.num_projections, self.distribution = num_projections, distribution
         self.variance_reduced = variance_reduced
@@ -183,7 +182,12 @@ class DenoisingScoreMatching(EnergyLoss):
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, **kwargs)
-        sigmas = torch.as_tensor(sigma, dtype=torch.get_default_dtype()).flatten()
+        try:
+            sigmas = torch.as_tensor(sigma, dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"sigma must be a number or several, such as [0.1, 0.5], got {sigma!r}"
+            ) from error
         if not (sigmas.numel() and sigmas.isfinite().all() and (sigmas > 0).all()):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
         self.sigma, self.control_variate = sigmas, control_variate

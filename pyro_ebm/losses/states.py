@@ -36,8 +36,11 @@ def differences(piece: Any, state: Any) -> Iterator[str]:
         yield from _differences_of_module(piece.state_dict(), state)
     elif isinstance(piece, PyroOptim):
         parameters = dict(pyro.get_param_store().named_parameters())
+        unmade = sorted(state.keys() - parameters.keys())
+        if unmade:
+            yield f"the optimiser's parameters {unmade} are not in Pyro's store yet: give args="
         for name, moments in state.items():
-            if name in parameters:  # if not, the difference is the store's, and told there
+            if name in parameters:
                 of_torch = moments.get("optimizer", moments)
                 yield from _differences_of_moments(of_torch, [parameters[name]])
     elif isinstance(piece, Optimizer):
@@ -99,9 +102,11 @@ def _restore_pyro_optim(optim: PyroOptim, state: Mapping[str, Any]) -> None:
     """Pyro's optimisers hold one of torch's for each parameter, made when they first step it."""
     store = pyro.get_param_store()
     named = dict(store.named_parameters())
-    parameters = {name: named[name] for name in state}
+    parameters = {name: named[name] for name in state if name in named}
+    waiting = {name: state[name] for name in state.keys() - named.keys()}
     optim.optim_objs.clear()
     optim.grad_clip.clear()
+    optim._state_waiting_to_be_consumed = waiting
     grads = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None

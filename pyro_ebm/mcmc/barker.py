@@ -37,6 +37,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
+from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.metropolis import metropolis_accept
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
 
@@ -100,6 +101,7 @@ class BarkerKernel(Kernel):
         ignore_jit_warnings: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
+        check_number("spread", spread)
         if not 0 < spread <= 1:
             raise ValueError(f"spread must lie in (0, 1], got {spread}: 1 is Gaussian noise")
         super().__init__(

@@ -49,6 +49,7 @@ class Checkpoint:
         self.folder = Path(f"{self.path}.draws")
         self.chunks, self.last = 0, ""  # how many files of draws there are, and the last checksum
         self.saved = {"warmup": 0, "draws": 0}
+        self.failed, self.keep_previous = False, True  # the last save; whether to keep its file
         self._t, self._time = 0, time.monotonic()
         self._warned = False
 
@@ -77,18 +78,24 @@ class Checkpoint:
 
     def after_transition(self, run: VectorizedRun) -> None:
         """A checkpoint, if it is time for one; a failure makes a warning, the first time."""
-        if isinstance(self.every, int):
-            due = run.t - self._t >= self.every
-        else:
-            due = time.monotonic() - self._time >= self.every.total_seconds()
-        if due or run.done:
+        if self.is_due(run):
             self.try_to_save(run)
+
+    def is_due(self, run: VectorizedRun) -> bool:
+        """Whether it is time for a checkpoint."""
+        if run.done:
+            return True
+        if isinstance(self.every, int):
+            return run.t - self._t >= self.every
+        return time.monotonic() - self._time >= self.every.total_seconds()
 
     def try_to_save(self, run: VectorizedRun) -> None:
         """A checkpoint; a failure makes a warning, the first time."""
+        self.failed = False
         try:
             self.save(run)
         except OSError as error:
+            self.failed = True
             self._t, self._time = run.t, time.monotonic()
             if not self._warned:
                 self._warned = True
@@ -114,7 +121,7 @@ class Checkpoint:
             "chunks": self.chunks,
             "checksum": self.last,
         }
-        files.save(self.path, payload, KIND)
+        files.save(self.path, payload, KIND, self.keep_previous)
         self._t, self._time = run.t, time.monotonic()
 
     def _save_draws(self, run: VectorizedRun) -> None:
@@ -175,7 +182,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if draws are missing or others, or the model is another.
         """
-        run.load_state_dict(payload["run"])
+        run.load_state_dict(payload["run"], exact=not differences(machine(), payload["machine"]))
         self._load_draws(run, payload["chunks"], payload["checksum"])
         if run.store is not None:
             run.store.go_back(run.records["draws"].first)

@@ -114,7 +114,7 @@ class CompositeKernel(Kernel):
             from pyro_ebm.mcmc.langevin import LangevinKernel
 
             kernels = [GibbsKernel(), LangevinKernel()]
-        if not kernels:
+        if not isinstance(kernels, Sequence) or not kernels:
             raise ValueError("kernels must hold at least one kernel, as [GibbsKernel()]")
         for kernel in kernels:
             if not isinstance(kernel, Kernel):

@@ -39,6 +39,8 @@ class GradientKernel(Kernel):
     def check(self, potential: Potential) -> None:
         """Discrete sites only, and such as a gradient can reach."""
         super().check(potential)
+        if potential.dim == 0:
+            raise ValueError(f"the sites {potential.names} hold no variables: nothing can move")
         whole = [site.name for site in potential.sites if not site.dtype.is_floating_point]
         if whole:
             raise ValueError(

@@ -90,14 +90,17 @@ class EnergyPotential(Potential):
 
     def to_position(self, x: Tensor) -> Tensor:
         """Positions ``(chains, dim)`` of points ``(n, *batch, *event)``."""
-        return self.bijection.inv(x).reshape(-1, self.dim).to(self.dtype)
+        z = self.bijection.inv(x)
+        chains = z.shape[: z.dim() - len(self.sites[0].shape)].numel()
+        return z.reshape(chains, self.dim).to(self.dtype)
 
     def to_points(self, z: Tensor) -> Tensor:
         """Points ``(n, *batch, *event)`` of positions ``(chains, dim)``."""
         return self.bijection(self._grouped(z)).to(self.sites[0].dtype)
 
     def _grouped(self, z: Tensor) -> Tensor:
-        return z.reshape((-1,) + self.energy.batch_shape + self.sites[0].shape)
+        chains = z.shape[0] // self._rows
+        return z.reshape((chains,) + self.energy.batch_shape + self.sites[0].shape)
 
     def _draw(self, num_chains: int) -> Tensor:
         return self.to_position(self.energy.starting_points((num_chains // self._rows,)))

@@ -28,6 +28,7 @@ from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.model import ModelPotential, lone_energy
 from pyro_ebm.mcmc.potential import FunctionPotential, Potential, sites_of
+from pyro_ebm.ops.arguments import check_callable, check_mapping, check_number
 from pyro_ebm.ops.metropolis import select
 
 
@@ -130,6 +131,12 @@ class Kernel(MCMCKernel):
             raise ValueError("give model or potential_fn, not both")
         check_positive("step_size", step_size)
         check_jit_compile(jit_compile)
+        check_number("target_accept_prob", target_accept_prob)
+        check_callable("init_strategy", init_strategy)
+        if model is not None:
+            check_callable("model", model, "a Pyro model, or a distribution")
+        if transforms is not None:
+            check_mapping("transforms", transforms, Transform, "transforms")
         if not 0 < target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}")
         self.model, self.potential_fn = model, potential_fn
@@ -529,8 +536,7 @@ class _Parameters:
 
 def check_positive(name: str, value: Any) -> None:
     """Raises a ValueError unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+    check_number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

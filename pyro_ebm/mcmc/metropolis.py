@@ -25,6 +25,7 @@ from pyro_ebm.distributions.util import unvalidated
 from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.ops.arguments import check_mapping
 from pyro_ebm.ops.metropolis import metropolis_accept
 from pyro_ebm.ops.precondition import precondition
 
@@ -75,7 +76,7 @@ class Proposal(ABC):
 
 def optimal_scale(dim: int) -> float:
     r"""The scale :math:`2.38 / \sqrt{dim}` of the best random walk, in units of the target's."""
-    return 2.38 / dim**0.5
+    return 2.38 / max(dim, 1) ** 0.5
 
 
 class RandomWalk(Proposal):
@@ -141,6 +142,15 @@ class Independence(Proposal):
     """
 
     def __init__(self, distribution: Distribution | Mapping[str, Distribution]):
+        whole = isinstance(distribution, Distribution)
+        if not whole and not isinstance(distribution, Mapping):
+            raise ValueError(
+                f"the distribution of a proposal must be one, or a dict of them by site, got"
+                f" {distribution!r}"
+            )
+        if not whole:
+            name = "the distribution of a proposal"
+            check_mapping(name, distribution, Distribution, "distributions")
         self.distribution = distribution
         self._potential: Potential | None = None
 
@@ -150,7 +160,8 @@ class Independence(Proposal):
         if isinstance(q, Mapping):
             if q.keys() != set(potential.names):
                 raise ValueError(
-                    f"the proposal has sites {sorted(q)}, the model has {sorted(potential.names)}"
+                    f"the proposal has distributions at the sites {sorted(q)}, the model has"
+                    f" {sorted(potential.names)}"
                 )
             device = potential.sites[0].device
             zero = torch.zeros(potential.dim, dtype=potential.dtype, device=device)
@@ -164,7 +175,7 @@ class Independence(Proposal):
                     )
         elif q.event_shape != (potential.dim,) or q.batch_shape:
             raise ValueError(
-                f"an independence proposal must have batch_shape=() and event_shape="
+                f"the distribution of a proposal must have batch_shape=() and event_shape="
                 f"({potential.dim},), the flat position, got {tuple(q.batch_shape)} and"
                 f" {tuple(q.event_shape)}"
             )

@@ -24,6 +24,7 @@ from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import HostReads, check_normalizers, trace_latents
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
 from pyro_ebm.mcmc.starts import trace_from_start
+from pyro_ebm.ops.arguments import check_callable, check_mapping
 
 MAX_OPEN_TRIES = 10
 
@@ -72,6 +73,9 @@ class ModelPotential(FunctionPotential):
         init_strategy: Callable[..., Any] = init_to_uniform,
         keep_discrete: bool = False,
     ):
+        check_callable("model", model, "a Pyro model, or a distribution")
+        if transforms is not None:
+            check_mapping("transforms", transforms, Transform, "transforms")
         if isinstance(model, Distribution):
             model = functools.partial(_sample_site, model)
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})

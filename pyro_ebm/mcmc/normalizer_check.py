@@ -177,7 +177,8 @@ def trace_latents(
     init_strategy: Callable[..., Any],
 ) -> poutine.Trace:
     """A trace of the model in which every tensor knows the latents that it was computed from."""
-    return _trace(_TrackLatents()(model), args, kwargs, init_strategy)
+    with _NoiseHasNoSource():
+        return _trace(_TrackLatents()(model), args, kwargs, init_strategy)
 
 
 _WAYS_OUT = (
@@ -209,6 +210,18 @@ class HostReads(TorchFunctionMode):
 _READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
     f"__{name}__" for name in ("array", "bool", "complex", "contains", "float", "index", "int")
 }
+
+
+class _NoiseHasNoSource(TorchFunctionMode):
+    """Lets ``Tensor.new(shape)``, of which torch makes noise, give a plain tensor of that shape.
+
+    Pyro's tracking would hand the shape on as a tuple, which ``new`` takes for values.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.new:
+            args = (detach_provenance(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _TrackLatents(Messenger):

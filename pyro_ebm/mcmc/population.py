@@ -153,8 +153,8 @@ class RankedPopulation(Population):
         tolerance = torch.finfo(x.dtype).eps ** 0.5
         if self.any(~torch.isclose(x, first, tolerance, tolerance, equal_nan=True)):
             raise ValueError(
-                f"the ranks differ in {what}: each needs the same model, data and parameters. Build"
-                " networks from one seed, and load them on all ranks"
+                f"the ranks differ in {what}. All have to make the same calls, with the same model,"
+                " data and parameters: build networks from one seed, or load them on each rank"
             )
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential, Site, to_support
 
 BLOCK_BYTES = 2**22  # collected before a store has to take them
+TOGETHER = 32  # draws written at once: a copy costs less than its call
 POSITION = "z"
 
 
@@ -57,10 +58,13 @@ class Draws:
         z = state.z.new_empty(0, chains, dim)
         self.size = min(num_draws, draws_in_a_block(z))
         self.block = {POSITION: state.z.new_empty(self.size, chains, dim)}
-        for name in (potential.lp_name, "acceptance_rate", "step_size"):
+        self.lp_name = potential.lp_name
+        for name in (self.lp_name, "acceptance_rate", "step_size"):
             self.block[name] = state.potential.new_empty(self.size, chains)
         diverging = torch.empty_like(self.block["step_size"], dtype=torch.bool)
         self.block["diverging"] = diverging
+        self._unwritten: list[tuple[Tensor, ...]] = []
+        self._rows = 0  # written in the block
         self.store.put(self.tail())
 
     def add(self, state: State, info: Info, step_size: Tensor, own: Mapping[str, Tensor]) -> None:
@@ -68,32 +72,48 @@ class Draws:
         self.seen += 1
         if self.seen % self.thinning:
             return
+        # references, written later: a kernel makes new tensors, and changes none
         z = state.z if self.columns is None else state.z[:, self.columns]
         for name, value in own.items():
             if name not in self.block:
                 self.block[name] = value.new_empty(self.block["step_size"].shape)
-        i = self.count - self.first
-        values = (z, -state.potential, info.accept_prob, step_size, info.diverging, *own.values())
-        for rows, value in zip(self.block.values(), values, strict=True):
-            rows[i] = value
+        values = (z, state.potential, info.accept_prob, step_size, info.diverging, *own.values())
+        if self._unwritten and self._unwritten[-1][3].shape != step_size.shape:
+            self._write()  # chains had step sizes of their own until now
+        self._unwritten.append(values)
         self.count += 1
-        if i + 1 == self.size:
+        if self.count - self.first == self.size:
             self.flush()
+        elif len(self._unwritten) == TOGETHER:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        start, stop = self._rows, self._rows + len(self._unwritten)
+        columns = zip(*self._unwritten, strict=True)
+        for (name, rows), values in zip(self.block.items(), columns, strict=True):
+            stacked = torch.stack(values)
+            rows[start:stop] = -stacked if name == self.lp_name else stacked
+        self._rows, self._unwritten = stop, []
+        self.count = self.first + stop  # an interrupt may have come before it was counted
 
     def tail(self) -> dict[str, Tensor]:
         """The draws that the store does not have yet, each of shape ``(draws, chains, ...)``."""
-        return {name: rows[: self.count - self.first] for name, rows in self.block.items()}
+        self._write()
+        return {name: rows[: self._rows] for name, rows in self.block.items()}
 
     def flush(self) -> None:
         """Gives them to the store."""
         if self.count > self.first:
             self.store.put(self.tail())
-            self.first = self.count
+            self.first, self._rows = self.count, 0
 
     def go_on(self, seen: int, first: int, tail: Mapping[str, Tensor]) -> None:
         """Goes on from where other draws were, whose first ones the store has."""
         self.seen, self.first = seen, first
-        self.count = first + (len(tail[POSITION]) if tail else 0)
+        self._rows = len(tail[POSITION]) if tail else 0
+        self.count = first + self._rows
         for name, rows in tail.items():
             if name not in self.block:
                 shape = self.block["step_size"].shape

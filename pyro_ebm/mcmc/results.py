@@ -12,6 +12,9 @@ from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.population import ALONE, Population
+from pyro_ebm.mcmc.vectorized import VectorizedRun
+
 
 class Results(AbstractMCMC):
     """The part of :class:`~pyro_ebm.MCMC` that reads; a runner fills it.
@@ -37,6 +40,31 @@ class Results(AbstractMCMC):
         self._warmup_fields: dict[str, Tensor] = {}
         self._diagnostics: list[dict[str, Any]] = []
         self._stored: Path | None = None
+        self._over: Population = ALONE
+
+    def _take(self, run: VectorizedRun, transforms: Mapping[str, Transform]) -> None:
+        """Takes the new draws of a run, of all ranks to the first."""
+        over, records = self._over, run.records
+        if "warmup" in records and self._warmup_samples is None:
+            read = run.read(records["warmup"], transforms)
+            self._warmup_samples, self._warmup_fields = (_to_first(over, part) for part in read)
+        if run.store is not None:
+            records["draws"].flush()
+            self._stored = run.store.path
+            return
+        read = run.read(records["draws"], transforms)
+        samples, fields = (_to_first(over, part) for part in read)
+        self._samples = _joined(self._samples, samples)
+        self._fields = _joined(self._fields, fields)
+        if over.rank > 0:
+            return
+        told = dict(run.kernel.diagnostics())
+        told.pop("sample_stats", None)
+        rates = self._fields["acceptance_rate"].mean(1).tolist()
+        self._diagnostics = [
+            {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
+            for bad, rate in zip(self._fields["diverging"], rates, strict=True)
+        ]
 
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False
@@ -69,6 +97,7 @@ class Results(AbstractMCMC):
 
     def get_warmup_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws of the warmup, kept with ``save_warmup=True``."""
+        self._refuse_elsewhere()
         if self._warmup_samples is None:
             raise RuntimeError("no warmup was kept: give save_warmup=True and run")
         return select_samples(self._warmup_samples, None, group_by_chain)
@@ -109,9 +138,18 @@ class Results(AbstractMCMC):
             raise RuntimeError(
                 f"the draws are not in memory but in the store {self._stored}: to_arviz() opens it"
             )
+        self._refuse_elsewhere()
         if self._samples is None:
             raise RuntimeError("there are no draws yet: call run first")
         return self._samples
+
+    def _refuse_elsewhere(self) -> None:
+        if self._over.rank > 0 and self._stored is None:
+            raise RuntimeError(
+                f"this is rank {self._over.rank} of {self._over.size}, and the draws of all ranks"
+                " are on rank 0: read them there, as in"
+                " `if pyro_ebm.ops.distributed.rank() == 0: mcmc.summary()`"
+            )
 
     def _numbers(self) -> dict[str, Tensor]:
         """The draws, whole numbers as real ones: their means are no whole numbers."""
@@ -125,3 +163,16 @@ class Results(AbstractMCMC):
         got = next(iter(self._done().values())).shape[1]
         if got < 4:
             raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
+
+
+def _to_first(over: Population, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws ``(chains, draws, ...)`` of all chains on rank 0; nothing elsewhere."""
+    found = {name: over.to_first(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _joined(before: Mapping[str, Tensor] | None, after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws ``(chains, draws, ...)``, and those that came after them."""
+    if not before:
+        return after
+    return {name: torch.cat([before[name], value], 1) for name, value in after.items()}

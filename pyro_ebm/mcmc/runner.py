@@ -3,7 +3,7 @@
 ``chain_method="vectorized"`` (the default for this package's kernels) moves every chain at once:
 one evaluation of the model per transition, however many chains. ``"sequential"`` runs one chain
 after another and ``"parallel"`` one in each worker process, as Pyro does; they take any Pyro
-kernel, ``NUTS`` and ``HMC`` among them.
+kernel, ``NUTS`` and ``HMC`` among them. Ranks of a process group can share vectorized chains.
 """
 
 import datetime
@@ -23,11 +23,15 @@ from pyro_ebm.mcmc.fingerprint import fingerprint, of_sites
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
+from pyro_ebm.mcmc.population import binding_to, population_of
 from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.ranked_run import InStep, check_alike, check_call, common_checkpoint
 from pyro_ebm.mcmc.record import Bar, cut_short
-from pyro_ebm.mcmc.sequential import ChainByChain
+from pyro_ebm.mcmc.sequential import ChainByChain, check_run
 from pyro_ebm.mcmc.store import ZarrStore
 from pyro_ebm.mcmc.vectorized import VectorizedRun
+from pyro_ebm.ops.arguments import checked_device
+from pyro_ebm.ops.distributed import rank_path
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
 COMPARED = ("num_samples", "warmup_steps", "num_chains", "thinning", "save_warmup")
@@ -68,6 +72,9 @@ class MCMC(ChainByChain):
             :meth:`resume`; draws go to a folder beside it.
         checkpoint_every: how often: a number of transitions, or a time. It is also saved before
             the first transition and after the last.
+        distributed: whether the ranks of the process group share vectorized chains, and all make
+            the same calls: warmup learns from all chains, the draws come to rank 0, and each rank
+            has files of its own. Without a group it changes nothing.
 
     Raises:
         ValueError: for numbers out of range, or a chain method that the kernel cannot do.
@@ -104,6 +111,7 @@ class MCMC(ChainByChain):
         store: PathLike | None = None,
         checkpoint: PathLike | None = None,
         checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=1),
+        distributed: bool = False,
     ):
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
@@ -132,19 +140,13 @@ class MCMC(ChainByChain):
             )
         if chain_method != "vectorized":
             given = {"checkpoint": checkpoint, "store": store, "draws_device": draws_device}
+            given["distributed"] = distributed or None
             if names := [name for name, value in given.items() if value is not None]:
                 raise ValueError(
                     f'{names[0]}= needs chain_method="vectorized", got {chain_method!r}'
                     f" for {type(kernel).__name__}"
                 )
-        for name, value in (initial_params or {}).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"initial_params[{name!r}] must be a tensor, got {value!r}")
-            if num_chains > 1 and value.shape[:1] != (num_chains,):
-                raise ValueError(
-                    f"initial_params[{name!r}] must lead with num_chains={num_chains}, got"
-                    f" shape {tuple(value.shape)}"
-                )
+        check_run(initial_params, num_chains, hook_fn, transforms, save_params)
         super().__init__(kernel, num_chains, transforms)
         self._given_transforms = transforms
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
@@ -152,9 +154,10 @@ class MCMC(ChainByChain):
         self.disable_progbar, self.disable_validation = disable_progbar, disable_validation
         self.save_params = save_params
         self.chain_method, self.thinning, self.save_warmup = chain_method, thinning, save_warmup
-        self.draws_device = None if draws_device is None else torch.device(draws_device)
+        self.draws_device = checked_device("draws_device", draws_device)
         self.store, self.checkpoint = store, checkpoint
         self.checkpoint_every = checked_every(checkpoint_every)
+        self.distributed = distributed
         self._validate_kernel(initial_params)
         self._run: VectorizedRun | None = None
         self._checkpoint: Checkpoint | None = None
@@ -171,11 +174,19 @@ class MCMC(ChainByChain):
                 it.
             ValueError: if no finite starting point is found, or ``initial_params`` do not fit.
         """
-        if self.checkpoint is not None:
-            Checkpoint.refuse_to_replace(self.checkpoint)
-        if self.store is not None:
-            ZarrStore.refuse_to_replace(self.store)
         self._start_anew(args, kwargs)
+        check_call(self._over, "run")
+        with self._over.all_or_none("the check of the run"):
+            self._check(args, kwargs)
+        run = {"vectorized": self._run_vectorized, "sequential": self._run_sequential}
+        run.get(self.chain_method, self._run_parallel)(args, kwargs)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what cannot be run."""
+        if self.checkpoint is not None:
+            Checkpoint.refuse_to_replace(self._own(self.checkpoint))
+        if self.store is not None:
+            ZarrStore.refuse_to_replace(self._own(self.store))
         model = getattr(self.kernel, "model", None)
         # the kernels of this package check for themselves, but too late in a worker process
         ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
@@ -190,12 +201,6 @@ class MCMC(ChainByChain):
                 else:
                     potential = ModelPotential(model, args, kwargs)
                 potential.at(self.initial_params, self.num_chains)
-        if self.chain_method == "vectorized":
-            self._run_vectorized(args, kwargs)
-        elif self.chain_method == "sequential":
-            self._run_sequential(args, kwargs)
-        else:
-            self._run_parallel(args, kwargs)
 
     @poutine.block
     def resume(self, *args: Any, **kwargs: Any) -> None:
@@ -221,16 +226,20 @@ class MCMC(ChainByChain):
             raise RuntimeError(
                 'there is nothing to resume from: give a file, as in MCMC(..., checkpoint="a.ckpt")'
             )
-        payload = Checkpoint.read(self.checkpoint)
+        over = self._over = population_of(self.num_chains, self.distributed)
+        check_call(over, "resume")
+        payload = common_checkpoint(over, self._own(self.checkpoint))
         self._start_anew(args, kwargs)
-        potential, _ = self._potential_and_start(args, kwargs, start=False)
-        run = self._new_run(potential)
-        checkpoint = self._new_checkpoint(run, args, kwargs)
-        assert checkpoint is not None
-        checkpoint.compare(payload)
-        if self.store is not None:
-            run.store = ZarrStore(self.store, run.sites, self._transforms, payload["store"])
-        checkpoint.load(run, payload)
+        with over.all_or_none("going on from the checkpoint"):
+            potential, _ = self._potential_and_start(args, kwargs, start=False)
+            run = self._new_run(potential)
+            checkpoint = self._new_checkpoint(run, args, kwargs)
+            assert checkpoint is not None
+            checkpoint.compare(payload)
+            if self.store is not None:
+                path = self._own(self.store)
+                run.store = ZarrStore(path, run.sites, self._transforms, payload["store"])
+            checkpoint.load(run, payload)
         self._go_on(run, checkpoint)
 
     @poutine.block
@@ -271,26 +280,39 @@ class MCMC(ChainByChain):
         if self._checkpoint is not None and not self._checkpoint.has_all(run):
             self._checkpoint.save(run)  # which failed at the end of the run
         run.extend(num_samples)
+        if self._checkpoint is not None:  # which from now on speaks of the longer run
+            with self._over.all_or_none("the checkpoint of the extension"):
+                self._checkpoint.save(run)
         self._go_on(run, self._checkpoint)
 
     def _start_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._clear()
+        self._over = population_of(self.num_chains, self.distributed)
         self._run = self._checkpoint = None
         self._args, self._kwargs = args, kwargs
         self.transforms = self._given_transforms
 
     def _run_vectorized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        potential, z = self._potential_and_start(args, kwargs)
-        run = self._new_run(potential)
-        if self.store is not None:
-            run.store = ZarrStore(self.store, run.sites, self._transforms)
+        over = self._over
+        over.seed()
+        with over.all_or_none("the start of the chains"):
+            potential, z = self._potential_and_start(args, kwargs)
+            run = self._new_run(potential)
+            if self.store is not None:
+                run.store = ZarrStore(self._own(self.store), run.sites, self._transforms)
+            checkpoint = self._new_checkpoint(run, args, kwargs)
+        check_alike(over, run, z, self.num_chains)
         run.start(z)
-        checkpoint = self._new_checkpoint(run, args, kwargs)
-        if checkpoint is not None:
-            checkpoint.start(run)
-        if run.store is not None:
-            run.store.open()
+        with over.all_or_none("the first checkpoint"):
+            if checkpoint is not None:
+                checkpoint.start(run)
+            if run.store is not None:
+                run.store.open()
         self._go_on(run, checkpoint)
+
+    def _own(self, path: PathLike) -> PathLike:
+        """Where this rank keeps its part."""
+        return rank_path(path)
 
     def _potential_and_start(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], start: bool = True
@@ -303,24 +325,27 @@ class MCMC(ChainByChain):
             potential = kernel.make_potential(*args, **kwargs)
             if not start:
                 return potential, torch.empty(0)
+            here = self._over.here(self.num_chains)
             if self.initial_params is not None:
-                kernel.initial_params = self.initial_params
-            return potential, kernel.initial_position(potential, self.num_chains)
+                shared_out, given = self._over.size > 1, self.initial_params
+                kernel.initial_params = {k: v[here] if shared_out else v for k, v in given.items()}
+            return potential, kernel.initial_position(potential, here.stop - here.start)
 
     def _new_run(self, potential: Potential) -> VectorizedRun:
         assert isinstance(self.kernel, Kernel)
         if self.transforms is None:
             self.transforms = potential.transforms
-        return VectorizedRun(
-            self.kernel,
-            potential,
-            self.num_samples,
-            self.warmup_steps,
-            self.thinning,
-            self._kept(potential.names),
-            self.save_warmup,
-            self.draws_device,
-        )
+        with binding_to(self._over):
+            return VectorizedRun(
+                self.kernel,
+                potential,
+                self.num_samples,
+                self.warmup_steps,
+                self.thinning,
+                self._kept(potential.names),
+                self.save_warmup,
+                self.draws_device,
+            )
 
     @property
     def _transforms(self) -> dict[str, Transform]:
@@ -334,56 +359,33 @@ class MCMC(ChainByChain):
             return None
         settings = {name: getattr(self, name) for name in COMPARED}
         settings = {**settings, "save_params": run.keep, "store": self.store is not None}
+        settings["transforms"] = {name: repr(t) for name, t in self._transforms.items()}
         described = [fingerprint(value, name) for name, value in settings.items()]
         described += [of_sites(run.potential), fingerprint(self.kernel, "the kernel")]
         described += [fingerprint(args, "argument"), fingerprint(kwargs, "argument")]
         settings = {name: value for part in described for name, value in part.items()}
-        return Checkpoint(self.checkpoint, self.checkpoint_every, settings)
+        return Checkpoint(self._own(self.checkpoint), self.checkpoint_every, settings)
 
     def _go_on(self, run: VectorizedRun, checkpoint: Checkpoint | None) -> None:
+        over, draws = self._over, run.records["draws"]
         after = None if checkpoint is None else checkpoint.after_transition
-        draws = run.records["draws"]
+        if over.size > 1:
+            after = InStep(over, checkpoint)
+        silent = self.disable_progbar or over.rank > 0
         try:
-            with Bar(run.goal, self.num_chains, self.disable_progbar, done=run.t) as bar:
+            with Bar(run.goal, self.num_chains, silent, done=run.t) as bar:
                 run.advance(bar, self.hook_fn, after)
         except KeyboardInterrupt:
-            if draws.count == 0:
+            if draws.count == 0 or over.size > 1:  # where each rank was at another transition
                 raise
             cut_short(draws.count, (run.goal - self.warmup_steps) // self.thinning)
         self._run, self._checkpoint = run, checkpoint
-        self._read(run)
-
-    def _read(self, run: VectorizedRun) -> None:
-        transforms, records = self._transforms, run.records
-        if "warmup" in records and self._warmup_samples is None:
-            read = run.read(records["warmup"], transforms)
-            self._warmup_samples, self._warmup_fields = read
-        draws, told = records["draws"], dict(run.kernel.diagnostics())
-        told.pop("sample_stats", None)
-        if run.store is not None:
-            draws.flush()
-            self._stored = run.store.path
-        else:
-            samples, fields = run.read(draws, transforms)
-            self._samples = _joined(self._samples, samples)
-            self._fields = _joined(self._fields, fields)
-            rates = self._fields["acceptance_rate"].mean(1).tolist()
-            self._diagnostics = [
-                {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
-                for bad, rate in zip(self._fields["diverging"], rates, strict=True)
-            ]
-        if self._checkpoint is None or self._checkpoint.has_all(run):
+        self._take(run, self._transforms)
+        if checkpoint is None or checkpoint.has_all(run):
             run.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None, "_checkpoint": None}
-
-
-def _joined(before: Mapping[str, Tensor] | None, after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Draws ``(chains, draws, ...)``, and those that came after them."""
-    if not before:
-        return after
-    return {name: torch.cat([before[name], value], 1) for name, value in after.items()}
 
 
 def _count(name: str, value: Any, least: int) -> int:

@@ -8,10 +8,35 @@ import pyro
 from pyro.infer.mcmc.api import MCMC as PyroMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
+from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.record import Bar, Chain, cut_short, fields_of, stack, warmup_fields_of
 from pyro_ebm.mcmc.results import Results
+from pyro_ebm.ops.arguments import check_callable, check_mapping
+
+
+def check_run(
+    initial_params: Any, num_chains: int, hook_fn: Any, transforms: Any, save_params: Any
+) -> None:
+    """Raises a ValueError unless these arguments of a run are what they should be."""
+    if transforms is not None:
+        check_mapping("transforms", transforms, Transform, "transforms")
+    if hook_fn is not None:
+        check_callable("hook_fn", hook_fn)
+    if save_params is not None and (not isinstance(save_params, list | tuple) or not save_params):
+        raise ValueError(f"save_params must be a list of names of sites, got {save_params!r}")
+    if initial_params is None:
+        return
+    check_mapping("initial_params", initial_params)
+    for name, value in initial_params.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"initial_params[{name!r}] must be a tensor, got {value!r}")
+        if num_chains > 1 and value.shape[:1] != (num_chains,):
+            raise ValueError(
+                f"initial_params[{name!r}] must lead with num_chains={num_chains}, got shape"
+                f" {tuple(value.shape)}"
+            )
 
 
 class ChainByChain(Results):
@@ -142,6 +167,6 @@ class ChainByChain(Results):
             raise ValueError("the model has no latent site to sample")
         if self.save_params is None:
             return names
-        if unknown := set(self.save_params) - set(names):
-            raise ValueError(f"save_params names {sorted(unknown)}, the sites are {names}")
+        if unknown := [name for name in self.save_params if name not in names]:
+            raise ValueError(f"save_params names {unknown}, the sites are {names}")
         return sorted(self.save_params)

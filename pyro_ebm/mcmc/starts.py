@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from torch import Tensor
 
 MAX_TRIES = 20
 
@@ -45,4 +46,9 @@ def trace_from_start(
 
 
 def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
-    return init_to_sample(site) if site["fn"].support.is_discrete else init_strategy(site)
+    start = init_to_sample(site) if site["fn"].support.is_discrete else init_strategy(site)
+    if not (start is None or isinstance(start, Tensor)):
+        raise ValueError(
+            f"init_strategy must return a tensor for site {site['name']!r}, or None, got {start!r}"
+        )
+    return start

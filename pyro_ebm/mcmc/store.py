@@ -113,6 +113,11 @@ class ZarrStore:
         """Writes draws of one array, and tells the files."""
         array, chains = value.cpu().numpy(), value.shape[0]
         if name not in self._root[group]:
+            if self.count:
+                raise CheckpointError(
+                    f"the array {group}/{name} is gone from the store {self.path}, with its first"
+                    f" {self.count} draws: put it back"
+                )
             lead = ("chain", "draw")
             self._root[group].create_array(
                 name,
@@ -164,6 +169,12 @@ class ZarrStore:
         """
         if count and not self.path.exists():
             raise CheckpointError(f"the store {self.path} is missing: put it back where it was")
+        if count:  # nothing is made anew that was there
+            there = {file.parent.name for file in self.path.glob("posterior/*/zarr.json")}
+            if gone := [site.name for site in self.sites if site.name not in there]:
+                raise CheckpointError(
+                    f"the store {self.path} has lost the draws of {gone}: put them back"
+                )
         self.open()
         for group in GROUPS:
             for name, array in self._root[group].arrays():

@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.metropolis import metropolis_accept
 
 
@@ -257,7 +258,7 @@ class TemperingKernel(Kernel):
 
     def _rows(self, x: Tensor) -> Tensor:
         """``(rows, ...)`` as ``(chains per group, R, groups, ...)``."""
-        return x.reshape((-1, len(self.betas), self.potential.groups) + x.shape[1:])
+        return x.unflatten(0, (-1, len(self.betas), self.potential.groups))
 
     def _take(self, x: Tensor, source: Tensor) -> Tensor:
         rows = self._rows(x)
@@ -265,8 +266,8 @@ class TemperingKernel(Kernel):
         return rows.gather(1, index).reshape(x.shape)
 
     def _replicated(self, z: Tensor) -> Tensor:
-        groups = z.reshape(-1, 1, self.potential.groups, z.shape[-1])
-        return groups.expand(-1, len(self.betas), -1, -1).reshape(-1, z.shape[-1])
+        groups = z.unflatten(0, (-1, 1, self.potential.groups))
+        return groups.expand(-1, len(self.betas), -1, -1).flatten(0, 2)
 
     def _outward(self, replicas: State) -> TemperedState:
         z, potential = (self._rows(x)[:, 0].flatten(0, 1) for x in (replicas.z, replicas.potential))
@@ -317,6 +318,7 @@ def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
         >>> geometric_betas(0.25, 3)
         [1.0, 0.5, 0.25]
     """
+    check_number("lowest", lowest)
     if not 0 < lowest < 1:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest}")
     if not isinstance(num_replicas, int) or num_replicas < 2:

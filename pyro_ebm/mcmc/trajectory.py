@@ -67,7 +67,7 @@ MEMORY = 30  # updates
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """Rows of chains, shape ``(chains per group, groups, ...)``."""
-    return x.reshape((-1, groups) + x.shape[1:])
+    return x.unflatten(0, (-1, groups))
 
 
 def around(known: Learned, mean: Tensor) -> Tensor:
@@ -115,9 +115,7 @@ def slopes(
     return (weight * slope).sum(0), weight.sum(0)
 
 
-def ascend(
-    known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: Tensor
-) -> Learned:
+def ascend(known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: Tensor) -> Learned:
     """What is known after a transition.
 
     Args:
@@ -256,7 +254,7 @@ def _whiten(factor: Tensor | None, v: Tensor) -> Tensor:
     r"""The product :math:`L^{-1} v`, arguments as for ``precondition``."""
     if factor is None:
         return v
-    grouped = v.reshape(-1, factor.shape[0], v.shape[-1])
+    grouped = v.unflatten(0, (-1, factor.shape[0]))
     if factor.dim() == 2:
         return (grouped / factor).reshape(v.shape)
     solved = torch.linalg.solve_triangular(factor, grouped.permute(1, 2, 0), upper=False)

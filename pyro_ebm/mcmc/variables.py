@@ -112,8 +112,9 @@ class Variables:
         """
         found, start = [], 0
         for size, n, codes in zip(self.sizes, self.counts, self.codes, strict=True):
-            columns = torch.arange(start, start + size, device=codes.device).reshape(n, -1)
-            found += [(row, codes) for row in columns if len(codes) > 1]
+            columns = torch.arange(start, start + size, device=codes.device)
+            rows = columns.reshape(n, codes.shape[1])
+            found += [(row, codes) for row in rows if len(codes) > 1]
             start += size
         return found
 

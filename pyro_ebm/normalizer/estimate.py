@@ -29,6 +29,7 @@ from pyro_ebm.normalizer.annealed import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.result import NormalizerEstimate, warn
+from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.enumerate import log_sum_over_states
 
 SMALL = 20
@@ -260,17 +261,22 @@ def _chosen(p: UnnormalizedEnergy, given: dict[str, Any]) -> tuple[str, Normaliz
 
 def _check_energy(p: Any) -> None:
     if isinstance(p, UnnormalizedEnergy):
+        if 0 in p.batch_shape + p.event_shape:
+            raise ValueError(
+                f"p has batch_shape={tuple(p.batch_shape)} and event_shape={tuple(p.event_shape)},"
+                " of which one is empty: there is nothing to integrate over"
+            )
         return
     if find_energy(p) is not None:
         raise ValueError(
             f"log Z is asked of an energy inside {type(p).__name__}: give the energy itself, whose"
             " batch elements are independent, and sum their log Z"
         )
-    raise ValueError(f"log Z is asked of an UnnormalizedEnergy, got {p!r}")
+    raise ValueError(f"p must be an energy: log Z is asked of an UnnormalizedEnergy, got {p!r}")
 
 
 def _check_arguments(method: str, given: dict[str, Any]) -> None:
-    if method not in TAKES:
+    if not isinstance(method, str) or method not in TAKES:
         raise ValueError(f"method must be one of {list(TAKES)}, got {method!r}")
     if unknown := sorted(given.keys() - TAKES[method]):
         takes = sorted(TAKES[method]) or "none"
@@ -293,6 +299,7 @@ def _check_numbers(given: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
     drop = given.get("ess_drop", 0.5)
+    check_number("ess_drop", drop)
     if not 0 < drop < 1:
         raise ValueError(f"ess_drop must lie in (0, 1), got {drop}")
 

@@ -19,6 +19,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.normalizer.result import digits, places
+from pyro_ebm.ops.arguments import check_tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,6 +88,9 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
         >>> evaluate(p, torch.randn(1000), estimate_log_normalizer(p))  # exactly -1.42
         LogLikelihood(-1.4... +- 0.02... nats a point: 0.02... from 1000 points, 0 from log Z)
     """
+    if not isinstance(p, UnnormalizedEnergy):
+        raise ValueError(f"p must be an UnnormalizedEnergy, got {p!r}")
+    check_tensor("data", data)
     if estimate is None:
         if not p.is_normalized:
             raise ValueError(
@@ -121,7 +125,12 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
     def at(log_z: Any) -> Tensor | None:
         if log_z is None:
             return None
-        log_z = torch.as_tensor(log_z).to(mean)
+        try:
+            log_z = torch.as_tensor(log_z).to(mean)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"estimate must be an estimate, a number or a tensor, got {estimate!r}"
+            ) from error
         if not expands(log_z.shape, p.batch_shape):
             raise ValueError(
                 f"the estimate has shape {tuple(log_z.shape)}, the energy a log Z for each of"

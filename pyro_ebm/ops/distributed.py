@@ -178,6 +178,8 @@ def rank_path(path: str | os.PathLike[str]) -> Path:
         >>> rank_path("run.ckpt").name  # on rank 0 of 2: run.rank0of2.ckpt
         'run.ckpt'
     """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"path must be a path of a file, got {path!r}")
     path = Path(path)
     if world_size() == 1:
         return path

@@ -43,7 +43,7 @@ def precondition_transposed(factor: Tensor | None, v: Tensor) -> Tensor:
 def _apply(factor: Tensor | None, v: Tensor, equation: str) -> Tensor:
     if factor is None:
         return v
-    grouped = v.reshape(-1, factor.shape[0], v.shape[-1])
+    grouped = v.unflatten(0, (-1, factor.shape[0]))
     if factor.dim() == 2:
         return (factor * grouped).reshape(v.shape)
     return torch.einsum(equation, factor, grouped).reshape(v.shape)

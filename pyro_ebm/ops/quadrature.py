@@ -38,6 +38,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.arguments import check_callable, check_number
 from pyro_ebm.ops.quadrature_grid import (
     Grid,
     LogDensity,
@@ -110,6 +111,11 @@ def log_integral(
         ValueError: log_f has no integral: it has not decayed far out: ...
     """
     like = torch.empty((), dtype=torch.float64) if like is None else like
+    check_callable("log_f", log_f)
+    if rtol is not None:
+        check_number("rtol", rtol)
+        if not 0 < rtol < 1:
+            raise ValueError(f"rtol must lie in (0, 1), got {rtol}")
     grid, failure = find_grid(log_f, dim, batch_shape, rtol, max_evaluations, like)
     if failure.any():
         raise ValueError(f"log_f has no integral: it {failure_message(failure, grid)}")
@@ -161,7 +167,7 @@ def find_grid(
     Raises:
         ValueError: if ``dim`` is not 1 or 2, or ``log_f`` returns another shape.
     """
-    if dim not in _SIZES:
+    if not isinstance(dim, int) or dim not in _SIZES:
         raise ValueError(
             f"dim must be 1 or 2, got {dim}: in more dimensions estimate the integral, by annealed"
             " importance sampling for one"

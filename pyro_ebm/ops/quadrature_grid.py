@@ -100,10 +100,11 @@ def node_values(log_f: LogDensity, grid: Grid, like: Tensor) -> Tensor:
             z = z + along(t[part].sinh(), d)[..., None] * grid.basis[..., d]
         z = z.reshape((-1,) + batch + (dim,)).to(like.dtype)
         value = log_f(z)
-        if value.shape != z.shape[:-1]:
+        got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+        if got != tuple(z.shape[:-1]):
             raise ValueError(
                 f"log_f must map points of shape {tuple(z.shape)} to a tensor of shape"
-                f" {tuple(z.shape[:-1])}, got {tuple(value.shape)}"
+                f" {tuple(z.shape[:-1])}, got {got}"
             )
         if grid.holes:  # no gradient may come out of there
             hole = value.detach().isnan()

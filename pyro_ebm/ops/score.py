@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.ops.arguments import check_callable, check_tensor
+
 
 def value_and_grad(
     function: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
@@ -39,14 +41,17 @@ def value_and_grad(
         >>> value_and_grad(lambda x: (x**2).sum(-1), torch.tensor([[1.0, 2.0]]))
         (tensor([5.]), tensor([[2., 4.]]))
     """
+    check_tensor("x", x)
     if not x.is_floating_point():
         raise TypeError(
-            f"a gradient needs floating points, got dtype {x.dtype}: use x.float(), or a method"
+            f"a gradient needs floating points x, got dtype {x.dtype}: use x.float(), or a method"
             " that needs no gradient"
         )
     with torch.enable_grad():
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
         value = function(x)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the function must return a tensor at the points, got {value!r}")
         if value.requires_grad:
             (grad,) = torch.autograd.grad(
                 value.sum(), x, create_graph=create_graph, allow_unused=True
@@ -81,7 +86,9 @@ def score(
         >>> score(dist.Gamma(3.0, 2.0), torch.tensor([1.0]))  # (a - 1) / x - b
         tensor([0.])
     """
+    check_tensor("x", x)
     if not isinstance(p, Distribution):
+        check_callable("p", p, "a log density, or a distribution")
         return value_and_grad(p, x, create_graph=create_graph)[1]
     batch = torch.broadcast_shapes(x.shape[: x.dim() - len(p.event_shape)], p.batch_shape)
     return value_and_grad(p.log_prob, x.expand(batch + p.event_shape), create_graph=create_graph)[1]
@@ -127,6 +134,14 @@ def fisher_divergence(
         if len(set(known)) > 1:
             raise ValueError(f"p and q have {known[0]} and {known[1]} event dimensions: to_event?")
         event_dim = known[0]
+    if not isinstance(q, Distribution):
+        check_callable("q", q, "a log density, or a distribution")
+    check_tensor("x", x)
+    if type(event_dim) is not int or not 0 <= event_dim <= x.dim():
+        raise ValueError(
+            f"event_dim must be an integer from 0 to the {x.dim()} dimension(s) of x, got"
+            f" {event_dim!r}"
+        )
     difference = (score(p, x) - score(q, x)).square()
     return (
         difference.reshape(difference.shape[: difference.dim() - event_dim] + (-1,)).sum(-1).mean()

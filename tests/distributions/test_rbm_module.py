@@ -391,7 +391,7 @@ def test_bad_gaussian_data():
 
 
 def test_bad_calls():
-    with pytest.raises(ValueError, match=r"at least 1, got 0, 3"):
+    with pytest.raises(ValueError, match=r"num_visible must be an integer of at least 1, got 0"):
         RBM.module(0, 3)
     with pytest.raises(ValueError, match=r"centered=True"):
         RBM.module(4, 3).recenter(torch.ones(5, 4))

@@ -305,7 +305,7 @@ def test_chains_stay_in_the_support():
         ({"restart_prob": 1.5, "persistent": True}, "restart_prob must lie in"),
         ({"restart_prob": 0.1}, "give persistent=True"),
         ({"num_chains": 5}, "give persistent=True"),
-        ({"num_chains": 0, "persistent": True}, "num_chains must be at least 1"),
+        ({"num_chains": 0, "persistent": True}, "num_chains must be an integer of at least 1"),
         ({"energy_penalty": -1.0}, "energy_penalty"),
         ({"energy_penalty": float("nan")}, "energy_penalty"),
     ],

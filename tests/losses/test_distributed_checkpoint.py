@@ -1,5 +1,7 @@
 """A training of two ranks is saved by each, and goes on exactly, from a step that both have."""
 
+import re
+
 import pyro
 import pytest
 import torch
@@ -112,15 +114,83 @@ def test_no_step_that_both_have(ranks, tmp_path):
     ranks(save_at, path, 4, [[2, 3, 4], [1]])
     for told in ranks(load_here, path):
         assert told.startswith("CheckpointError")
-        assert "rank 0 has step 4, rank 1 has step 1" in told
-        assert "of one step, or remove them all" in told
+        assert "rank 0 has save 3 after 4 steps, rank 1 has save 1 after 1 steps" in told
+        assert "of one save, or remove them all" in told
+
+
+def go_on_and_save(path, step_of_rank):
+    """Loads, as a new process would, and saves once more where the rank is not stopped before."""
+    training = Training("pcd")
+    first = load_training(path, *training.parts)["step"]
+    for step in (first + 1, first + 2):
+        training.step()
+        if step in step_of_rank[rank()]:
+            save_training(path, *training.parts, step=step)
+    return first
+
+
+def test_stopped_twice_between_two_saves(ranks, tmp_path):
+    path = tmp_path / "t.ckpt"
+    ranks(save_at, path, 4, [[2, 4], [2]])
+    for _ in range(3):
+        assert ranks(go_on_and_save, path, [[4], []]) == [2, 2]
+    assert ranks(go_on_and_save, path, [[4], [4]]) == [2, 2]
+    assert ranks(load_here, path) == [{"step": 4}, {"step": 4}]
+
+
+def save_without_a_loss(path, times, count_from=()):
+    """A network and an optimiser alone, which count no steps."""
+    net = torch.nn.Linear(1, 1)
+    if count_from:
+        load_training(path, net)
+    for step in times[rank()]:
+        save_training(path, net, step=step)
+
+
+def load_without_a_loss(path):
+    return load_training(path, torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_without_a_loss_saves_are_numbered_all_the_same(ranks, again, tmp_path):
+    path = tmp_path / "t.ckpt"
+    if again:
+        ranks(save_without_a_loss, path, [[1], [1]])
+    ranks(save_without_a_loss, path, [[2, 4], [2]], again)
+    assert ranks(load_without_a_loss, path) == [{"step": 2}, {"step": 2}]
 
 
 def test_a_rank_without_a_file(ranks, tmp_path):
     path = tmp_path / "t.ckpt"
-    ranks(save_at, path, 1, [[1], []])
+    ranks(save_at, path, 2, [[1, 2], []])
     for told in (*ranks(load_here, path), *ranks(load_here, path, True)):
-        assert "rank 0 has step 1, rank 1 has none" in told
+        assert "rank 0 has save 2 after 2 steps, rank 1 has none" in told
+
+
+def test_stopped_within_the_first_save(ranks, tmp_path):
+    path = tmp_path / "t.ckpt"
+    ranks(save_at, path, 1, [[1], []])
+    for told in ranks(load_here, path):
+        assert "rank 0 has save 1 after 1 steps, rank 1 has none" in told
+    assert ranks(load_here, path, True) == [{}, {}]
+    ranks(save_at, path, 1, [[1], [1]])  # and it begins anew
+    assert ranks(load_here, path) == [{"step": 1}, {"step": 1}]
+
+
+def test_a_file_that_cannot_be_opened_stops_both(ranks, tmp_path):
+    path = tmp_path / "t.ckpt"
+    ranks(save_at, path, 1, [[1], []])
+    (tmp_path / "t.rank1of2.ckpt").mkdir()
+    first, second = ranks(load_or_error, path)
+    assert "the files of ranks [1] cannot be read" in first
+    assert "IsADirectoryError" in second
+
+
+def load_or_error(path):
+    try:
+        return str(load_here(path, True))
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def test_no_file_at_all(ranks, tmp_path):
@@ -139,12 +209,14 @@ def test_a_broken_file_of_one_rank_stops_both(ranks, tmp_path):
     assert "t.rank1of2.ckpt is cut short" in second
 
 
-def test_another_number_of_ranks(ranks, tmp_path):
-    path = tmp_path / "t.ckpt"
+@pytest.mark.parametrize("stem", ["t", "run[1]"])
+def test_another_number_of_ranks(ranks, stem, tmp_path):
+    path = tmp_path / f"{stem}.ckpt"
     ranks(save_at, path, 1, [[1], [1]])
     assert rank_path(path) == path
+    match = re.escape(f"no {stem}.ckpt, but there is {stem}.rank0of2.ckpt")
     for missing_ok in (False, True):
-        with pytest.raises(CheckpointError, match=r"no t.ckpt, but there is t.rank0of2.ckpt"):
+        with pytest.raises(CheckpointError, match=match):
             load_training(path, missing_ok=missing_ok)
     other = tmp_path / "u.ckpt"
     save_training(other)

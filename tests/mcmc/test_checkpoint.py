@@ -340,6 +340,56 @@ def test_an_extension_is_resumed_too(tmp_path):
     assert_identical(mcmc, whole)
 
 
+def test_an_extension_that_is_killed_at_once_is_not_forgotten(tmp_path):
+    make = KERNELS["langevin"][0]
+    whole = uninterrupted(make, None, (DATA,), num_samples=40)
+    mcmc = sampler(make(), tmp_path / "a", checkpoint_every=10**6)
+    pyro.set_rng_seed(0)
+    mcmc.run(DATA)
+    mcmc.hook_fn = StopAt(1)
+    with pytest.raises(Stop):
+        mcmc.extend(20)
+    mcmc = sampler(make(), tmp_path / "a", checkpoint_every=10**6)
+    mcmc.resume(DATA)
+    assert_identical(mcmc, whole)
+
+
+@pytest.mark.parametrize("where", ["prior", "datum"])
+def test_a_model_that_is_another_by_little_is_told_from_it(tmp_path, where):
+    """Under many data, which are read from elsewhere, float32 potentials are tens of thousands."""
+    y = torch.randn(20_000) + 1
+    prior = torch.tensor(0.0)
+
+    def model():
+        b = pyro.sample("b", dist.Normal(prior, 1.0))
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a + 0 * b, 1.0), obs=y)
+
+    def make(**kwargs):
+        path, every = tmp_path / "a", 5
+        kernel = LangevinKernel(model)
+        return MCMC(
+            kernel,
+            20,
+            20,
+            num_chains=3,
+            disable_progbar=True,
+            checkpoint=path,
+            checkpoint_every=every,
+            **kwargs,
+        )
+
+    with pytest.raises(Stop):
+        make(hook_fn=StopAt(12)).run()
+    if where == "prior":
+        prior += 3
+    else:
+        y[0] += 5
+    with pytest.raises(CheckpointError, match="the model is another one"):
+        make().resume()
+
+
 def test_a_finished_run_is_resumed_without_a_transition(tmp_path):
     make = KERNELS["chees"][0]
     whole = uninterrupted(make, tmp_path / "a", (DATA,))

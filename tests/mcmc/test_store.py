@@ -303,6 +303,14 @@ def test_draws_that_are_missing(stopped):
         sampler(**files_of(stopped)).resume(DATA)
 
 
+@pytest.mark.parametrize("gone", ["posterior/x", "posterior", ""])
+def test_arrays_that_are_gone_are_not_made_anew(stopped, gone):
+    for path in (stopped / "a.zarr" / gone).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError, match=r"lost the draws of \[.*'x'"):
+        sampler(**files_of(stopped)).resume(DATA)
+
+
 def test_draws_that_were_altered_are_found_when_they_are_read(tmp_path):
     mcmc = sampler(store=tmp_path / "a.zarr")
     mcmc.run(DATA)

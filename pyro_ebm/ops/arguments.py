@@ -1,0 +1,99 @@
+"""What arguments are asked to be: each check names the argument, what it got and what it wanted.
+
+A wrong argument is an error where it is given, and not one of Python's or torch's in the middle of
+a computation.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises a ValueError unless it is a number, or a tensor of one; NaN is one, True is not.
+
+    Example:
+        >>> check_number("width", 1.5)
+        >>> check_number("width", "wide")
+        Traceback (most recent call last):
+        ...
+        ValueError: width must be a number, got 'wide'
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, Tensor):
+        number = value.numel() == 1 and not value.is_complex()
+    if not number:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises a ValueError unless it is an integer of at least so much.
+
+    Example:
+        >>> check_count("num_steps", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_steps must be an integer of at least 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_callable(name: str, value: Any, what: str = "a function") -> None:
+    """Raises a ValueError unless it can be called.
+
+    Example:
+        >>> check_callable("init_strategy", 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: init_strategy must be a function, got 3
+    """
+    if not isinstance(value, Callable):
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+def check_mapping(name: str, value: Any, of: type = object, what: str = "values") -> None:
+    """Raises a ValueError unless it is a dict, from names to things of a type.
+
+    Example:
+        >>> check_mapping("initial_params", {"x": 1.0}, Tensor, "tensors")
+        Traceback (most recent call last):
+        ...
+        ValueError: initial_params must be a dict from names to tensors, got {'x': 1.0}
+    """
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key, str) and isinstance(each, of) for key, each in value.items()
+    ):
+        raise ValueError(f"{name} must be a dict from names to {what}, got {value!r}")
+
+
+def check_tensor(name: str, value: Any, what: str = "a tensor of real numbers") -> None:
+    """Raises a ValueError unless it is a tensor, and not of complex numbers.
+
+    Example:
+        >>> check_tensor("data", [1.0, 2.0])
+        Traceback (most recent call last):
+        ...
+        ValueError: data must be a tensor of real numbers, got [1.0, 2.0]
+    """
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+def checked_device(name: str, value: Any) -> torch.device | None:
+    """A device as torch knows it; None is None.
+
+    Example:
+        >>> checked_device("draws_device", "nowhere")
+        Traceback (most recent call last):
+        ...
+        ValueError: draws_device must be a device, such as "cpu", got 'nowhere'
+    """
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f'{name} must be a device, such as "cpu", got {value!r}') from error
