@@ -99,7 +99,7 @@ class EnergyPotential(Potential):
         return self.bijection(self._grouped(z)).to(self.sites[0].dtype)
 
     def _grouped(self, z: Tensor) -> Tensor:
-        chains = z.shape[0] // self._rows
+        chains = z.shape[:-1].numel() // self._rows
         return z.reshape((chains,) + self.energy.batch_shape + self.sites[0].shape)
 
     def _draw(self, num_chains: int) -> Tensor:

@@ -359,7 +359,8 @@ class MCMC(ChainByChain):
             return None
         settings = {name: getattr(self, name) for name in COMPARED}
         settings = {**settings, "save_params": run.keep, "store": self.store is not None}
-        settings["transforms"] = {name: repr(t) for name, t in self._transforms.items()}
+        given = self._given_transforms or {}  # others follow from the model
+        settings["transforms"] = {name: repr(t) for name, t in given.items()}
         described = [fingerprint(value, name) for name, value in settings.items()]
         described += [of_sites(run.potential), fingerprint(self.kernel, "the kernel")]
         described += [fingerprint(args, "argument"), fingerprint(kwargs, "argument")]
