@@ -1,5 +1,6 @@
 """An energy by itself as a potential: no model around it, all chains in one call."""
 
+import math
 from typing import Any
 
 import pyro
@@ -91,7 +92,7 @@ class EnergyPotential(Potential):
     def to_position(self, x: Tensor) -> Tensor:
         """Positions ``(chains, dim)`` of points ``(n, *batch, *event)``."""
         z = self.bijection.inv(x)
-        chains = z.shape[: z.dim() - len(self.sites[0].shape)].numel()
+        chains = math.prod(z.shape[: z.dim() - len(self.sites[0].shape)])
         return z.reshape(chains, self.dim).to(self.dtype)
 
     def to_points(self, z: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class EnergyPotential(Potential):
         return self.bijection(self._grouped(z)).to(self.sites[0].dtype)
 
     def _grouped(self, z: Tensor) -> Tensor:
-        chains = z.shape[:-1].numel() // self._rows
+        chains = math.prod(z.shape[:-1]) // self._rows
         return z.reshape((chains,) + self.energy.batch_shape + self.sites[0].shape)
 
     def _draw(self, num_chains: int) -> Tensor:
