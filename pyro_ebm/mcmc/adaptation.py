@@ -165,7 +165,8 @@ class Adaptation:
 
     Attributes:
         step_size: shape ``(groups,)``; from :meth:`start` to the fast end of the warmup
-            ``(chains,)``.
+            ``(chains,)``. It changes by another tensor in its place: what is computed of one is
+            kept, so never write into it.
         factor: :math:`L`, shape ``(groups, dim)`` or ``(groups, dim, dim)``; None is the identity.
     """
 

@@ -165,7 +165,10 @@ class Engine:
             if graph.checked:
                 graph.captured_at = []
             return True
-        self._give_up("the graph gives other values than the model, which must have read one")
+        self._give_up(
+            "the graph gives other values than the model, which reads something that changes and"
+            " that no graph can see"
+        )
         return False
 
     def _give_up(self, why: str) -> None:

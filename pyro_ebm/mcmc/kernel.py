@@ -11,7 +11,7 @@ import io
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import pyro
@@ -21,9 +21,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
-from torch.nn import Module
 
 from pyro_ebm.mcmc.adaptation import Adaptation
+from pyro_ebm.mcmc.dependencies import Dependencies
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.model import ModelPotential, lone_energy
@@ -291,7 +291,7 @@ class Kernel(MCMCKernel):
         self._engine = Engine(
             self.captured,
             self.jit_compile,
-            _Parameters(potential),
+            Dependencies(potential),
             self.ignore_jit_warnings,
             self.planned_steps,
         )
@@ -497,41 +497,6 @@ class Kernel(MCMCKernel):
     def __repr__(self) -> str:
         target = "" if self.model is None else getattr(self.model, "__name__", repr(self.model))
         return f"{type(self).__name__}({target})"
-
-
-class _Parameters:
-    """What a graph of a potential depends on beside its inputs: see :class:`Engine`."""
-
-    def __init__(self, potential: Potential):
-        self.potential = potential
-        self._look_at(getattr(potential, "_modules", ()))
-
-    def _look_at(self, modules: Iterable[Module]) -> None:
-        self.modules = tuple({id(m): m for top in modules for m in top.modules()}.values())
-        self._known = {id(module) for module in self.modules}
-        self._plain = [  # tensors that are neither parameters nor buffers
-            (vars(module), name)
-            for module in self.modules
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor)
-        ]
-
-    def __call__(self) -> tuple[Any, ...]:
-        children = [id(m) for module in self.modules for m in module._modules.values() if m]
-        if not self._known.issuperset(children):  # a layer was replaced
-            self._look_at(self.modules)
-            self.potential._modules = self.modules  # pyright: ignore[reportAttributeAccessIssue]
-            return self()
-        store = [id(p) for p in pyro.get_param_store()._params.values()]
-        own = [
-            (id(p), p.dtype, p.device)
-            for module in self.modules
-            for p in (*module._parameters.values(), *module._buffers.values())
-            if p is not None
-        ]
-        plain = [id(attributes.get(name)) for attributes, name in self._plain]
-        modes = [module.training for module in self.modules]
-        return (*store, *own, *children, *plain, *modes)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -7,7 +7,6 @@ kernel, ``NUTS`` and ``HMC`` among them. Ranks of a process group can share vect
 """
 
 import datetime
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from pyro_ebm.mcmc.record import Bar, cut_short
 from pyro_ebm.mcmc.sequential import ChainByChain, check_run
 from pyro_ebm.mcmc.store import ZarrStore
 from pyro_ebm.mcmc.vectorized import VectorizedRun
-from pyro_ebm.ops.arguments import checked_device
+from pyro_ebm.ops.arguments import check_count, checked_device
 from pyro_ebm.ops.distributed import rank_path
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
@@ -121,10 +120,10 @@ class MCMC(ChainByChain):
         if chain_method is None:
             chain_method = "vectorized" if isinstance(kernel, Kernel) else "sequential"
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        num_samples = _count("num_samples", num_samples, 1)
-        warmup_steps = _count("warmup_steps", warmup_steps, 0)
-        num_chains = _count("num_chains", num_chains, 1)
-        thinning = _count("thinning", thinning, 1)
+        num_samples = check_count("num_samples", num_samples, 1)
+        warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+        num_chains = check_count("num_chains", num_chains, 1)
+        thinning = check_count("thinning", thinning, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} leaves none of num_samples={num_samples}")
         if chain_method not in CHAIN_METHODS:
@@ -264,7 +263,7 @@ class MCMC(ChainByChain):
             >>> mcmc.get_samples(group_by_chain=True)["x"].shape
             torch.Size([20, 150])
         """
-        run, num_samples = self._run, _count("num_samples", num_samples, 1)
+        run, num_samples = self._run, check_count("num_samples", num_samples, 1)
         if run is None:
             raise RuntimeError(
                 "only a finished run of vectorized chains can be extended: call run, or resume,"
@@ -387,13 +386,3 @@ class MCMC(ChainByChain):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None, "_checkpoint": None}
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return number

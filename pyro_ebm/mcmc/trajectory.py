@@ -8,11 +8,11 @@ expected square*, measures how far the squared radius moves,
 .. math:: C(T) = \mathrm{E} \left( |w'|^2 - |w|^2 \right)^2, \qquad t \sim U(0, T),
 
 and warmup climbs :math:`C(T) / T^{1/4}` by stochastic gradients over all chains, of all ranks
-where they are shared out. (:math:`C` alone is flat where
-trajectories turn back, so that :math:`T` would wander off; :math:`C / T` makes them so short that
-means suffer. On a standard normal the exponents 0, 1/4, 1/2, 1 give :math:`T` = 2.25, 2.09, 1.93,
-1.57.) The times are not drawn but follow the van der Corput sequence, which spreads evenly over
-:math:`(0, T)` in any run of transitions; each transition by itself leaves the target invariant.
+where they are shared out. (:math:`C` alone is flat where trajectories turn back, so that :math:`T`
+would wander off; :math:`C / T` makes them so short that means suffer. On a standard normal the
+exponents 0, 1/4, 1/2, 1 give :math:`T` = 2.25, 2.09, 1.93, 1.57.) The times are not drawn but
+follow the van der Corput sequence, which spreads evenly over :math:`(0, T)` in any run of
+transitions; each transition by itself leaves the target invariant.
 
 Reference:
     Hoffman, Radul and Sountsov (2021), An adaptive MCMC scheme for setting trajectory lengths in

@@ -4,7 +4,9 @@ A wrong argument is an error where it is given, and not one of Python's or torch
 a computation.
 """
 
+import operator
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,24 +23,31 @@ def check_number(name: str, value: Any) -> None:
         ...
         ValueError: width must be a number, got 'wide'
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are real too
     if isinstance(value, Tensor):
         number = value.numel() == 1 and not value.is_complex()
     if not number:
         raise ValueError(f"{name} must be a number, got {value!r}")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ValueError unless it is an integer of at least so much.
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as an ``int``; raises a ValueError unless it is one of at least so much.
 
     Example:
+        >>> check_count("num_steps", torch.tensor(3))
+        3
         >>> check_count("num_steps", 0)
         Traceback (most recent call last):
         ...
         ValueError: num_steps must be an integer of at least 1, got 0
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
 
 
 def check_callable(name: str, value: Any, what: str = "a function") -> None:

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm import MCMC, RBM, ChEESKernel, GibbsKernel, LangevinKernel, MHKernel
 from pyro_ebm.mcmc import ModelPotential, engine, graph
+from pyro_ebm.mcmc.composite import BlockPotential
+from pyro_ebm.mcmc.dependencies import Dependencies
 from pyro_ebm.mcmc.engine import MAX_GRAPHS, WORTH_CAPTURING, WORTH_COMPILING, Engine
-from pyro_ebm.mcmc.kernel import _Parameters
 
 CANNOT = "cannot be captured as a graph"
 
@@ -195,7 +196,7 @@ def test_the_graphs_follow_parameters(captured):
     """In place a graph follows by itself; a new tensor, or a new mode, wants a new graph."""
     potential = ModelPotential(with_a_net)
     compiled = Engine(
-        lambda z: potential.value_and_grad(z), "capture", state=_Parameters(potential)
+        lambda z: potential.value_and_grad(z), "capture", state=Dependencies(potential)
     )
     z = torch.linspace(-1, 1, 5)[:, None]
 
@@ -263,6 +264,27 @@ def test_a_compiled_graph_knows_strides():
     for _ in range(2):
         for value in (x, x.T, x[:, :1].expand(2, 2)):
             assert torch.equal(subtract(value, y)[0], value - 2)
+
+
+def test_a_new_layer_below_a_block_is_held_in_evaluation_mode():
+    net = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -net(x[None]).sum())
+
+    whole = ModelPotential(model)
+    block = BlockPotential(whole, ["x"])
+    state = Dependencies(block)
+    before = state()
+    net[1] = nn.Dropout(0.9)
+    assert state() != before
+    z = torch.zeros(4, 2)
+    block.hold(z)
+    torch.testing.assert_close(block(z[:, :1]), whole(z))
+    assert net[1].training
+    assert net[1] in whole._modules
 
 
 def test_the_number_of_graphs_is_bounded(captured):
