@@ -30,6 +30,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.population import Population, current
 
 START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
+TOGETHER = 2**16  # numbers that are pooled in one go
 
 
 def slow_windows(warmup_steps: int) -> list[tuple[int, int]]:
@@ -146,6 +147,45 @@ class PooledCovariance:
         return delta.square().sum(0)
 
 
+class TensorAveraging(DualAveraging):
+    r"""Nesterov's dual averaging for each element of a tensor, in few operations.
+
+    Args:
+        prox_center: where the search starts, and what it is drawn to.
+
+    Example:
+        >>> averaging = TensorAveraging(torch.zeros(2))
+        >>> averaging.step(torch.tensor([0.0, 1.1]))
+        >>> averaging.get_state()[0]
+        tensor([ 0., -2.])
+    """
+
+    prox_center: Any
+
+    def __init__(self, prox_center: Tensor):
+        super().__init__(prox_center)  # pyright: ignore[reportArgumentType]
+
+    def reset(self) -> None:
+        """Starts again from the center."""
+        self._t: Any = 0
+        self._x_t: Any = None
+        self._x_avg: Any = torch.zeros_like(self.prox_center)
+        self._g_avg: Any = torch.zeros_like(self.prox_center)
+
+    def get_state(self) -> Any:
+        """The latest point, and the average of all."""
+        return super().get_state()
+
+    def step(self, g: Any) -> None:
+        """Takes one more gradient, of the shape of the center."""
+        self._t += 1
+        t = self._t
+        self._g_avg = torch.lerp(self._g_avg, g, 1 / (t + self.t0))
+        self._x_t = torch.sub(self.prox_center, self._g_avg, alpha=t**0.5 / self.gamma)
+        weight = t**-self.kappa  # lerp knows no infinities, and the logarithm of 0 is one
+        self._x_avg = torch.add(self._x_avg * (1 - weight), self._x_t, alpha=weight)
+
+
 class Adaptation:
     r"""Step size :math:`\varepsilon` and mass matrix of the chains of each group.
 
@@ -196,7 +236,7 @@ class Adaptation:
         self._typical = torch.empty(0), torch.empty(0)  # of which step sizes, and the median
         self._own = False  # whether each chain has a step size of its own
         self._pool = PooledCovariance(groups, full_mass)
-        self._averaging = DualAveraging()
+        self._waiting: list[Tensor] = []  # positions to be pooled
         self.restart(self.step_size)
 
     @property
@@ -229,8 +269,7 @@ class Adaptation:
     def restart(self, step_size: Tensor) -> None:
         """Starts the search for the step size again, from here."""
         self.step_size = step_size
-        self._averaging.prox_center = step_size.log()  # pyright: ignore[reportAttributeAccessIssue]
-        self._averaging.reset()
+        self._averaging = TensorAveraging(step_size.log())
 
     def update(self, z: Tensor, accept_prob: Tensor) -> bool:
         """Learns from one transition of all chains.
@@ -248,24 +287,27 @@ class Adaptation:
         if self.adapt_step_size:
             error = self.target_accept_prob - self.pooled(accept_prob)
             self._averaging.step(error)
-            self.step_size = torch.as_tensor(self._averaging.get_state()[0]).exp()
+            now, average = self._averaging.get_state()
+            self.step_size = now.exp()
             if self.t + 1 == settling_step(self.warmup_steps):
-                own = torch.as_tensor(self._averaging.get_state()[1]).exp()
-                self.restart(self._median(own))
+                self.restart(self._median(average.exp()))
                 self._own = False
         if self._windows and self.t >= self._windows[0][0]:
-            self._pool.update(z)
+            self._waiting.append(z)
+            if len(self._waiting) * z.numel() >= TOGETHER:
+                self._pool_positions()
             if self.t + 1 == self._windows[0][1]:
                 self._renew_factor()
                 self._windows.pop(0)
                 renewed = True
         self.t += 1
         if self.t == self.warmup_steps and self.adapt_step_size:
-            self.step_size = torch.as_tensor(self._averaging.get_state()[1]).exp()
+            self.step_size = self._averaging.get_state()[1].exp()
         return renewed
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned, see :meth:`load_state_dict`."""
+        self._pool_positions()
         return {
             "t": self.t,
             "step_size": self.step_size,
@@ -287,7 +329,13 @@ class Adaptation:
         for name in _AVERAGING:
             setattr(self._averaging, name, to_device(state["averaging"][name], device))
 
+    def _pool_positions(self) -> None:
+        if self._waiting:  # rows of a group stay rows of that group
+            self._pool.update(torch.cat(self._waiting))
+            self._waiting = []
+
     def _renew_factor(self) -> None:
+        self._pool_positions()
         pool = self._pool.over(self.population)
         if pool.count < 2:
             return

@@ -144,60 +144,89 @@ class ChEESKernel(Kernel):
         num_steps: Sequence[int],
     ) -> tuple[State, Info]:
         """A trajectory, and the verdict."""
-        end, new_momentum = self.trajectory(state, momentum, step_size, factor, num_steps)
-        return self.decide(state, momentum, end, new_momentum, log_u)
+        end, _, accepted, info = self.trajectory(
+            state, step_size, factor, momentum, log_u, num_steps
+        )
+        return self.choose(accepted, end, state), info
 
     def trajectory(
+        self,
+        state: State,
+        step_size: Tensor,
+        factor: Tensor | None,
+        momentum: Tensor,
+        log_u: Tensor,
+        num_steps: Sequence[int],
+    ) -> tuple[State, Tensor, Tensor, Info]:
+        r"""Where a trajectory ends, with what momentum, and the verdict on it.
+
+        Args:
+            state: where it starts.
+            step_size: :math:`h`, shape ``(chains, 1)``.
+            factor: the factor of the inverse mass matrix.
+            momentum: the momentum that it starts with, shape ``(chains, dim)``.
+            log_u: :math:`\log u` of the verdict, shape ``(chains,)``.
+            num_steps: how many leapfrog steps the chains of each group make.
+        """
+        most, end = max(num_steps), (state, momentum)
+        fixed = factor, state.potential, momentum, log_u
+        if min(num_steps) == most:
+            return self._engine.iterate(most, end, step_size, *fixed)
+        counts = _of_chains(num_steps, state)[:, None]
+        found: Any = None
+        for i in range(most):
+            # a step of size 0 stands still, as chains do that have arrived before the others
+            found = self._engine(*end, torch.where(i < counts, step_size, 0.0), *fixed)
+            end = found[:2]
+        return found
+
+    def leap(
         self,
         state: State,
         momentum: Tensor,
         step_size: Tensor,
         factor: Tensor | None,
-        num_steps: Sequence[int],
-    ) -> tuple[State, Tensor]:
-        """Where a trajectory ends, and with what momentum.
+        first_potential: Tensor,
+        first_momentum: Tensor,
+        log_u: Tensor,
+    ) -> tuple[State, Tensor, Tensor, Info]:
+        """A leapfrog step, and the verdict on the trajectory if it ends there.
+
+        One graph holds both, and the verdict, a few numbers for each chain, costs little; a graph
+        of its own would have to be compiled too.
 
         Args:
-            state: where it starts.
-            momentum: the momentum that it starts with, shape ``(chains, dim)``.
-            step_size: :math:`h`, shape ``(chains, 1)``.
-            factor: the factor of the inverse mass matrix.
-            num_steps: how many leapfrog steps the chains of each group make.
+            state: where the step starts.
+            momentum: with what momentum.
+            step_size: as for :meth:`trajectory`.
+            factor: see there.
+            first_potential: the potential where the trajectory started, shape ``(chains,)``.
+            first_momentum: the momentum there, shape ``(chains, dim)``.
+            log_u: as for :meth:`trajectory`.
         """
-        counts = None if len(num_steps) == 1 else _of_chains(num_steps, state)[:, None]
-        for i in range(max(num_steps)):
-            # a step of size 0 stands still, as chains do that have arrived before the others
-            h = step_size if counts is None else torch.where(i < counts, step_size, 0.0)
-            state, momentum = self._engine(state, momentum, h, factor)
-        return state, momentum
-
-    def leapfrog(
-        self, state: State, momentum: Tensor, step_size: Tensor, factor: Tensor | None
-    ) -> tuple[State, Tensor]:
-        """One step of a trajectory; arguments as for :meth:`trajectory`."""
         assert state.grad is not None
         momentum = kick(momentum, state.grad, step_size / 2, factor)
         state = self.evaluate(drift(state.z, momentum, step_size, factor))
         assert state.grad is not None
-        return state, kick(momentum, state.grad, step_size / 2, factor)
+        momentum = kick(momentum, state.grad, step_size / 2, factor)
+        change = energy_change(first_potential, first_momentum, state.potential, momentum)
+        accepted, info = self.judge(-change, log_u)
+        return state, momentum, accepted, info
 
-    def decide(
-        self, start: State, momentum: Tensor, end: State, new_momentum: Tensor, log_u: Tensor
-    ) -> tuple[State, Info]:
-        """The end of a trajectory where it is accepted, its start elsewhere."""
+    def judge(self, log_ratio: Tensor, log_u: Tensor) -> tuple[Tensor, Info]:
+        """Which trajectories are accepted, and with what probability."""
         #   p(z') N(p')     exp(-U(z') - |p'|^2 / 2)
         #   -----------  =  ------------------------
         #   p(z)  N(p)      exp(-U(z)  - |p|^2  / 2)
-        log_ratio = -energy_change(start.potential, momentum, end.potential, new_momentum)
         valid = log_ratio.isfinite()  # where a gradient is not, neither is the momentum
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
         diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
-        return self.choose(accepted, end, start), Info(accept_prob, diverging)
+        return accepted, Info(accept_prob, diverging)
 
     @property
     def captured(self) -> Callable[..., Any]:
         """One leapfrog step, however many a transition makes."""
-        return self.leapfrog
+        return self.leap
 
     # -- what warmup learns ----------------------------------------------------------------------
 
@@ -218,8 +247,7 @@ class ChEESKernel(Kernel):
         super().bind(potential, warmup_steps)
         like = self.adaptation.step_size
         length = torch.full_like(like, self._init_trajectory_length)
-        self._trajectory = TrajectoryAdaptation(length, potential.dim, self._engine)
-        self._verdict = self._engine.sibling(self.decide)
+        self._trajectory = TrajectoryAdaptation(length, potential.dim)
 
     def init(self, z: Tensor) -> State:
         """As every kernel; a length that is learned starts from two steps."""
@@ -249,15 +277,16 @@ class ChEESKernel(Kernel):
     def move(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what the trajectory length learns from it."""
         step_size, factor, momentum, log_u, num_steps = self.draw(state)
-        end, new_momentum = self.trajectory(state, momentum, step_size, factor, num_steps)
-        new, info = self._verdict(state, momentum, end, new_momentum, log_u)
+        end, end_momentum, accepted, info = self.trajectory(
+            state, step_size, factor, momentum, log_u, num_steps
+        )
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
             most = MAX_STEPS * self._typical_step_size()
             weight = info.accept_prob
-            self._learner.update(state, end, new_momentum, time, weight, factor, most)
-        return new, info
+            self._learner.update(state, end, end_momentum, time, weight, factor, most)
+        return self.choose(accepted, end, state), info
 
     def trial(self, state: State) -> tuple[State, Info]:
         """A trajectory of one step, to find a first step size."""
@@ -303,13 +332,12 @@ class ChEESKernel(Kernel):
     def _release(self) -> None:
         super()._release()
         self._trajectory: TrajectoryAdaptation | None = None
-        self._verdict: Any = None
         self._most_steps: list[float] | None = None
         self._num_steps: Tensor | None = None
         self._knows_units = False
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = {"_trajectory": None, "_verdict": None, "_num_steps": None}
+        gone = {"_trajectory": None, "_num_steps": None}
         return {**super().__getstate__(), **gone}
 
 

@@ -97,8 +97,41 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         """The function's value at the inputs."""
+        graph, tensors = self._find(inputs)
+        if graph is not None:
+            with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
+                return graph(tensors)
+        return self.function(*inputs)
+
+    def iterate(self, n: int, carried: tuple[Any, ...], *fixed: Any) -> Any:
+        """The last value when the function is called ``n`` times with what it returned.
+
+        Args:
+            n: how many times, at least once.
+            carried: the first arguments, each time the first values of the last time.
+            fixed: the other arguments.
+
+        Example:
+            >>> fibonacci = Engine(lambda a, b: (b, a + b))
+            >>> fibonacci.iterate(5, (torch.tensor(0), torch.tensor(1)))
+            (tensor(5), tensor(8))
+        """
+        graph, tensors = self._find((*carried, *fixed))
+        if graph is not None and graph.checked:  # which needs to be found but once
+            with contextlib.suppress(torch.linalg.LinAlgError):
+                found = graph.iterate(n, tensors, len(tensors_of(carried)))
+                if found is not None:
+                    return found
+        found = ()
+        for _ in range(n):
+            found = self(*carried, *fixed)
+            carried = found[: len(carried)]
+        return found
+
+    def _find(self, inputs: tuple[Any, ...]) -> "tuple[Graph | None, list[Tensor]]":
+        """The graph for such inputs, if they can have one, and the tensors in them."""
         if not self.jit_compile:
-            return self.function(*inputs)
+            return None, []
         described: list[Any] = [None if self.state is None else self.state()]
         tensors: list[Tensor] = []
         describe(inputs, described, tensors)
@@ -109,12 +142,7 @@ class Engine:
             graph = self._add_graph(key, inputs, tensors)
         elif not graph.checked and not self._agrees(graph, inputs, tensors):
             graph = None
-        if graph is None:
-            return self.function(*inputs)
-        try:
-            return graph(tensors)
-        except torch.linalg.LinAlgError:  # for the function to handle, which the graph cannot
-            return self.function(*inputs)
+        return graph, tensors
 
     def _add_graph(self, key: Hashable, inputs: Any, tensors: list[Tensor]) -> "Graph | None":
         self.function(*inputs)  # an error of the model itself is raised as it is

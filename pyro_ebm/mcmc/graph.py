@@ -35,6 +35,7 @@ class Graph:
     """
 
     checked = False
+    _returns_alike: bool | None = None  # once it is known
 
     def __init__(self, function: Callable[..., Any], inputs: Any, tensors: list[Tensor]):
         structure: list[Any] = []
@@ -94,15 +95,38 @@ class Graph:
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The function's value at these inputs."""
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self(tensors)
+        with torch.no_grad():
+            return self.build(self._run([*tensors, *self.constants]))
+
+    def iterate(self, n: int, tensors: list[Tensor], carried: int) -> Any:
+        """The function's last value when it is called ``n`` times.
+
+        Args:
+            n: how many times.
+            tensors: its inputs the first time.
+            carried: how many of these become, the next time, what it has returned first.
+
+        Returns:
+            The value; None if what it returns is not laid out as what it takes.
+        """
+        arguments = [*tensors, *self.constants]
+        found: Sequence[Tensor] = ()
+        with torch.no_grad():
+            for _ in range(n):
+                found = self._run(arguments)
+                if self._returns_alike is None:  # it lays them out in the same way each time
+                    pairs = zip(found[:carried], tensors[:carried], strict=True)
+                    self._returns_alike = all(_layout(x) == _layout(y) for x, y in pairs)
+                if not self._returns_alike:
+                    return None
+                arguments[:carried] = found[:carried]
+        return self.build(found)
+
+    def _run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
         if self.replays:  # into the same memory each time
             torch.compiler.cudagraph_mark_step_begin()
-            found = [x.clone() for x in self.run(*tensors, *self.constants)]
-        else:
-            found = self.run(*tensors, *self.constants)
-        return self.build(found)
+            return [x.clone() for x in self.run(*arguments)]
+        return self.run(*arguments)
 
 
 class _NoHostReads(TorchFunctionMode):
@@ -215,12 +239,16 @@ def describe(values: Iterable[Any], described: list[Any], tensors: list[Tensor])
     for value in values:
         if isinstance(value, Tensor):
             tensors.append(value)
-            described += (value.shape, value.stride(), value.dtype, value.device)
+            described += _layout(value)
         elif isinstance(value, tuple | list):
             described += (type(value), len(value))
             describe(value, described, tensors)
         else:
             described += (type(value), value)
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:

@@ -217,8 +217,9 @@ class Kernel(MCMCKernel):
         """The step size of each chain, shape ``(chains, 1)``."""
         step_size, chains = self.adaptation.step_size, state.z.shape[0]
         if self._own_step_size[0] is not step_size or len(self._own_step_size[1]) != chains:
-            repeated = step_size.repeat(chains // step_size.shape[0])[:, None]
-            self._own_step_size = step_size, repeated
+            repeats = chains // step_size.shape[0]
+            repeated = step_size if repeats == 1 else step_size.repeat(repeats)
+            self._own_step_size = step_size, repeated[:, None]
         return self._own_step_size[1]
 
     # -- many chains ---------------------------------------------------------------------------

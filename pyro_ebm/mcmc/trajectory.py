@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.adaptation import to_device
-from pyro_ebm.mcmc.engine import Engine
 from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.mcmc.population import current
 
@@ -52,12 +51,12 @@ class Learned(NamedTuple):
     """A running average of its logarithm, shape ``(groups,)``."""
     recent: Tensor
     """How steep the last climbs were, shape ``(MEMORY, groups)``, those to come first and 0."""
-    since: Tensor
-    """How many there were since the last start, shape ``()``."""
     center: Tensor
     """The mean position, shape ``(groups, dim)``."""
-    t: Tensor
-    """The number of updates, shape ``()``."""
+    since: int
+    """The number of updates since the last start."""
+    t: int
+    """The number of all updates."""
 
 
 EXPONENT = 0.25
@@ -78,7 +77,7 @@ def around(known: Learned, mean: Tensor) -> Tensor:
         mean: of the positions now, shape ``(groups, dim)``.
     """
     t = known.t + 1
-    return torch.lerp(known.center, mean, 1 / (t - (t / 2).floor()))
+    return torch.lerp(known.center, mean, 1 / (t - t // 2))
 
 
 def slopes(
@@ -105,13 +104,15 @@ def slopes(
         The weighted sum of the slopes and the sum of the weights, both of shape ``(groups,)``.
     """
     groups = center.shape[0]
-    center = center.repeat(start.z.shape[0] // groups, 1)
-    w, new_w = (_whiten(factor, x.z - center) for x in (start, end))
+    z = torch.stack([start.z, end.z]).unflatten(1, (-1, groups)) - center
+    w = z if factor is None else _whiten(factor, z)
+    momentum, time, weight = (by_group(x, groups) for x in (momentum, time, weight))
     #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
-    jump = new_w.square().sum(-1) - w.square().sum(-1)
-    slope = 4 * jump * (new_w * momentum).sum(-1) * time - EXPONENT * jump.square()
-    slope = torch.where((weight > 0) & slope.isfinite(), slope, 0.0)
-    slope, weight = by_group(slope, groups), by_group(weight, groups)
+    before, after = w.square().sum(-1)
+    jump = after - before
+    rise = time * (w[1] * momentum).sum(-1)
+    slope = jump * torch.sub(rise, jump, alpha=EXPONENT / 4)  # but for a factor of 4
+    slope = slope.nan_to_num(0.0, 0.0, 0.0)  # of trajectories that went astray, of weight 0
     return (weight * slope).sum(0), weight.sum(0)
 
 
@@ -127,45 +128,18 @@ def ascend(known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: 
     """
     length, t = known.length, known.t + 1
     slope = slope / weight.clamp_min(1e-10)
-    # in units of how large it was of late: its own size must not weigh the average
-    scale = known.recent.sum(0) / known.since.clamp(1, MEMORY)
-    step = RATE / t.sqrt() * (slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)).clamp(-2, 2)
-    length = torch.where(known.since > 0, (length * step.exp()).minimum(most), length)
+    if known.since:  # in units of how large it was of late: its own size must not weigh the average
+        scale = known.recent.sum(0) / min(known.since, MEMORY)
+        step = slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)
+        length = (length * (step.clamp(-2, 2) * (RATE / t**0.5)).exp()).minimum(most)
     return Learned(
         length,
         torch.lerp(known.log_mean, length.log(), t**-0.75),
         torch.cat([known.recent[1:], slope.abs()[None]]),
-        known.since + 1,
         center,
+        known.since + 1,
         t,
     )
-
-
-def climb(
-    known: Learned,
-    start: State,
-    end: State,
-    momentum: Tensor,
-    time: Tensor,
-    weight: Tensor,
-    factor: Tensor | None,
-    most: Tensor,
-) -> Learned:
-    """What is known after the trajectories of one transition, all here: a pure function.
-
-    Args:
-        known: what was known before.
-        start: as the others, for :func:`slopes`.
-        end: see there.
-        momentum: see there.
-        time: see there.
-        weight: see there.
-        factor: see there.
-        most: as for :func:`ascend`.
-    """
-    center = around(known, by_group(start.z, len(known.length)).mean(0))
-    slope, total = slopes(center, start, end, momentum, time, weight, factor)
-    return ascend(known, center, slope, total, most)
 
 
 class TrajectoryAdaptation:
@@ -174,20 +148,15 @@ class TrajectoryAdaptation:
     Args:
         length: the first :math:`T`, shape ``(groups,)``.
         dim: the dimension of a position.
-        engine: says whether to run :func:`climb` as a graph; of chains that are shared out over
-            ranks, :func:`slopes`, which is what comes before the sums over them.
 
     Attributes:
         known: what it has learned.
     """
 
-    def __init__(self, length: Tensor, dim: int, engine: Engine | None = None):
-        zero = length.new_zeros(())
+    def __init__(self, length: Tensor, dim: int):
         recent, center = length.new_zeros(MEMORY, len(length)), length.new_zeros(len(length), dim)
-        self.known = Learned(length, length.log(), recent, zero, center, zero)
+        self.known = Learned(length, length.log(), recent, center, since=0, t=0)
         self.population = current()
-        function = climb if self.population.size == 1 else slopes
-        self._engine = (engine or Engine(function)).sibling(function)
 
     @property
     def length(self) -> Tensor:
@@ -196,9 +165,11 @@ class TrajectoryAdaptation:
 
     def start(self, length: Tensor) -> None:
         """Goes on from another :math:`T`, in other units."""
-        recent, since = torch.zeros_like(self.known.recent), torch.zeros_like(self.known.since)
         self.known = self.known._replace(
-            length=length, log_mean=length.log(), recent=recent, since=since
+            length=length,
+            log_mean=length.log(),
+            recent=torch.zeros_like(self.known.recent),
+            since=0,
         )
 
     def update(
@@ -211,13 +182,22 @@ class TrajectoryAdaptation:
         factor: Tensor | None,
         most: Tensor,
     ) -> None:
-        """Learns from the trajectories of one transition: arguments as for :func:`climb`."""
-        known, over, details = self.known, self.population, (end, momentum, time, weight, factor)
-        if over.size == 1:
-            self.known = self._engine(known, start, *details, most)
-            return
+        """Learns from the trajectories of one transition: arguments as for :func:`slopes`.
+
+        Args:
+            start: see there.
+            end: see there.
+            momentum: see there.
+            time: see there.
+            weight: see there.
+            factor: see there.
+            most: as for :func:`ascend`.
+        """
+        known, over = self.known, self.population
         center = around(known, over.mean(by_group(start.z, len(known.length))))
-        slope, total = over.total(torch.stack(self._engine(center, start, *details)))
+        slope, total = slopes(center, start, end, momentum, time, weight, factor)
+        if over.size > 1:
+            slope, total = over.total(torch.stack([slope, total]))
         self.known = ascend(known, center, slope, total, most)
 
     def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
@@ -250,12 +230,10 @@ class TrajectoryAdaptation:
         self.known = Learned(**{name: to_device(x, device) for name, x in state.items()})
 
 
-def _whiten(factor: Tensor | None, v: Tensor) -> Tensor:
-    r"""The product :math:`L^{-1} v`, arguments as for ``precondition``."""
-    if factor is None:
-        return v
-    grouped = v.unflatten(0, (-1, factor.shape[0]))
+def _whiten(factor: Tensor, z: Tensor) -> Tensor:
+    r"""The product :math:`L^{-1} z`, of ``z`` of shape ``(..., groups, dim)``."""
     if factor.dim() == 2:
-        return (grouped / factor).reshape(v.shape)
-    solved = torch.linalg.solve_triangular(factor, grouped.permute(1, 2, 0), upper=False)
-    return solved.permute(2, 0, 1).reshape(v.shape)
+        return z / factor
+    columns = z.flatten(end_dim=-3).permute(1, 2, 0)
+    solved = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return solved.permute(2, 0, 1).reshape(z.shape)

@@ -50,4 +50,6 @@ def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
         tensor([[1., 1.],
                 [0., 0.]])
     """
-    return torch.where(accepted.reshape(accepted.shape + (1,) * (new.dim() - 1)), new, old)
+    if new.dim() > 1:
+        accepted = accepted.reshape(accepted.shape + (1,) * (new.dim() - 1))
+    return torch.where(accepted, new, old)

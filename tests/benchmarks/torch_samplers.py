@@ -3,7 +3,8 @@
 ``whole`` counts all from the construction of the kernel to the draws on their supports, with
 tracing, capturing and compiling; the compiler starts with an empty cache. ``warm`` counts the
 transitions, warmup included, and what follows the last; a transition that captures or compiles a
-graph (it lasts more than fifty times the median and 0.2 s) counts as a median one.
+graph (it lasts more than fifty times the median and 0.2 s) counts as a median one. Pyro's kernels
+are watched by a hook; ours in their ``step``, since a hook is also handed the values of all sites.
 """
 
 import time
@@ -28,32 +29,20 @@ def setup() -> None:
     MCMC(nuts, 1, disable_progbar=True).run(*posterior.tensors())
 
 
-def kernel_of(sampler: str, posterior: Posterior) -> Any:
-    """The kernel that a row names."""
-    jit = {"jit_compile": True, "ignore_jit_warnings": True}
-    if sampler == "pyro_ebm Langevin":
-        return LangevinKernel(posterior.model, full_mass=posterior.dense, **jit)
-    if sampler == "pyro_ebm ChEES":
-        return ChEESKernel(posterior.model, full_mass=posterior.dense, **jit)
-    if sampler == "pyro_ebm MH":
-        return MHKernel(posterior.model, **jit)
-    if sampler == "Pyro NUTS, jit":
-        return NUTS(posterior.model, full_mass=posterior.dense, **jit)
-    return RandomWalkKernel(posterior.model)
-
-
 class Stopwatch:
-    """A hook that takes the time after every transition."""
+    """Takes the time after every transition; a hook for Pyro's kernels."""
 
     def __init__(self) -> None:
         self.gaps: list[float] = []
-        self.first = self.last = 0.0
+        self.last = 0.0
 
     def __call__(self, kernel: Any, params: Any, stage: str, i: int) -> None:
+        self.tick(between=not (stage.startswith("Warmup") and i == 0))
+
+    def tick(self, between: bool = True) -> None:
+        """A transition is made; not ``between`` if a new chain was set up before it."""
         now = time.perf_counter()
-        if not self.first:
-            self.first = now
-        elif not (stage.startswith("Warmup") and i == 0):  # else a new chain was set up
+        if self.last and between:
             self.gaps.append(now - self.last)
         self.last = now
 
@@ -62,6 +51,31 @@ class Stopwatch:
         gaps = np.array(self.gaps)
         usual = np.median(gaps)
         return float(np.where(gaps > 0.2 + 50 * usual, usual, gaps).sum()) + end - self.last
+
+
+def kernel_of(sampler: str, posterior: Posterior, watch: Stopwatch) -> Any:
+    """The kernel that a row names."""
+    jit = {"jit_compile": True, "ignore_jit_warnings": True}
+    if sampler == "pyro_ebm Langevin":
+        return _watched(LangevinKernel, watch)(posterior.model, full_mass=posterior.dense, **jit)
+    if sampler == "pyro_ebm ChEES":
+        return _watched(ChEESKernel, watch)(posterior.model, full_mass=posterior.dense, **jit)
+    if sampler == "pyro_ebm MH":
+        return _watched(MHKernel, watch)(posterior.model, **jit)
+    if sampler == "Pyro NUTS, jit":
+        return NUTS(posterior.model, full_mass=posterior.dense, **jit)
+    return RandomWalkKernel(posterior.model)
+
+
+def _watched(kind: Any, watch: Stopwatch) -> Any:
+    """A kernel whose steps tell a watch."""
+
+    def step(self: Any, state: Any) -> Any:
+        found = kind.step(self, state)
+        watch.tick()
+        return found
+
+    return type(kind.__name__, (kind,), {"step": step})
 
 
 def measure(
@@ -77,8 +91,9 @@ def measure(
     data, watch = target.tensors(), Stopwatch()
     with fresh_cache():
         start = time.perf_counter()
-        kernel = kernel_of(sampler, target)
-        mcmc = MCMC(kernel, draws, warmup, num_chains=chains, hook_fn=watch, disable_progbar=True)
+        kernel = kernel_of(sampler, target, watch)
+        hook = None if sampler.startswith("pyro_ebm") else watch
+        mcmc = MCMC(kernel, draws, warmup, num_chains=chains, hook_fn=hook, disable_progbar=True)
         mcmc.run(*data)
         samples = mcmc.get_samples(group_by_chain=True)
         end = time.perf_counter()
