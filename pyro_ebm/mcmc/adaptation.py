@@ -307,7 +307,6 @@ class Adaptation:
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned, see :meth:`load_state_dict`."""
-        self._pool_positions()
         return {
             "t": self.t,
             "step_size": self.step_size,
@@ -315,6 +314,7 @@ class Adaptation:
             "factor": self.factor,
             "windows": list(self._windows),
             "covariance": self._pool.state_dict(),
+            "waiting": list(self._waiting),  # to be pooled together, as they would have been
             "averaging": {name: getattr(self._averaging, name, None) for name in _AVERAGING},
         }
 
@@ -326,6 +326,7 @@ class Adaptation:
         self.step_size = to_device(state["step_size"], device)
         self.factor = to_device(state["factor"], device)
         self._pool.load_state_dict(state["covariance"], device)
+        self._waiting = [to_device(z, device) for z in state["waiting"]]
         for name in _AVERAGING:
             setattr(self._averaging, name, to_device(state["averaging"][name], device))
 

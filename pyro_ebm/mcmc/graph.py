@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Graph:
@@ -42,11 +45,12 @@ class Graph:
 
         def on_tensors(*tensors: Tensor) -> list[Any]:
             remaining = iter(tensors)
-            structure.append(function(*_refill(inputs, remaining)))
+            with SolveTogether():
+                structure.append(function(*_refill(inputs, remaining)))
             return tensors_of(structure[-1:])
 
         self.captured_at = [x.detach().clone() for x in tensors]
-        with _NoHostReads():
+        with _NoHostReads(), tracing(TracingContext(FakeTensorMode())):  # one for all nodes
             # one tensor that comes twice would be one input of the graph for ever
             graph = make_fx(on_tensors)(*(x.detach() for x in tensors))
         _refuse_dynamic(graph)
@@ -141,6 +145,31 @@ class _NoHostReads(TorchFunctionMode):
         if func in self.HIDDEN and mode is not None and has_proxy_slot(args[0], mode.tracer):
             raise RuntimeError(f"a value is read on the host, by Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
+
+
+class SolveTogether(TorchDispatchMode):
+    """Solves triangular systems of one matrix at once.
+
+    Of a matrix that all chains share, as the scale of a multivariate normal, torch makes a copy for
+    each chain; here the chains' vectors become the columns of one matrix. The same to rounding.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.linalg_solve_triangular.default:
+            return func(*args, **kwargs)
+        matrix, sides = args
+        shape = torch.broadcast_shapes(matrix.shape[:-2], sides.shape[:-2]) + sides.shape[-2:]
+        if matrix.shape[:-2].numel() > 1 or sides.numel() in (0, sides.shape[-2:].numel()):
+            return func(*args, **kwargs)
+        if not kwargs.get("left", True):  # of X A = B rows are solved, of A X = B columns
+            rows = sides.reshape(-1, sides.shape[-1])
+            return func(matrix.reshape(matrix.shape[-2:]), rows, **kwargs).reshape(shape)
+        columns = sides.movedim(-2, 0)
+        solved = func(matrix.reshape(matrix.shape[-2:]), columns.flatten(1), **kwargs)
+        return solved.reshape(columns.shape).movedim(0, -2).reshape(shape)
 
 
 def _refuse_dynamic(graph: GraphModule) -> None:

@@ -127,17 +127,15 @@ class LangevinKernel(Kernel):
         self.adjusted, self.temperature, self.schedule = adjusted, float(temperature), schedule
 
     def draw(self, state: State) -> tuple[Any, ...]:
-        """The step size, the factor, the temperature, the noise and the uniform."""
+        """The step size, factor, temperature, noise, and the uniform if one decides."""
         if self.schedule is not None:
             now = _scheduled(self.schedule, self._steps)
             self.adaptation.step_size = torch.full_like(self.adaptation.step_size, now)
-        return (
-            self.step_size_of(state),
-            self.factor,
-            state.z.new_tensor(self.temperature),
-            torch.randn_like(state.z),
-            torch.rand_like(state.potential).log(),
-        )
+        if self._temperature is None or self._temperature[0] != self.temperature:
+            self._temperature = self.temperature, state.z.new_tensor(self.temperature)
+        noise = torch.randn_like(state.z)
+        log_u = torch.rand_like(state.potential).log() if self.adjusted else None
+        return self.step_size_of(state), self.factor, self._temperature[1], noise, log_u
 
     def transition(
         self,
@@ -146,7 +144,7 @@ class LangevinKernel(Kernel):
         factor: Tensor | None,
         temperature: Tensor,
         noise: Tensor,
-        log_u: Tensor,
+        log_u: Tensor | None,
     ) -> tuple[State, Info]:
         """One Langevin step, and its acceptance or rejection if ``adjusted``."""
         assert state.grad is not None
@@ -154,7 +152,7 @@ class LangevinKernel(Kernel):
         new = self.evaluate(z)
         assert new.grad is not None
         valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
-        if not self.adjusted:
+        if log_u is None:
             return self.choose(valid, new, state), Info(valid.to(z.dtype), ~valid)
         #   p(z') q(z | z')     exp(-U(z') / T)   exp(-|xi'|^2 / 2)
         #   ---------------  =  --------------- * -----------------
@@ -172,6 +170,13 @@ class LangevinKernel(Kernel):
         accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
         diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
         return self.choose(accepted, new, state), Info(accept_prob, diverging)
+
+    def _release(self) -> None:
+        super()._release()
+        self._temperature: tuple[float, Tensor] | None = None  # a number, and its tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_temperature": None}
 
 
 def _scheduled(schedule: Callable[[int], float] | None, t: int) -> float:
