@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.population import Population, current
 
 START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
-TOGETHER = 2**16  # numbers that are pooled in one go
+POOLED_AT_ONCE = 2**16  # numbers
 
 
 def slow_windows(warmup_steps: int) -> list[tuple[int, int]]:
@@ -180,7 +180,7 @@ class TensorAveraging(DualAveraging):
         """Takes one more gradient, of the shape of the center."""
         self._t += 1
         t = self._t
-        self._g_avg = torch.lerp(self._g_avg, g, 1 / (t + self.t0))
+        self._g_avg = torch.lerp(self._g_avg, g.to(self._g_avg.dtype), 1 / (t + self.t0))
         self._x_t = torch.sub(self.prox_center, self._g_avg, alpha=t**0.5 / self.gamma)
         weight = t**-self.kappa  # lerp knows no infinities, and the logarithm of 0 is one
         self._x_avg = torch.add(self._x_avg * (1 - weight), self._x_t, alpha=weight)
@@ -294,7 +294,7 @@ class Adaptation:
                 self._own = False
         if self._windows and self.t >= self._windows[0][0]:
             self._waiting.append(z)
-            if len(self._waiting) * z.numel() >= TOGETHER:
+            if len(self._waiting) * z.numel() >= POOLED_AT_ONCE:
                 self._pool_positions()
             if self.t + 1 == self._windows[0][1]:
                 self._renew_factor()
@@ -315,7 +315,7 @@ class Adaptation:
             "windows": list(self._windows),
             "covariance": self._pool.state_dict(),
             "waiting": list(self._waiting),  # to be pooled together, as they would have been
-            "averaging": {name: getattr(self._averaging, name, None) for name in _AVERAGING},
+            "averaging": {name: getattr(self._averaging, name) for name in _AVERAGING},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ class ChEESKernel(Kernel):
         target_accept_prob: mean acceptance probability to adapt to.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the leapfrog step as
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run leapfrog steps as
             a graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine`). Compiling takes
             seconds, and pays in long runs.
         ignore_jit_warnings: whether to silence warnings of the capture.
@@ -225,7 +225,7 @@ class ChEESKernel(Kernel):
 
     @property
     def captured(self) -> Callable[..., Any]:
-        """One leapfrog step, however many a transition makes."""
+        """One leapfrog step, however many a transition makes, with the verdict."""
         return self.leap
 
     # -- what warmup learns ----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A graph refers to tensors, and sees them change in place. It does not see a parameter or a layer
 that is replaced by another one, nor a module that turns from training to evaluation: an
-:class:`~pyro_ebm.mcmc.engine.Engine` asks for these before each call.
+:class:`~pyro_ebm.mcmc.engine.Engine` asks for these before it runs one.
 """
 
 from collections.abc import Iterable

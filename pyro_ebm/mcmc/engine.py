@@ -13,7 +13,8 @@ same draws to rounding, since random numbers are drawn outside:
 ``"auto"`` chooses by how many calls are planned: a short run is not worth a graph, and only a long
 one is worth compiling.
 
-What a graph may rest on beside its inputs is looked at before each call. It refers to the
+What a graph may rest on beside its inputs is looked at before each call, or before the first of
+those that are made in a row. It refers to the
 parameters that it was captured with, and so sees them change in place. It is captured anew when
 shapes, strides, dtypes or devices of its inputs change, when a parameter, a buffer or a module of
 a network is replaced, or when one changes between training and evaluation. A function that cannot
@@ -29,7 +30,7 @@ import contextlib
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.graph import Graph, SolveTogether, describe, tensors_of
+from pyro_ebm.mcmc.graph import Graph, SolvesTogether, describe, tensors_of
 
 JitCompile = bool | Literal["capture", "auto"]
 MAX_GRAPHS = 8  # kept at a time, of one function
@@ -89,22 +90,14 @@ class Engine:
         self._singular = 0
         self._told: list[str] = []
 
-    def sibling(self, function: Callable[..., Any]) -> "Engine":
-        """An engine that runs another function in the same way, and repeats no warning."""
-        other = Engine(function, self.jit_compile, None, self.ignore_jit_warnings)
-        other.asked, other._told = self.asked, self._told
-        return other
-
     def __call__(self, *inputs: Any) -> Any:
         """The function's value at the inputs."""
-        graph, tensors = self._find(inputs)
-        if graph is not None:
-            with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
-                return graph(tensors)
-        return self.function(*inputs)
+        return self._run(*self._find(inputs), inputs)
 
     def iterate(self, n: int, carried: tuple[Any, ...], *fixed: Any) -> Any:
         """The last value when the function is called ``n`` times with what it returned.
+
+        Its graph is looked up once; nothing that it rests on may change on the way.
 
         Args:
             n: how many times, at least once.
@@ -116,17 +109,23 @@ class Engine:
             >>> fibonacci.iterate(5, (torch.tensor(0), torch.tensor(1)))
             (tensor(5), tensor(8))
         """
-        graph, tensors = self._find((*carried, *fixed))
-        if graph is not None and graph.checked:  # which needs to be found but once
+        inputs = (*carried, *fixed)
+        graph, tensors = self._find(inputs)
+        if graph is not None and graph.checked:
             with contextlib.suppress(torch.linalg.LinAlgError):
                 found = graph.iterate(n, tensors, len(tensors_of(carried)))
                 if found is not None:
                     return found
-        found = ()
-        for _ in range(n):
-            found = self(*carried, *fixed)
-            carried = found[: len(carried)]
+        found = self._run(graph, tensors, inputs)
+        for _ in range(n - 1):
+            found = self(*found[: len(carried)], *fixed)
         return found
+
+    def _run(self, graph: "Graph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
+        if graph is not None:
+            with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
+                return graph(tensors)
+        return self.function(*inputs)
 
     def _find(self, inputs: tuple[Any, ...]) -> "tuple[Graph | None, list[Tensor]]":
         """The graph for such inputs, if they can have one, and the tensors in them."""
@@ -185,11 +184,13 @@ class Engine:
         """Compares the graph with the function at other inputs than it was captured at."""
         try:
             found = graph.captured_value(tensors)
-            with SolveTogether():  # as when it was captured: an ill-conditioned matrix rounds much
-                wanted = tensors_of([self.function(*inputs)])
+            agrees = self._gives(found, inputs)
+            if not agrees and graph.solves:  # an ill-conditioned matrix makes much of rounding
+                with SolvesTogether():
+                    agrees = self._gives(found, inputs)
         except torch.linalg.LinAlgError:  # at a later call then
             return True
-        if all(_close(*pair) for pair in zip(found, wanted, strict=True)):
+        if agrees:
             graph.checked = not all(map(torch.equal, tensors, graph.captured_at))
             if graph.checked:
                 graph.captured_at = []
@@ -199,6 +200,11 @@ class Engine:
             " that no graph can see"
         )
         return False
+
+    def _gives(self, found: Sequence[Tensor], inputs: Any) -> bool:
+        """Whether the function's value is this one."""
+        wanted = tensors_of([self.function(*inputs)])
+        return all(_close(*pair) for pair in zip(found, wanted, strict=True))
 
     def _give_up(self, why: str) -> None:
         self.jit_compile = False
@@ -211,7 +217,7 @@ class Engine:
     def _tell(self, what: str) -> None:
         if self.asked != "auto" and what not in self._told:  # "auto" promises no graph
             self._told.append(what)
-            warnings.warn(what, stacklevel=5)
+            warnings.warn(what, stacklevel=6)
 
     @contextlib.contextmanager
     def _silenced(self, *always: type[Warning]) -> Iterator[None]:

@@ -45,14 +45,13 @@ class Graph:
 
         def on_tensors(*tensors: Tensor) -> list[Any]:
             remaining = iter(tensors)
-            with SolveTogether():
-                structure.append(function(*_refill(inputs, remaining)))
+            structure.append(function(*_refill(inputs, remaining)))
             return tensors_of(structure[-1:])
 
         self.captured_at = [x.detach().clone() for x in tensors]
         with _NoHostReads(), tracing(TracingContext(FakeTensorMode())):  # one for all nodes
             # one tensor that comes twice would be one input of the graph for ever
-            graph = make_fx(on_tensors)(*(x.detach() for x in tensors))
+            graph = make_fx(on_tensors, {_SOLVE: solve_together})(*(x.detach() for x in tensors))
         _refuse_dynamic(graph)
         _list_masks(graph)
         self.build, _ = _builder(structure[-1])
@@ -92,6 +91,11 @@ class Graph:
                 raise
             self.run = run
 
+    @property
+    def solves(self) -> bool:
+        """Whether it solves triangular systems, which round otherwise than the function's."""
+        return any(node.target is _SOLVE for node in self.graph.graph.nodes)
+
     def captured_value(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """What the graph says before it is compiled."""
         with torch.no_grad():
@@ -113,6 +117,8 @@ class Graph:
         Returns:
             The value; None if what it returns is not laid out as what it takes.
         """
+        if self._returns_alike is False:
+            return None
         arguments = [*tensors, *self.constants]
         found: Sequence[Tensor] = ()
         with torch.no_grad():
@@ -147,29 +153,44 @@ class _NoHostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class SolveTogether(TorchDispatchMode):
+def solve_together(matrix: Tensor, sides: Tensor, **kinds: bool) -> Tensor:
     """Solves triangular systems of one matrix at once.
 
     Of a matrix that all chains share, as the scale of a multivariate normal, torch makes a copy for
     each chain; here the chains' vectors become the columns of one matrix. The same to rounding.
+
+    Args:
+        matrix: shape ``(..., n, n)``.
+        sides: the right-hand sides, shape ``(..., n, k)``, or ``(..., k, n)`` if not ``left``.
+        kinds: as of :func:`torch.linalg.solve_triangular`.
+
+    Returns:
+        The solutions; NotImplemented if there are several matrices, or one system.
     """
+    if matrix.shape[:-2].numel() > 1 or sides.numel() in (0, sides.shape[-2:].numel()):
+        return NotImplemented
+    shape = torch.broadcast_shapes(matrix.shape[:-2], sides.shape[:-2]) + sides.shape[-2:]
+    matrix = matrix.reshape(matrix.shape[-2:])
+    if not kinds.get("left", True):  # of X A = B rows are solved, of A X = B columns
+        rows = sides.reshape(-1, sides.shape[-1])
+        return _SOLVE(matrix, rows, **kinds).reshape(shape)
+    columns = sides.movedim(-2, 0)
+    solved = _SOLVE(matrix, columns.flatten(1), **kinds)
+    return solved.reshape(columns.shape).movedim(0, -2).reshape(shape)
+
+
+_SOLVE = torch.ops.aten.linalg_solve_triangular.default
+
+
+class SolvesTogether(TorchDispatchMode):
+    """Solves as a graph does, :func:`solve_together`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.ops.aten.linalg_solve_triangular.default:
-            return func(*args, **kwargs)
-        matrix, sides = args
-        shape = torch.broadcast_shapes(matrix.shape[:-2], sides.shape[:-2]) + sides.shape[-2:]
-        if matrix.shape[:-2].numel() > 1 or sides.numel() in (0, sides.shape[-2:].numel()):
-            return func(*args, **kwargs)
-        if not kwargs.get("left", True):  # of X A = B rows are solved, of A X = B columns
-            rows = sides.reshape(-1, sides.shape[-1])
-            return func(matrix.reshape(matrix.shape[-2:]), rows, **kwargs).reshape(shape)
-        columns = sides.movedim(-2, 0)
-        solved = func(matrix.reshape(matrix.shape[-2:]), columns.flatten(1), **kwargs)
-        return solved.reshape(columns.shape).movedim(0, -2).reshape(shape)
+        found = solve_together(*args, **kwargs) if func is _SOLVE else NotImplemented
+        return func(*args, **kwargs) if found is NotImplemented else found
 
 
 def _refuse_dynamic(graph: GraphModule) -> None:

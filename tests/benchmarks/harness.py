@@ -43,7 +43,8 @@ class Options:
     minutes: float = 5.0
     """After which no further round is begun; the first is always finished."""
     seed: int = 0
-    threads: int = 1
+    threads: int = field(default_factory=torch.get_num_threads)
+    """Of torch: as many as torch would take by itself, since JAX uses all cores too."""
     device: str = "cpu"
     quick: bool = False
     output: Path = Path("benchmarks-output")

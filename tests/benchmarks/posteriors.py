@@ -37,10 +37,10 @@ chains have not converged, and their ESS means nothing. *z* is the largest diffe
 posterior mean, or second moment, from what the other samplers found together (or, for the
 Gaussian, from the exact mean), in standard errors: some 3 or 4 are chance, more than 6 are a
 sampler that is wrong or has not converged. *Over budget*: a single run would take more than the
-seconds said, or took them and was stopped; runs of more than 12 s are made once. The last column is the ratio
-to the best peer that converged: with R-hat at most 1.02, or, of 1,000 chains, which are too short
-for an R-hat near 1, at most 1.1 and z at most 5. `*` marks a ratio of a sampler that did not
-converge itself.
+seconds said, or took them and was stopped; runs of more than 12 s are made once. The last column
+is the ratio to the best peer that converged: with R-hat at most 1.02, or, of 1,000 chains, which
+are too short for an R-hat near 1, at most 1.1 and z at most 5. `*` marks a ratio of a sampler that
+did not converge itself.
 """
 
 SAMPLERS = {  # and their kind; rivals side by side

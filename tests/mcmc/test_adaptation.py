@@ -3,12 +3,14 @@ import math
 import pytest
 import torch
 from pyro.infer.mcmc.adaptation import WarmupAdapter
+from pyro.ops.dual_averaging import DualAveraging
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
 from pyro_ebm.mcmc.adaptation import (
     Adaptation,
     PooledCovariance,
+    TensorAveraging,
     _cholesky,
     settling_step,
     slow_windows,
@@ -228,3 +230,31 @@ def test_each_group_adapts_by_itself():
         assert_moments(draws[group::3, :, 0] / scale[group], 0.0, 1.0)
         accept_prob = info.accept_prob[group::3].mean().item()
         assert accept_prob == pytest.approx(0.574, abs=0.04)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_positions_that_are_pooled_at_once_are_those_one_by_one(dense, monkeypatch):
+    z = torch.randn(30, 8, 3, dtype=torch.float64) * torch.tensor([1.0, 2.0, 5.0])
+    z[:, 1::2] += 100.0  # the second group lies elsewhere
+    factors = []
+    for at_once in (1, 50, 100, 2**16):
+        monkeypatch.setattr("pyro_ebm.mcmc.adaptation.POOLED_AT_ONCE", at_once)
+        like = torch.empty(0, dtype=z.dtype)
+        learned = adaptation(30, groups=2, dim=3, like=like, full_mass=dense)
+        for positions in z:
+            learned.update(positions, torch.ones(8))
+        assert learned.factor.shape == ((2, 3, 3) if dense else (2, 3))
+        assert not learned._waiting
+        factors.append(learned.factor)
+    for factor in factors[1:]:
+        torch.testing.assert_close(factor, factors[0])
+
+
+@pytest.mark.parametrize("center", [0.3, -math.inf])
+def test_averaging_by_tensors_is_that_by_numbers(center):
+    ours, theirs = TensorAveraging(torch.full((2,), center)), DualAveraging(center)
+    for g in (torch.randn(50) * 0.3).tolist():
+        ours.step(torch.tensor([g, g], dtype=torch.float64))  # of another dtype than the center
+        theirs.step(g)
+    for mine, its in zip(ours.get_state(), theirs.get_state(), strict=True):
+        torch.testing.assert_close(mine, torch.full((2,), its))

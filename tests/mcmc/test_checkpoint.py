@@ -204,8 +204,8 @@ def test_every_kernel_goes_on_exactly(tmp_path, name):
     make, takes_data = KERNELS[name]
     data = (DATA,) if takes_data else ()
     whole = uninterrupted(make, tmp_path / "a", data)
-    # in warmup before the first window, at its end, and twice while sampling
-    assert_identical(interrupted(make, tmp_path / "b", data, 2, 17, 9, 8), whole)
+    # in warmup before the first window, in it, after its end, and twice while sampling
+    assert_identical(interrupted(make, tmp_path / "b", data, 2, 8, 9, 9, 8), whole)
 
 
 # -- what is kept ----------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """Graphs that are run many times, and how they solve triangular systems."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_ebm import LangevinKernel
+from pyro_ebm import LangevinKernel, UnnormalizedEnergy
+from pyro_ebm.mcmc import ChEESKernel
+from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.engine import Engine
-from pyro_ebm.mcmc.graph import Graph, SolveTogether
+from pyro_ebm.mcmc.graph import Graph, SolvesTogether
 
 WAYS = pytest.mark.parametrize("jit_compile", [False, "capture", True])
 
@@ -54,6 +58,69 @@ def test_values_laid_out_otherwise_are_not_taken_for_the_inputs(jit_compile):
         assert torch.equal(found, 16 * x)
 
 
+@WAYS
+def test_iterating_survives_a_singular_matrix_on_the_way(jit_compile):
+    # in a graph inv raises; the function says NaN, as potentials do
+    def halve(x: Tensor) -> tuple[Tensor]:
+        try:
+            return (torch.linalg.inv(x) @ x @ x - 1 * torch.eye(2),)
+        except torch.linalg.LinAlgError:
+            return (torch.full_like(x, torch.nan),)
+
+    engine = Engine(halve, jit_compile)
+    for top in (9.0, 7.0, 5.0):  # less by 1 each time
+        x = torch.diag(torch.tensor([top, top + 1]))
+        torch.testing.assert_close(engine.iterate(3, (x,))[0], x - 3 * torch.eye(2))
+    x = torch.diag(torch.tensor([2.0, 3.0]))
+    assert engine.iterate(3, (x,))[0].isnan().all()  # at 0 it is singular
+    assert engine.jit_compile == jit_compile
+
+
+@pytest.mark.parametrize("jit_compile", ["capture", True])
+def test_iterating_looks_for_another_graph_when_the_state_is_another(jit_compile):
+    sign = [torch.ones(()), -torch.ones(())]
+    which = [0]
+    engine = Engine(lambda x: (x + sign[which[0]],), jit_compile, state=lambda: which[0])
+    for now in (0, 0, 0, 1, 1, 1, 0, 1):
+        which[0] = now
+        (x,) = engine.iterate(3, (torch.rand(2).round() + now,))
+        start = x - 3 * sign[now]
+        assert ((start == now) | (start == now + 1)).all()
+
+
+@pytest.mark.parametrize("jit_compile", ["capture", True])
+def test_groups_with_other_numbers_of_steps_have_the_graphs_of_one(jit_compile):
+    scale = torch.tensor([1.0, 3.0])
+    energies = UnnormalizedEnergy(lambda x: (x / scale).square() / 2, batch_shape=(2,))
+    draws = {}
+    for way in (False, jit_compile):
+        pyro.set_rng_seed(0)
+        kernel = ChEESKernel(step_size=0.5, jit_compile=way)
+        kernel.bind(EnergyPotential(energies), 40)
+        state = kernel.init(torch.randn(20, 1))
+        counts = set()
+        for _ in range(60):
+            state, _ = kernel.step(state)
+            counts.add(tuple(kernel.own_stats["n_steps"][:2].tolist()))
+        assert any(a != b for a, b in counts)
+        draws[way] = state.z
+    torch.testing.assert_close(draws[jit_compile], draws[False], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("jit_compile", ["capture", True, "auto"])
+def test_a_function_with_branches_of_its_own_runs_before_and_after(jit_compile):
+    def absolute(x: Tensor) -> tuple[Tensor]:
+        return (torch.cond(x.sum() > 0, lambda x: x.clone(), lambda x: -x, (x,)),)
+
+    engine = Engine(absolute, jit_compile, planned=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether it can be captured depends on torch
+        for sign in (1, -1, 1, -1):
+            x = sign * torch.rand(4, 3)
+            assert torch.equal(engine(x)[0], x.abs())
+            assert torch.equal(absolute(x)[0], x.abs())
+
+
 # -- triangular systems --------------------------------------------------------------------------
 
 
@@ -80,7 +147,7 @@ def test_systems_of_one_matrix_have_the_solutions_of_each(
     B = torch.randn(sides, dtype=torch.float64)
     kinds = {"upper": upper, "left": left, "unitriangular": unitriangular}
     want = torch.linalg.solve_triangular(A, B, **kinds)
-    with SolveTogether():
+    with SolvesTogether():
         found = torch.linalg.solve_triangular(A, B, **kinds)
     torch.testing.assert_close(found, want)
 
@@ -89,7 +156,7 @@ def test_systems_of_one_matrix_have_the_solutions_of_each(
 def test_sides_of_other_shapes(shape):
     A = torch.randn(3, 3, dtype=torch.float64).tril() + 3 * torch.eye(3, dtype=torch.float64)
     B, left = torch.randn(4, *shape, dtype=torch.float64), shape[0] == 3
-    with SolveTogether():
+    with SolvesTogether():
         X = torch.linalg.solve_triangular(A, B, upper=False, left=left)
     torch.testing.assert_close(A @ X if left else X @ A, B)
 
