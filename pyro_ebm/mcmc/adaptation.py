@@ -326,7 +326,8 @@ class Adaptation:
         self.step_size = to_device(state["step_size"], device)
         self.factor = to_device(state["factor"], device)
         self._pool.load_state_dict(state["covariance"], device)
-        self._waiting = [to_device(z, device) for z in state["waiting"]]
+        waiting = state.get("waiting", ())  # in older files everything is pooled
+        self._waiting = [to_device(z, device) for z in waiting]
         for name in _AVERAGING:
             setattr(self._averaging, name, to_device(state["averaging"][name], device))
 

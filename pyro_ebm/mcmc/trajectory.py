@@ -112,7 +112,7 @@ def slopes(
     jump = after - before
     rise = time * (w[1] * momentum).sum(-1)
     slope = jump * torch.sub(rise, jump, alpha=EXPONENT / 4)  # but for a factor of 4
-    slope = slope.nan_to_num(0.0, 0.0, 0.0)  # of trajectories that went astray, of weight 0
+    slope = slope.nan_to_num(0.0, 0.0, 0.0)  # of trajectories that went astray
     return (weight * slope).sum(0), weight.sum(0)
 
 

@@ -258,3 +258,19 @@ def test_averaging_by_tensors_is_that_by_numbers(center):
         theirs.step(g)
     for mine, its in zip(ours.get_state(), theirs.get_state(), strict=True):
         torch.testing.assert_close(mine, torch.full((2,), its))
+
+
+def test_the_state_of_an_older_version_in_which_nothing_waits_is_read():
+    z, accept_prob = torch.randn(20, 4, 2), torch.rand(20, 4)
+    whole, rest = adaptation(30), adaptation(30)
+    for t in range(5):  # the slow window begins at 4
+        whole.update(z[t], accept_prob[t])
+    whole._pool_positions()
+    rest.load_state_dict({k: v for k, v in whole.state_dict().items() if k != "waiting"})
+    for t in range(5, 20):
+        whole.update(z[t], accept_prob[t])
+        rest.update(z[t], accept_prob[t])
+    for one in (whole, rest):
+        one._pool_positions()
+    assert torch.equal(rest._pool.covariance(), whole._pool.covariance())
+    assert torch.equal(rest.step_size, whole.step_size)
