@@ -14,13 +14,13 @@ same draws to rounding, since random numbers are drawn outside:
 one is worth compiling.
 
 What a graph may rest on beside its inputs is looked at before each call, or before the first of
-those that are made in a row. It refers to the
-parameters that it was captured with, and so sees them change in place. It is captured anew when
-shapes, strides, dtypes or devices of its inputs change, when a parameter, a buffer or a module of
-a network is replaced, or when one changes between training and evaluation. A function that cannot
-be written down, because it branches on a value, reads one on the host or makes tensors whose shapes
-depend on values, is run as it is, after one warning that names the line. For the rest, the second
-call of a graph is made with the function too, and where they differ the graph is given up.
+those that are made in a row. It refers to the parameters that it was captured with, and so sees
+them change in place. It is captured anew when shapes, strides, dtypes or devices of its inputs
+change, when a parameter, a buffer or a module of a network is replaced, or when one changes between
+training and evaluation. A function that cannot be written down, because it branches on a value,
+reads one on the host or makes tensors whose shapes depend on values, is run as it is, after one
+warning that names the line. For the rest, the second call of a graph is made with the function too,
+and where they differ the graph is given up.
 
 What nothing can see is a Python number, or a tensor or network in a closure or a global variable,
 that is *rebound* to another one later. Change tensors in place, or build the kernel anew.
