@@ -1,4 +1,9 @@
-"""Every test starts alike: empty param store, seed 0, validation on, float32, one thread."""
+"""Every test starts alike: empty param store, seed 0, validation on, float32, one thread.
+
+``--reseed N`` shifts every seed that a test gives to torch or Pyro, its own and this one, so that
+each N is another sample: a statistical test must pass at all of them. Doctests print numbers of
+seed 0 and keep it.
+"""
 
 import matplotlib
 import pyro
@@ -11,17 +16,25 @@ matplotlib.use("Agg")
 collect_ignore = ["benchmarks"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift the tests' seeds")
+
+
 @pytest.fixture(autouse=True)
-def _fresh_pyro():
+def _fresh_pyro(request):
     """Set what Pyro and torch keep globally, and put it back whatever the test did to it."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     pyro.enable_validation(True)  # torch's Distribution validation included
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-    yield
+    # Pyro seeds torch by this function too. The shift is long, as tests run through small seeds.
+    # (A context of its own: a test may undo what the fixture `monkeypatch` has done.)
+    manual_seed, shift = torch.manual_seed, 2**20 * request.config.getoption("reseed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "manual_seed", lambda seed: manual_seed(int(seed) + shift))
+        pyro.set_rng_seed(0)
+        yield
 
     pyro.clear_param_store()
     pyro.enable_validation(True)
