@@ -6,6 +6,7 @@ it (:class:`MCMC` with :class:`LangevinKernel`, :class:`GibbsKernel`, ...), fit 
 :func:`estimate_log_normalizer`).
 """
 
+from pyro_ebm import nn
 from pyro_ebm.diagnostics import to_arviz
 from pyro_ebm.distributions import (
     RBM,
@@ -83,6 +84,7 @@ __all__ = [
     "fisher_divergence",
     "load_training",
     "mixture",
+    "nn",
     "product",
     "save_training",
     "score",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.replay import Replay, is_factor
 from pyro_ebm.mcmc.results import Results
+from pyro_ebm.ops.arguments import shown
 
 DRAWS = ("chain", "draw")
 
@@ -341,7 +342,7 @@ def _renamed(groups: Groups, dims: Mapping[str, Sequence[str | None]]) -> Groups
         if isinstance(given, str) or set(given) & set(DRAWS):
             raise ValueError(
                 f"dims[{variable.site!r}] must be a list of the names after chain and draw, got"
-                f" {given!r}"
+                f" {shown(given)}"
             )
         given = list(given)
         if group == "log_likelihood":  # of a site's dimensions it has the first, the batch

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
 
-from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.arguments import check_count, shown
 
 
 class MLPEnergy(nn.Module):
@@ -118,7 +118,7 @@ class ConvEnergy(nn.Module):
 
 def _sizes(name: str, sizes: Any, least: int = 0) -> torch.Size:
     if not isinstance(sizes, Sequence):
-        raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {sizes!r}")
+        raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {shown(sizes)}")
     for size in sizes:
         check_count(name, size, least)
     return torch.Size(sizes)

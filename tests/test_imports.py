@@ -283,3 +283,9 @@ def test_importing_the_package_brings_nothing_heavy():
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_front_door_shows_every_room():
+    code = "import pyro_ebm; print(pyro_ebm.nn.MLPEnergy, pyro_ebm.ops, pyro_ebm.normalizer)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.distributions.rbm import RBM
 from pyro_ebm.distributions.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.ops.arguments import shown
 
 
 class DeepBeliefNetwork(nn.Module):
@@ -60,12 +61,12 @@ class DeepBeliefNetwork(nn.Module):
     def __init__(self, machines: Iterable[RBMModule]):
         super().__init__()
         if isinstance(machines, Tensor) or not isinstance(machines, Iterable):
-            raise ValueError(f"machines must be a list of them, got {machines!r}")
+            raise ValueError(f"machines must be a list of them, got {shown(machines)}")
         machines = list(machines)
         for machine in machines:
             if not isinstance(machine, RBMModule):
                 raise ValueError(
-                    f"machines must be modules, such as RBM.module(64, 32), got {machine!r}"
+                    f"machines must be modules, such as RBM.module(64, 32), got {shown(machine)}"
                 )
         if not machines:
             raise ValueError("machines must hold at least one, such as [RBM.module(64, 32)]")

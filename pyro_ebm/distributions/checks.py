@@ -18,6 +18,8 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_ebm.ops.arguments import shown
+
 
 def checked_shape(name: str, shape: Iterable[int]) -> torch.Size:
     """The shape as a ``torch.Size``.
@@ -28,9 +30,11 @@ def checked_shape(name: str, shape: Iterable[int]) -> torch.Size:
     try:
         sizes = torch.Size(shape)
     except TypeError as error:
-        raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {shape!r}") from error
+        raise ValueError(
+            f"{name} must be a tuple of sizes, such as (3,), got {shown(shape)}"
+        ) from error
     if any(size < 0 for size in sizes):
-        raise ValueError(f"{name} must be a tuple of sizes, none below 0, got {shape!r}")
+        raise ValueError(f"{name} must be a tuple of sizes, none below 0, got {shown(shape)}")
     return sizes
 
 
@@ -54,7 +58,7 @@ def lift_support(
     if not isinstance(support, constraints.Constraint):
         raise ValueError(
             "support must be a constraint, such as pyro.distributions.constraints.positive, got"
-            f" {support!r}"
+            f" {shown(support)}"
         )
     while isinstance(support, MixtureSameFamilyConstraint):
         support = support.base_constraint  # that of the components, and biject_to knows it

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.lattice import Pairs, complete_graph, graph_of
+from pyro_ebm.ops.arguments import shown
 
 
 def floating(name: str, value: Any, beside: Sequence[Any] = ()) -> Tensor:
@@ -37,7 +38,7 @@ def floating(name: str, value: Any, beside: Sequence[Any] = ()) -> Tensor:
             device=tensors[0].device if tensors else None,
         )
     if not isinstance(value, Tensor) or value.is_complex():
-        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else shown(value)
         raise ValueError(f"{name} must be a real number or tensor, got {got}")
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 

@@ -27,6 +27,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_ebm.distributions.calls import NARROW, EnergyCallError, explain
 from pyro_ebm.distributions.checks import (
     check_bijection,
     checked_normalizer,
@@ -39,7 +40,7 @@ from pyro_ebm.distributions.checks import (
     refuse_plain_elbo,
 )
 from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
-from pyro_ebm.ops.arguments import check_number, check_tensor
+from pyro_ebm.ops.arguments import check_number, check_tensor, shown
 from pyro_ebm.ops.score import score
 
 if TYPE_CHECKING:
@@ -136,12 +137,17 @@ class UnnormalizedEnergy(TorchDistribution):
     ):
         if energy is not None:
             self._energy = energy
-        if not callable(getattr(self, "_energy", None)):
-            raise ValueError(f"energy must be callable, got {type(energy).__name__}")
+        if isinstance(energy, Distribution):
+            raise ValueError(
+                f"energy must be a function, got the distribution {type(energy).__name__}: its"
+                " energy is lambda x: -p.log_prob(x), or give it as base= beside an energy"
+            )
+        if not callable(getattr(self, "_energy", None)) or isinstance(energy, type):
+            raise ValueError(f"energy must be callable, got {shown(energy)}")
         if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+            raise ValueError(f"num_steps must be an integer of at least 1, got {shown(num_steps)}")
         if base is not None and not isinstance(base, Distribution):
-            raise ValueError(f"base must be a distribution, got {base!r}")
+            raise ValueError(f"base must be a distribution, got {shown(base)}")
         if event_shape is None:
             event_shape = () if base is None else base.event_shape
         if batch_shape is None:
@@ -165,6 +171,11 @@ class UnnormalizedEnergy(TorchDistribution):
         self.num_steps = num_steps
         self.constant_normalizer = constant_normalizer
         if log_normalizer is not None and not isinstance(log_normalizer, Tensor):
+            if isinstance(getattr(log_normalizer, "value", None), Tensor):
+                raise ValueError(
+                    "log_normalizer must be a number or a tensor, got an estimate: say"
+                    " p.normalized(estimate), which keeps in mind that it is one"
+                )
             check_number("log_normalizer", log_normalizer)
             if not math.isfinite(float(log_normalizer)):
                 raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
@@ -196,11 +207,22 @@ class UnnormalizedEnergy(TorchDistribution):
             Energies, shape ``(*sample, *batch)``.
 
         Raises:
-            ValueError: if the energy function returns another shape.
+            ValueError: if the energy function returns another shape, or does not take points of
+                this shape, dtype or device.
         """
         x = self._broadcast(x)
+        if x.dtype in NARROW and not self._support.is_discrete:
+            raise EnergyCallError(
+                f"the points of the energy {_name_of(self._energy)} are of {x.dtype}, in which"
+                " arithmetic overflows: use x.float()"
+            )
         with fixed_weights(self.modules):
-            value = self._energy(x)
+            try:
+                value = self._energy(x)
+            except Exception as error:
+                name, like = _name_of(self._energy), self._like()
+                explain(error, self._energy, name, x, self.event_shape, like)
+                raise
         want = x.shape[: x.dim() - self.event_dim]
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         if got != want:
@@ -412,7 +434,7 @@ class UnnormalizedEnergy(TorchDistribution):
     def _run(self, sample_shape: Any, diagnose: bool) -> "tuple[Tensor, ChainDiagnostics]":
         from pyro_ebm.mcmc.short_run import short_run  # the one arrow back
 
-        return short_run(self, torch.Size(sample_shape), diagnose=diagnose)
+        return short_run(self, checked_shape("sample_shape", sample_shape), diagnose=diagnose)
 
     def starting_points(
         self,

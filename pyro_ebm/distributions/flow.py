@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyro_ebm.ops.arguments import check_count, check_number, check_tensor
+from pyro_ebm.ops.arguments import check_count, check_number, check_tensor, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,7 +153,9 @@ def neural_spline_flow(
     check_count("context", context, 0)
     check_count("transforms", transforms)
     if not isinstance(hidden_features, Sequence):
-        raise ValueError(f"hidden_features must be widths, such as (64,), got {hidden_features!r}")
+        raise ValueError(
+            f"hidden_features must be widths, such as (64,), got {shown(hidden_features)}"
+        )
     for width in hidden_features:
         check_count("hidden_features", width)
     validate = Distribution._validate_args

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.arguments import shown
+
 MAX_GRAPHS = 32
 """How many colourings are remembered."""
 
@@ -59,7 +61,7 @@ def lattice_edges(*shape: int, periodic: bool | Sequence[bool] = True) -> Tensor
     if not shape or not all(isinstance(side, int) and side >= 1 for side in shape):
         raise ValueError(f"the sides of a lattice must be integers of at least 1, got {shape}")
     if not isinstance(periodic, bool | Sequence):
-        raise ValueError(f"periodic must be a bool, or one for each side, got {periodic!r}")
+        raise ValueError(f"periodic must be a bool, or one for each side, got {shown(periodic)}")
     wraps = [periodic] * len(shape) if isinstance(periodic, bool) else list(periodic)
     if len(wraps) != len(shape):
         raise ValueError(

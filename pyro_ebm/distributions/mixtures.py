@@ -30,6 +30,7 @@ from pyro_ebm.distributions.parts import (
 )
 from pyro_ebm.distributions.supports import same_support
 from pyro_ebm.distributions.util import first_tensor, unvalidated
+from pyro_ebm.ops.arguments import shown
 
 
 def mixture(
@@ -82,7 +83,7 @@ def mixture(
         tensor(0.8010)
     """
     if isinstance(components, Tensor) or not isinstance(components, Iterable):
-        raise ValueError(f"components must be a list of distributions, got {components!r}")
+        raise ValueError(f"components must be a list of distributions, got {shown(components)}")
     checked = [as_part(f"component {k}", part) for k, part in enumerate(components)]
     if not checked:
         raise ValueError("mixture needs at least one component")
@@ -228,7 +229,7 @@ def _checked_weights(weights: Any, components: Sequence[Distribution]) -> Tensor
         try:
             weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"weights must be numbers, got {weights!r}") from error
+            raise ValueError(f"weights must be numbers, got {shown(weights)}") from error
     elif not weights.is_floating_point():
         weights = weights.to(torch.get_default_dtype())
     if weights.dim() == 0 or weights.shape[-1] != len(components):

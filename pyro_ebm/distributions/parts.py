@@ -16,6 +16,7 @@ from pyro_ebm.distributions.checks import lift_support
 from pyro_ebm.distributions.discrete import codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, _name_of
 from pyro_ebm.distributions.util import sources
+from pyro_ebm.ops.arguments import shown
 
 _WITHOUT_DENSITY = (MaskedDistribution, dist.ImproperUniform, dist.Delta)
 _INNER = ("base_dist", "_component_distribution", "component0", "component1")
@@ -38,7 +39,7 @@ def as_part(name: str, fn: Any) -> Distribution:
         UnnormalizedEnergy(energy=square, event_shape=(3,), log_normalizer=unknown)
     """
     if not isinstance(fn, Distribution):
-        raise ValueError(f"{name} must be an energy or another distribution, got {fn!r}")
+        raise ValueError(f"{name} must be an energy or another distribution, got {shown(fn)}")
     if isinstance(fn, UnnormalizedEnergy):
         return fn
     if isinstance(fn, Independent):
@@ -202,7 +203,7 @@ def checked_coefficient(
         ValueError: if it is not a finite positive number, or does not broadcast.
     """
     if not isinstance(value, Tensor | float | int):
-        raise ValueError(f"{name} must be a number or a tensor, got {value!r}")
+        raise ValueError(f"{name} must be a number or a tensor, got {shown(value)}")
     tensor = torch.as_tensor(value)
     try:
         fits = torch.broadcast_shapes(tensor.shape, batch_shape) == batch_shape

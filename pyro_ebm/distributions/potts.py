@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.couplings import floating
 from pyro_ebm.distributions.pairwise import PairwiseEnergy
+from pyro_ebm.ops.arguments import shown
 
 
 class Potts(PairwiseEnergy):
@@ -77,7 +78,9 @@ class Potts(PairwiseEnergy):
         if num_states is None:
             raise ValueError("without a field the number of states is unknown: give num_states=")
         if not isinstance(num_states, int) or num_states < 2:
-            raise ValueError(f"num_states must be an integer of at least 2, got {num_states!r}")
+            raise ValueError(
+                f"num_states must be an integer of at least 2, got {shown(num_states)}"
+            )
         super().__init__(
             couplings, field, edges, values=constraints.one_hot, num_states=num_states, **kwargs
         )

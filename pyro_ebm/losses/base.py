@@ -13,7 +13,7 @@ ordinary term, so that plates, scales, masks, latents and guides mean what they 
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro import poutine
@@ -24,12 +24,13 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
+from pyro_ebm.distributions.calls import at_site
 from pyro_ebm.distributions.checks import judged_by_a_loss
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite, find_site, leaves
-from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.arguments import check_count, shown
 from pyro_ebm.ops.distributed import pooled_mean
 
 
@@ -67,6 +68,17 @@ class EnergyLoss(Trace_ELBO):
     """
 
     needs_noise = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A loss; a model and a guide are arguments of the loss, and not of its class."""
+        model_and_guide = args[:2]
+        if len(model_and_guide) == 2 and all(map(callable, model_and_guide)):
+            name = cls.__name__
+            raise ValueError(
+                f"{name} is a class, and was given a model and a guide: make a loss of it first,"
+                f" as in SVI(model, guide, optim, loss={name}()), or {name}()(model, guide)"
+            )
+        return super().__new__(cls)
 
     def __init__(self, num_particles: int = 1, **kwargs: Any):
         if kwargs.get("vectorize_particles"):
@@ -164,6 +176,11 @@ class EnergyLoss(Trace_ELBO):
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
+        if not callable(guide):
+            raise ValueError(
+                f"guide must be a function, got {shown(guide)}: where there are no latents, one"
+                " that does nothing, as in lambda x: None"
+            )
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -174,6 +191,7 @@ class EnergyLoss(Trace_ELBO):
         }
         for name in noise:
             guide_trace.remove_node(name)
+        _refuse_swapped(guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace = prune_subsample_sites(model_trace)
@@ -185,10 +203,11 @@ class EnergyLoss(Trace_ELBO):
             guide_trace.compute_score_parts()
             judged = []
             for name, site in sites.items():
-                term = self._ordinary_term(site)
-                if term is None:
-                    judged.append(name)
-                    term = self._judge(site)
+                with at_site(name):
+                    term = self._ordinary_term(site)
+                    if term is None:
+                        judged.append(name)
+                        term = self._judge(site)
                 log_prob = site.weighted(term)
                 model_trace.nodes[name]["log_prob"] = log_prob
                 model_trace.nodes[name]["log_prob_sum"] = log_prob.sum()
@@ -344,6 +363,15 @@ def _energy_sites(model_trace: Any, noise: Mapping[str, Any]) -> dict[str, Energ
         for name, site in model_trace.nodes.items()
         if _is_sample(site) and find_energy(site["fn"]) is not None
     }
+
+
+def _refuse_swapped(guide_trace: Any) -> None:
+    for name, site in guide_trace.nodes.items():
+        if _is_sample(site) and site["is_observed"] and find_energy(site["fn"]) is not None:
+            raise ValueError(
+                f"the guide observes the energy site {name!r}, and the model has no such site: are"
+                " model and guide swapped? It is SVI(model, guide, optim, loss)"
+            )
 
 
 def _where(leaf: Tensor, model: Any) -> str:

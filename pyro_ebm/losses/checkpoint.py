@@ -37,6 +37,7 @@ from pyro_ebm.files import CheckpointError
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.module import networks_of
 from pyro_ebm.losses.states import differences, restore, state_of
+from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.distributed import gathered, rank, rank_path, world_size
 
 KIND = "training"
@@ -240,7 +241,8 @@ def _pieces_of(part: Any) -> Iterator[Any]:
     else:
         raise TypeError(
             "a part of a training is an SVI, loss(model, guide), a network, an optimiser, a"
-            f" scheduler, a torch.Generator, or has state_dict and load_state_dict; got {part!r}"
+            f" scheduler, a torch.Generator, or has state_dict and load_state_dict;"
+            f" got {shown(part)}"
         )
 
 

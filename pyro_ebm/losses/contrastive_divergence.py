@@ -33,7 +33,7 @@ from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.short_run import default_kernel
 from pyro_ebm.mcmc.tempering import TemperingKernel
-from pyro_ebm.ops.arguments import check_count, check_number
+from pyro_ebm.ops.arguments import check_count, check_number, shown
 
 STEP_SIZE_GAIN = 0.1
 
@@ -112,17 +112,18 @@ class ContrastiveDivergence(EnergyLoss):
     ):
         super().__init__(num_particles=num_particles, **kwargs)
         if monitor is not None and not callable(monitor):
-            raise TypeError(f"monitor must be a function of an energy, got {monitor!r}")
+            raise TypeError(f"monitor must be a function of an energy, got {shown(monitor)}")
         if not isinstance(monitor_every, int) or monitor_every < 1:
             raise ValueError(
-                f"monitor_every must be an integer of at least 1, got {monitor_every!r}"
+                f"monitor_every must be an integer of at least 1, got {shown(monitor_every)}"
             )
         if kernel is not None and not isinstance(kernel, Kernel):
             raise TypeError(
-                f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
+                f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(),"
+                f" got {shown(kernel)}"
             )
         if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+            raise ValueError(f"num_steps must be an integer of at least 1, got {shown(num_steps)}")
         check_number("restart_prob", restart_prob)
         check_number("energy_penalty", energy_penalty)
         if not 0 <= restart_prob <= 1:

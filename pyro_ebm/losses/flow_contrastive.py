@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
 from pyro_ebm.losses.sites import EnergySite, leaves
 from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.ops.arguments import check_number
+from pyro_ebm.ops.arguments import check_number, shown
 from pyro_ebm.ops.score import value_and_grad
 
 
@@ -108,11 +108,11 @@ class FlowNCE(NCE):
         every = isinstance(alternate, int) and not isinstance(alternate, bool) and alternate >= 1
         if not (alternate in ("accuracy", None) or every):
             raise ValueError(
-                f"alternate must be 'accuracy', None or a number of steps, got {alternate!r}"
+                f"alternate must be 'accuracy', None or a number of steps, got {shown(alternate)}"
             )
         check_number("smoothing", smoothing)
         if broad_noise is not None and not isinstance(broad_noise, Distribution):
-            raise ValueError(f"broad_noise must be a distribution, got {broad_noise!r}")
+            raise ValueError(f"broad_noise must be a distribution, got {shown(broad_noise)}")
         for name, value in (("threshold", threshold), ("broad_weight", broad_weight)):
             check_number(name, value)
             if not 0 < value < 1:

@@ -21,6 +21,7 @@ from pyro_ebm.distributions.rbm_module import GaussianRBMModule, RBMModule
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.closed_form import SITE, ClosedFormStep
 from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.ops.arguments import shown
 
 FINAL_RATE = 0.05
 """What the rate has fallen to at the end, as a part of that at the start."""
@@ -81,7 +82,7 @@ def fit_rbm(
     """
     for name, value in {"num_epochs": num_epochs, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     if not 0 <= center_rate <= 1:

@@ -29,7 +29,7 @@ from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.ops.arguments import check_number, check_tensor
+from pyro_ebm.ops.arguments import check_number, check_tensor, shown
 from pyro_ebm.ops.distributed import gathered
 
 
@@ -89,7 +89,9 @@ class NCE(EnergyLoss):
     ):
         super().__init__(num_particles=num_particles, **kwargs)
         if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
-            raise ValueError(f"noise_ratio must be an integer of at least 1, got {noise_ratio!r}")
+            raise ValueError(
+                f"noise_ratio must be an integer of at least 1, got {shown(noise_ratio)}"
+            )
         self.noise_ratio, self.self_normalized = noise_ratio, self_normalized
         self.init_log_normalizer = init_log_normalizer
         self._known: set[str] = set()
@@ -216,7 +218,9 @@ class RankingNCE(EnergyLoss):
     def __init__(self, noise_ratio: int = 10, num_particles: int = 1, **kwargs: Any):
         super().__init__(num_particles=num_particles, **kwargs)
         if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
-            raise ValueError(f"noise_ratio must be an integer of at least 1, got {noise_ratio!r}")
+            raise ValueError(
+                f"noise_ratio must be an integer of at least 1, got {shown(noise_ratio)}"
+            )
         self.noise_ratio = noise_ratio
         self._known: set[str] = set()
 

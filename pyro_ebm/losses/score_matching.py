@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
-from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.arguments import check_count, shown
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
 METHODS = ("exact", "hutchinson")
@@ -186,7 +186,7 @@ class DenoisingScoreMatching(EnergyLoss):
             sigmas = torch.as_tensor(sigma, dtype=torch.float64).flatten()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"sigma must be a number or several, such as [0.1, 0.5], got {sigma!r}"
+                f"sigma must be a number or several, such as [0.1, 0.5], got {shown(sigma)}"
             ) from error
         if not (sigmas.numel() and sigmas.isfinite().all() and (sigmas > 0).all()):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")

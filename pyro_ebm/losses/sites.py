@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.ops.arguments import check_tensor
 
 
 @dataclasses.dataclass
@@ -109,6 +110,8 @@ def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> Ene
                 " look through: transform the data, or write the energy of what is observed"
             )
         fn = fn.base_dist
+    if site["is_observed"]:
+        _check_dtype(name, fn, x)
     x = fn._broadcast(x)
     batch = x.shape[: x.dim() - fn.event_dim]
     if mask is not None:
@@ -128,6 +131,18 @@ def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> Ene
         latents=tuple(latents),
         guide_fn=None if noise is None else noise["fn"],
         guide_value=None if noise is None else noise["value"],
+    )
+
+
+def _check_dtype(name: str, energy: UnnormalizedEnergy, x: Any) -> None:
+    check_tensor(f"the data at site {name!r}", x)
+    if x.is_floating_point() or energy.support.is_discrete:
+        return
+    what = "true or false" if x.dtype == torch.bool else "integers"
+    raise ValueError(
+        f"the data at site {name!r} are {what} ({x.dtype}), the energy lives on"
+        f" {energy.support}: use x.float() (and for a density of pixels add noise, scaled down),"
+        " or give the energy a discrete support"
     )
 
 

@@ -20,6 +20,7 @@ from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.tempering import TemperingKernel
+from pyro_ebm.ops.arguments import shown
 
 
 class BlockPotential(Potential):
@@ -119,7 +120,8 @@ class CompositeKernel(Kernel):
         for kernel in kernels:
             if not isinstance(kernel, Kernel):
                 raise ValueError(
-                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(), got {kernel!r}"
+                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(),"
+                    f" got {shown(kernel)}"
                 )
             if isinstance(kernel, TemperingKernel):  # its replicas need the rest at their own place
                 raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.metropolis import Proposal
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
+from pyro_ebm.ops.arguments import shown
 
 
 class DiscreteProposal(Proposal):
@@ -56,7 +57,7 @@ class Flip(DiscreteProposal):
 
     def __init__(self, num_flips: int = 1):
         if not isinstance(num_flips, int) or num_flips < 1:
-            raise ValueError(f"num_flips must be an integer of at least 1, got {num_flips!r}")
+            raise ValueError(f"num_flips must be an integer of at least 1, got {shown(num_flips)}")
         self.num_flips = num_flips
 
     def sample(self, z: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.metropolis import MHKernel, Proposal
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.tempering import TemperingKernel
+from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.metropolis import metropolis_accept
 
 STANDS_STILL = 0.01
@@ -151,7 +152,7 @@ class ExchangeKernel(MHKernel):
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int | None):
-            raise ValueError(f"num_inner_steps must be an integer, got {num_inner_steps!r}")
+            raise ValueError(f"num_inner_steps must be an integer, got {shown(num_inner_steps)}")
         if num_inner_steps is not None and num_inner_steps < 1:
             raise ValueError(
                 f"num_inner_steps must be at least 1, got {num_inner_steps}: an auxiliary that is"
@@ -311,14 +312,15 @@ def _whole(potential: Potential) -> ExchangePotential | None:
 def _check_inner(kernel: Any) -> None:
     if not isinstance(kernel, Kernel):
         raise ValueError(
-            f"inner_kernel must be a kernel of pyro_ebm, such as LangevinKernel(), got {kernel!r}"
+            f"inner_kernel must be a kernel of pyro_ebm, such as LangevinKernel(),"
+            f" got {shown(kernel)}"
         )
     if isinstance(kernel, CompositeKernel | TemperingKernel | ExchangeKernel):
         raise ValueError(
-            f"inner_kernel must be one plain kernel, such as LangevinKernel(), got {kernel!r}"
+            f"inner_kernel must be one plain kernel, such as LangevinKernel(), got {shown(kernel)}"
         )
     if any(x is not None for x in (kernel.model, kernel.potential_fn, kernel._given_transforms)):
         raise ValueError(
             f"inner_kernel must be a kernel without a model, such as LangevinKernel(): it moves the"
-            f" auxiliaries, got {kernel!r}"
+            f" auxiliaries, got {shown(kernel)}"
         )

@@ -18,6 +18,7 @@ from pyro_ebm.mcmc.composite import CompositeKernel
 from pyro_ebm.mcmc.exchange import ExchangeKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.runner import MCMC
+from pyro_ebm.ops.arguments import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         True
     """
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:
-        raise ValueError(f"factor must be an integer of at least 2, got {factor!r}")
+        raise ValueError(f"factor must be an integer of at least 2, got {shown(factor)}")
     before = mcmc.get_samples(group_by_chain=True)
     kernel: Any = mcmc.kernel
     if not getattr(kernel, "cancels_normalizers", False):

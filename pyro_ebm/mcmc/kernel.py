@@ -134,7 +134,7 @@ class Kernel(MCMCKernel):
         check_number("target_accept_prob", target_accept_prob)
         check_callable("init_strategy", init_strategy)
         if model is not None:
-            check_callable("model", model, "a Pyro model, or a distribution")
+            check_model(model)
         if transforms is not None:
             check_mapping("transforms", transforms, Transform, "transforms")
         if not 0 < target_accept_prob < 1:
@@ -498,6 +498,13 @@ class Kernel(MCMCKernel):
     def __repr__(self) -> str:
         target = "" if self.model is None else getattr(self.model, "__name__", repr(self.model))
         return f"{type(self).__name__}({target})"
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless it may be a Pyro model; a kernel can be called too."""
+    if isinstance(model, MCMCKernel):
+        raise ValueError(f"model must be a Pyro model, or a distribution, got {model!r}, a kernel")
+    check_callable("model", model, "a Pyro model, or a distribution")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import modules, tensors_of, unvalidated
 from pyro_ebm.mcmc.discrete_sites import is_differentiable, keeps_values, site_codes
@@ -131,6 +132,8 @@ class ModelPotential(FunctionPotential):
             except (ValueError, torch.linalg.LinAlgError) as error:
                 # a random start may give a distribution arguments that it does not take
                 trace, tries = None, tries + 1
+                if isinstance(error.__cause__, EnergyCallError):  # no start will do
+                    raise
                 if tries == MAX_OPEN_TRIES:
                     self._blame_start(error)
                     raise

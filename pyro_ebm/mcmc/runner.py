@@ -29,7 +29,7 @@ from pyro_ebm.mcmc.record import Bar, cut_short
 from pyro_ebm.mcmc.sequential import ChainByChain, check_run
 from pyro_ebm.mcmc.store import ZarrStore
 from pyro_ebm.mcmc.vectorized import VectorizedRun
-from pyro_ebm.ops.arguments import check_count, checked_device
+from pyro_ebm.ops.arguments import check_count, checked_device, shown
 from pyro_ebm.ops.distributed import rank_path
 
 CHAIN_METHODS = ("vectorized", "sequential", "parallel")
@@ -115,7 +115,7 @@ class MCMC(ChainByChain):
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
                 f"kernel must be an MCMC kernel, as in MCMC(LangevinKernel(model), ...), got"
-                f" {kernel!r}"
+                f" {shown(kernel)}"
             )
         if chain_method is None:
             chain_method = "vectorized" if isinstance(kernel, Kernel) else "sequential"

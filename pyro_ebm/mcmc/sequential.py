@@ -13,7 +13,7 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.record import Bar, Chain, cut_short, fields_of, stack, warmup_fields_of
 from pyro_ebm.mcmc.results import Results
-from pyro_ebm.ops.arguments import check_callable, check_mapping
+from pyro_ebm.ops.arguments import check_callable, check_mapping, check_tensor, shown
 
 
 def check_run(
@@ -25,13 +25,12 @@ def check_run(
     if hook_fn is not None:
         check_callable("hook_fn", hook_fn)
     if save_params is not None and (not isinstance(save_params, list | tuple) or not save_params):
-        raise ValueError(f"save_params must be a list of names of sites, got {save_params!r}")
+        raise ValueError(f"save_params must be a list of names of sites, got {shown(save_params)}")
     if initial_params is None:
         return
     check_mapping("initial_params", initial_params)
     for name, value in initial_params.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"initial_params[{name!r}] must be a tensor, got {value!r}")
+        check_tensor(f"initial_params[{name!r}]", value, "a tensor")
         if num_chains > 1 and value.shape[:1] != (num_chains,):
             raise ValueError(
                 f"initial_params[{name!r}] must lead with num_chains={num_chains}, got shape"

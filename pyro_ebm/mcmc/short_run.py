@@ -12,6 +12,7 @@ from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel
+from pyro_ebm.ops.arguments import shown
 
 
 class ChainDiagnostics(NamedTuple):
@@ -68,7 +69,7 @@ def short_run(
     kernel = default_kernel(energy) if energy.kernel is None else energy.kernel
     if not isinstance(kernel, Kernel):
         raise TypeError(
-            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
+            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
         )
     kernel = kernel.copy()
     if shape.numel() == 0:

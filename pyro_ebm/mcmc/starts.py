@@ -9,6 +9,8 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
+from pyro_ebm.ops.arguments import shown
+
 MAX_TRIES = 20
 
 
@@ -49,6 +51,7 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
     start = init_to_sample(site) if site["fn"].support.is_discrete else init_strategy(site)
     if not (start is None or isinstance(start, Tensor)):
         raise ValueError(
-            f"init_strategy must return a tensor for site {site['name']!r}, or None, got {start!r}"
+            f"init_strategy must return a tensor for site {site['name']!r}, or None,"
+            f" got {shown(start)}"
         )
     return start

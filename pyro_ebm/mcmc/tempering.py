@@ -29,7 +29,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
-from pyro_ebm.ops.arguments import check_number
+from pyro_ebm.ops.arguments import check_number, shown
 from pyro_ebm.ops.metropolis import metropolis_accept
 
 
@@ -130,7 +130,7 @@ class TemperingKernel(Kernel):
         if not isinstance(kernel, Kernel) or isinstance(kernel, TemperingKernel):
             raise ValueError(
                 "kernel must be a kernel of pyro_ebm that moves one temperature, such as"
-                f" LangevinKernel(model), got {kernel!r}"
+                f" LangevinKernel(model), got {shown(kernel)}"
             )
         for part in (kernel, *getattr(kernel, "kernels", ())):
             if (temperature := getattr(part, "temperature", 1.0)) != 1:
@@ -322,7 +322,9 @@ def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
     if not 0 < lowest < 1:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest}")
     if not isinstance(num_replicas, int) or num_replicas < 2:
-        raise ValueError(f"num_replicas must be an integer of at least 2, got {num_replicas!r}")
+        raise ValueError(
+            f"num_replicas must be an integer of at least 2, got {shown(num_replicas)}"
+        )
     return [lowest ** (i / (num_replicas - 1)) for i in range(num_replicas)]
 
 
@@ -331,7 +333,7 @@ def _checked(betas: Sequence[float] | Tensor) -> tuple[float, ...]:
         values = tuple(float(b) for b in betas)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"betas must be a sequence of numbers, as in [1.0, 0.5, 0.25]; got {betas!r}"
+            f"betas must be a sequence of numbers, as in [1.0, 0.5, 0.25]; got {shown(betas)}"
         ) from error
     if len(values) < 2:
         raise ValueError(f"betas must hold at least two inverse temperatures, got {list(values)}")

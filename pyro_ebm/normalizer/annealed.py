@@ -72,6 +72,7 @@ from pyro_ebm.normalizer.starts import (
     has_exact_draws,
     uniform,
 )
+from pyro_ebm.ops.arguments import shown
 
 FIT_CHAINS = 500
 """Short chains that a start is fitted to."""
@@ -295,7 +296,7 @@ def path_of(
     if path is not None:
         if not callable(path):
             raise ValueError(
-                f"path must be a Path, or a function from beta to an energy, got {path!r}"
+                f"path must be a Path, or a function from beta to an energy, got {shown(path)}"
             )
         function: Any = path
         return FunctionPath(function, target, proposal)
@@ -339,7 +340,7 @@ def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: Path) -> Kerne
         kernel = GibbsKernel() if discrete else LangevinKernel()
     if not isinstance(kernel, Kernel):
         raise TypeError(
-            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {kernel!r}"
+            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
         )
     if (objection := _objection(kernel, path)) is not None:
         raise ValueError(objection)
@@ -379,14 +380,15 @@ def checked_betas(betas: Any) -> list[float]:
         values = [float(b) for b in betas]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"betas must be a sequence of numbers, as torch.linspace(0, 1, 1000), got {betas!r}"
+            f"betas must be a sequence of numbers, as torch.linspace(0, 1, 1000),"
+            f" got {shown(betas)}"
         ) from error
     rises = all(a < b for a, b in pairwise(values))
     if len(values) < 2 or values[0] != 0 or values[-1] != 1 or not rises:
-        shown = values if len(values) < 8 else [*values[:3], "...", *values[-3:]]
+        some = values if len(values) < 8 else [*values[:3], "...", *values[-3:]]
         raise ValueError(
             f"betas must rise from 0, the start, to 1, the target, as torch.linspace(0, 1, 1000),"
-            f" got {shown}"
+            f" got {some}"
         )
     return values
 

@@ -29,7 +29,7 @@ from pyro_ebm.normalizer.annealed import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.result import NormalizerEstimate, warn
-from pyro_ebm.ops.arguments import check_number
+from pyro_ebm.ops.arguments import check_number, shown
 from pyro_ebm.ops.enumerate import log_sum_over_states
 
 SMALL = 20
@@ -272,7 +272,9 @@ def _check_energy(p: Any) -> None:
             f"log Z is asked of an energy inside {type(p).__name__}: give the energy itself, whose"
             " batch elements are independent, and sum their log Z"
         )
-    raise ValueError(f"p must be an energy: log Z is asked of an UnnormalizedEnergy, got {p!r}")
+    raise ValueError(
+        f"p must be an energy: log Z is asked of an UnnormalizedEnergy, got {shown(p)}"
+    )
 
 
 def _check_arguments(method: str, given: dict[str, Any]) -> None:
@@ -297,7 +299,7 @@ def _check_numbers(given: dict[str, Any]) -> None:
     for name, low in least.items():
         value = given.get(name, low)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+            raise ValueError(f"{name} must be an integer of at least {low}, got {shown(value)}")
     drop = given.get("ess_drop", 0.5)
     check_number("ess_drop", drop)
     if not 0 < drop < 1:

@@ -19,7 +19,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.normalizer.result import digits, places
-from pyro_ebm.ops.arguments import check_tensor
+from pyro_ebm.ops.arguments import check_tensor, shown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +89,7 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
         LogLikelihood(-1.4... +- 0.02... nats a point: 0.02... from 1000 points, 0 from log Z)
     """
     if not isinstance(p, UnnormalizedEnergy):
-        raise ValueError(f"p must be an UnnormalizedEnergy, got {p!r}")
+        raise ValueError(f"p must be an UnnormalizedEnergy, got {shown(p)}")
     check_tensor("data", data)
     if estimate is None:
         if not p.is_normalized:
@@ -129,7 +129,7 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
             log_z = torch.as_tensor(log_z).to(mean)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"estimate must be an estimate, a number or a tensor, got {estimate!r}"
+                f"estimate must be an estimate, a number or a tensor, got {shown(estimate)}"
             ) from error
         if not expands(log_z.shape, p.batch_shape):
             raise ValueError(

@@ -27,6 +27,7 @@ from pyro_ebm.distributions.parts import support_of
 from pyro_ebm.distributions.supports import contains
 from pyro_ebm.mcmc.adaptation import PooledCovariance
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
 from pyro_ebm.ops.score import value_and_grad
 
@@ -335,7 +336,7 @@ def _of_guide(guide: Any) -> Any:
     """The distribution of a guide's one sample site."""
     if not callable(guide):
         raise ValueError(
-            f"proposal must be a distribution, or a guide with one sample site, got {guide!r}"
+            f"proposal must be a distribution, or a guide with one sample site, got {shown(guide)}"
         )
     trace = prune_subsample_sites(poutine.trace(guide).get_trace())
     latents = [trace.nodes[name] for name in trace.stochastic_nodes]

@@ -4,13 +4,62 @@ A wrong argument is an error where it is given, and not one of Python's or torch
 a computation.
 """
 
+import math
 import operator
+import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _Short(reprlib.Repr):
+    """Representations of at most a line or two: arrays by their shape, a class as what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother = self.maxstring = 200
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, type):
+            return f"the class {x.__name__} (make one: {x.__name__}(...))"
+        shape = getattr(x, "shape", None)
+        if isinstance(shape, tuple) and math.prod(shape) > 10:
+            told = f"{type(x).__name__} of shape {tuple(shape)}"
+            return f"{told} and dtype {x.dtype}" if hasattr(x, "dtype") else told
+        return super().repr_instance(x, level)
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its ``repr`` where that is short.
+
+    Example:
+        >>> print(shown("wide"), shown(torch.zeros(2)), shown(torch.zeros(5, 100)))
+        'wide' tensor([0., 0.]) Tensor of shape (5, 100) and dtype torch.float32
+        >>> print(shown([1.0] * 100), shown(dict))
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ...] the class dict (make one: dict(...))
+    """
+    return _SHORT.repr(value)
+
+
+def _as_tensor(value: Any) -> str:
+    """The way out for numbers that are no tensor."""
+    return "" if isinstance(value, Tensor) or not is_array(value) else ": use torch.as_tensor"
+
+
+def is_array(value: Any) -> bool:
+    """Whether it holds numbers as NumPy or lists do, or tensors.
+
+    Example:
+        >>> is_array([1.0, 2.0]), is_array("wide")
+        (True, False)
+    """
+    return isinstance(value, list | tuple) or hasattr(value, "__array__")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -27,7 +76,7 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         number = value.numel() == 1 and not value.is_complex()
     if not number:
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {shown(value)}{_as_tensor(value)}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -46,12 +95,12 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     except TypeError:
         number = None
     if number is None or number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
     return number
 
 
 def check_callable(name: str, value: Any, what: str = "a function") -> None:
-    """Raises a ValueError unless it can be called.
+    """Raises a ValueError unless it can be called, and is not a class.
 
     Example:
         >>> check_callable("init_strategy", 3)
@@ -59,8 +108,8 @@ def check_callable(name: str, value: Any, what: str = "a function") -> None:
         ...
         ValueError: init_strategy must be a function, got 3
     """
-    if not isinstance(value, Callable):
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+    if not isinstance(value, Callable) or isinstance(value, type):
+        raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
 def check_mapping(name: str, value: Any, of: type = object, what: str = "values") -> None:
@@ -75,7 +124,7 @@ def check_mapping(name: str, value: Any, of: type = object, what: str = "values"
     if not isinstance(value, Mapping) or not all(
         isinstance(key, str) and isinstance(each, of) for key, each in value.items()
     ):
-        raise ValueError(f"{name} must be a dict from names to {what}, got {value!r}")
+        raise ValueError(f"{name} must be a dict from names to {what}, got {shown(value)}")
 
 
 def check_tensor(name: str, value: Any, what: str = "a tensor of real numbers") -> None:
@@ -85,10 +134,10 @@ def check_tensor(name: str, value: Any, what: str = "a tensor of real numbers") 
         >>> check_tensor("data", [1.0, 2.0])
         Traceback (most recent call last):
         ...
-        ValueError: data must be a tensor of real numbers, got [1.0, 2.0]
+        ValueError: data must be a tensor of real numbers, got [1.0, 2.0]: use torch.as_tensor
     """
     if not isinstance(value, Tensor) or value.is_complex():
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+        raise ValueError(f"{name} must be {what}, got {shown(value)}{_as_tensor(value)}")
 
 
 def checked_device(name: str, value: Any) -> torch.device | None:
@@ -105,4 +154,4 @@ def checked_device(name: str, value: Any) -> torch.device | None:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f'{name} must be a device, such as "cpu", got {value!r}') from error
+        raise ValueError(f'{name} must be a device, such as "cpu", got {shown(value)}') from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.ops.arguments import check_callable, check_tensor
+from pyro_ebm.ops.arguments import check_callable, check_tensor, shown
 
 
 def value_and_grad(
@@ -51,7 +51,7 @@ def value_and_grad(
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
         value = function(x)
         if not isinstance(value, Tensor):
-            raise ValueError(f"the function must return a tensor at the points, got {value!r}")
+            raise ValueError(f"the function must return a tensor at the points, got {shown(value)}")
         if value.requires_grad:
             (grad,) = torch.autograd.grad(
                 value.sum(), x, create_graph=create_graph, allow_unused=True
@@ -140,7 +140,7 @@ def fisher_divergence(
     if type(event_dim) is not int or not 0 <= event_dim <= x.dim():
         raise ValueError(
             f"event_dim must be an integer from 0 to the {x.dim()} dimension(s) of x, got"
-            f" {event_dim!r}"
+            f" {shown(event_dim)}"
         )
     difference = (score(p, x) - score(q, x)).square()
     return (

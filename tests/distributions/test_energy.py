@@ -402,7 +402,7 @@ def test_repr():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: UnnormalizedEnergy(3.0), r"energy must be callable, got float"),
+        (lambda: UnnormalizedEnergy(3.0), r"energy must be callable, got 3"),
         (lambda: UnnormalizedEnergy(half_square, num_steps=0), r"num_steps .* got 0"),
         (lambda: UnnormalizedEnergy(half_square, num_steps=2.5), r"num_steps .* got 2.5"),
         (

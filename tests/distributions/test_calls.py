@@ -1,0 +1,194 @@
+"""An energy that cannot be called at its points: the error says which, where and what would do."""
+
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from torch import nn
+
+from pyro_ebm import (
+    MCMC,
+    NCE,
+    ContrastiveDivergence,
+    LangevinKernel,
+    UnnormalizedEnergy,
+    estimate_log_normalizer,
+    product,
+)
+from pyro_ebm.nn import MLPEnergy
+
+
+def images():
+    """A plain network of images: it takes one batch dimension, and no other number of them."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(144, 1))
+    return nn.Sequential(net, nn.Flatten(0))
+
+
+def energy(net):
+    return UnnormalizedEnergy(net, event_shape=(1, 8, 8))
+
+
+def denoise(p):
+    def model(y):
+        x = pyro.sample("x", p)
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(3), obs=y)
+
+    MCMC(LangevinKernel(model), 10, disable_progbar=True).run(torch.rand(1, 8, 8))
+
+
+CALLS = {
+    "energy": lambda p: p.energy(torch.zeros(1, 8, 8)),
+    "log_prob": lambda p: p.log_prob(torch.zeros(2, 3, 1, 8, 8)),
+    "score": lambda p: p.score(torch.zeros(1, 8, 8)),
+    "sample": lambda p: p.sample(),
+    "sample of a batch": lambda p: p.expand([2]).sample((3,)),
+    "AIS": lambda p: estimate_log_normalizer(
+        UnnormalizedEnergy(
+            p._energy, base=dist.Normal(torch.zeros(1, 8, 8), 1.0).to_event(3).expand([2])
+        )
+    ),
+    "product": lambda p: product(p, energy(lambda x: x.sum((-1, -2, -3)))).sample(),
+    "MCMC": denoise,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_network_that_takes_one_batch_dimension(call):
+    p = energy(images())
+    with pytest.raises(ValueError, match="energy Sequential failed at points of shape") as raised:
+        CALLS[call](p)
+    said = str(raised.value)
+    assert "though not at shape" in said
+    assert "net(x.reshape(-1, 1, 8, 8)).reshape(x.shape[:-3])" in said
+    if call == "MCMC":
+        assert "site 'x'" in said
+    causes = [raised.value]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    assert any(type(cause) is RuntimeError for cause in causes)
+
+
+def test_the_way_out_works():
+    net = images()
+    p = energy(lambda x: net(x.reshape(-1, 1, 8, 8)).reshape(x.shape[:-3]) + x.square().sum((1, 2)))
+    q = energy(
+        lambda x: net(x.reshape(-1, 1, 8, 8)).reshape(x.shape[:-3]) + (x**2).sum((-1, -2, -3))
+    )
+    del p
+    denoise(q)
+    assert q.sample((2, 3)).shape == (2, 3, 1, 8, 8)
+
+
+def test_an_energy_of_single_points():
+    precision = torch.eye(2)
+    p = UnnormalizedEnergy(lambda x: x @ precision @ x, event_shape=(2,))
+    with pytest.raises(ValueError, match=r"lambda failed at points of shape \(5, 2\).*\(2,\)"):
+        p.log_prob(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_points_of_another_dtype(dtype):
+    p = UnnormalizedEnergy(MLPEnergy(2), event_shape=(2,))
+    with pytest.raises(ValueError, match=rf"MLPEnergy.*{dtype}.*x\.float\(\)"):
+        p.log_prob(torch.zeros(5, 2, dtype=dtype))
+
+
+def test_a_network_of_another_dtype():
+    p = UnnormalizedEnergy(MLPEnergy(2).double(), event_shape=(2,))
+    with pytest.raises(ValueError, match=r"MLPEnergy.*float32.*x\.to\(torch\.float64\)"):
+        p.log_prob(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool])
+def test_pixels_overflow(dtype):
+    """``x**2`` of a byte wraps around at 256."""
+    p = UnnormalizedEnergy(lambda x: x**2)
+    with pytest.raises(ValueError, match=r"x\.float\(\)"):
+        p.log_prob(torch.tensor([20, 0], dtype=dtype))
+
+
+def test_whole_numbers_are_points():
+    p = UnnormalizedEnergy(lambda x: x**2)
+    assert p.log_prob(torch.tensor([20])).tolist() == [-400]
+
+
+def test_the_network_has_another_event_shape():
+    p = UnnormalizedEnergy(nn.Sequential(nn.Linear(3, 1), nn.Flatten(-2)), event_shape=(2,))
+    with pytest.raises(ValueError, match=r"Sequential.*event_shape=\(2,\).*one point"):
+        p.sample()
+
+
+def test_other_errors_stay_what_they_are():
+    p = UnnormalizedEnergy(lambda x: x.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method") as raised:
+        p.log_prob(torch.zeros(5))
+    (note,) = raised.value.__notes__
+    assert "energy lambda" in note
+    singular = UnnormalizedEnergy(lambda x: torch.linalg.cholesky(x)[..., 0, 0], (2, 2))
+    with pytest.raises(torch.linalg.LinAlgError):
+        singular.log_prob(torch.zeros(3, 2, 2))
+
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        UnnormalizedEnergy(interrupted).log_prob(torch.zeros(3))
+
+
+def test_losses_name_the_site():
+    net = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Linear(16, 1), nn.Flatten(-2))
+
+    def model(x):
+        pyro.module("net", net)
+        log_z = pyro.param("log_z", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            p = UnnormalizedEnergy(net, event_shape=(2,), log_normalizer=log_z)
+            pyro.sample("point", p, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("point", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+
+    svi = SVI(model, guide, pyro.optim.Adam({}), NCE(noise_ratio=2))
+    with pytest.raises(ValueError, match=r"site 'point': the energy Sequential.*\(2, 30, 2\)"):
+        svi.step(torch.randn(30, 2))
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({}), ContrastiveDivergence())
+    with pytest.raises(ValueError, match=r"site 'point': the energy Sequential.*float64"):
+        svi.step(torch.randn(30, 2).double())
+
+
+def test_what_is_no_energy():
+    with pytest.raises(ValueError, match="the class MLPEnergy"):
+        UnnormalizedEnergy(MLPEnergy, event_shape=(2,))
+    with pytest.raises(ValueError, match=r"distribution Normal.*-p\.log_prob\(x\)"):
+        UnnormalizedEnergy(dist.Normal(0.0, 1.0))
+
+
+def test_an_estimate_is_no_log_normalizer():
+    p = UnnormalizedEnergy(torch.square)
+    estimate = estimate_log_normalizer(p, method="quadrature")
+    with pytest.raises(ValueError, match=r"p\.normalized\(estimate\)"):
+        UnnormalizedEnergy(torch.square, log_normalizer=estimate)
+    assert p.normalized(estimate).is_normalized
+
+
+@pytest.mark.parametrize("value", [np.zeros(1000), [0.0] * 1000])
+def test_arrays_are_not_printed_whole(value):
+    p = UnnormalizedEnergy(torch.square)
+    for call in (p.log_prob, p.energy, p.normalized):
+        with pytest.raises(ValueError, match=r"torch\.as_tensor") as raised:
+            call(value)
+        assert len(str(raised.value)) < 200
+
+
+def test_no_warning_and_no_second_call_where_all_is_well():
+    calls = []
+    p = UnnormalizedEnergy(lambda x: calls.append(x.shape) or x.square())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p.log_prob(torch.zeros(3))
+    assert calls == [(3,)]
