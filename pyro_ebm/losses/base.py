@@ -167,7 +167,7 @@ class EnergyLoss(Trace_ELBO):
         """Takes back what :meth:`state_dict` gave."""
 
     def __repr__(self) -> str:
-        names = inspect.signature(type(self)).parameters
+        names = inspect.signature(type(self).__init__).parameters
         settings = [f"{n}={getattr(self, n)!r}" for n in names if hasattr(self, n)]
         return f"{type(self).__name__}({', '.join(settings)})"
 
