@@ -1,24 +1,15 @@
 """Discrete sites of a model: which values their variables take, whether gradients see them."""
 
-import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.distributions import Independent
-from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.discrete import codewords
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.mode import called_in_eval_mode
-from pyro_ebm.mcmc.potential import Site
-
-NUM_RERUNS = 64
 
 
 def site_codes(name: str, fn: Any) -> Tensor | None:
@@ -62,42 +53,6 @@ def is_differentiable(fn: Any, value: Tensor) -> bool:
         if not log_prob.requires_grad:
             return False
         return torch.autograd.grad(log_prob, value, allow_unused=True)[0] is not None
-
-
-def keeps_values(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str
-) -> bool:
-    """Whether a discrete site has the same values wherever the other latents are.
-
-    Its bounds may come from a latent by broadcasting alone, as those of a ``Binomial`` do whose
-    probability is one.
-
-    Example:
-        >>> def model():
-        ...     b = pyro.sample("b", dist.Bernoulli(0.5))
-        ...     pyro.sample("n", dist.Binomial(3, 0.2 + b / 2))
-        ...     pyro.sample("m", dist.Binomial(1 + b, 0.5))
-        >>> keeps_values(model, (), {}, "n"), keeps_values(model, (), {}, "m")
-        (True, False)
-    """
-    started = InitMessenger(_anywhere)(model)
-    codes = []
-    with pyro.validation_enabled(False), poutine.block(), starting_points_only():
-        for _ in range(NUM_RERUNS):
-            with contextlib.suppress(torch.linalg.LinAlgError):  # no place to be
-                nodes = poutine.trace(started).get_trace(*args, **kwargs).nodes
-                codes.append(site_codes(name, nodes[name]["fn"]))
-    return bool(codes) and all(c is not None and torch.equal(c, codes[0]) for c in codes)
-
-
-def _anywhere(site: Any) -> Any:
-    """A start that gives rare values their turn: uniform over those of a discrete site."""
-    name, fn = site["name"], site["fn"]
-    codes = site_codes(name, fn)
-    if codes is None:
-        return init_to_uniform(site)
-    found = Site(name, fn.shape(), codes.dtype, identity_transform, codes.device, codes)
-    return found.start(1, codes.dtype).reshape(fn.shape())
 
 
 def _because(error: Exception | None) -> str:

@@ -18,7 +18,6 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.ops.provenance import detach_provenance, get_provenance
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution, constraints
 from torch.distributions.transforms import Transform
@@ -41,8 +40,9 @@ from pyro_ebm.mcmc.normalizer_check import (
     MovingNormalizer,
     NormalizerError,
     moving_normalizers,
-    trace_latents,
 )
+from pyro_ebm.mcmc.provenance import trace_latents
+from pyro_ebm.mcmc.starts import latents_of
 
 MAX_DOUBLINGS = 60
 
@@ -118,7 +118,9 @@ class ExchangePotential(ModelPotential):
             trace = self._run_in_the_open()
         # discrete latents that the potential sums out: no auxiliary depends on them
         self._summed_out = {
-            name: node["value"] for name, node in _latents(trace).items() if name not in self.names
+            name: node["value"]
+            for name, node in latents_of(trace).items()
+            if name not in self.names
         }
         # each energy at some value of the latents, and the data where they lie in its support
         self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
@@ -156,7 +158,7 @@ class ExchangePotential(ModelPotential):
         with starting_points_only():
             trace = trace_latents(*settings)
         latents, discrete = set(), set()
-        for name, node in _latents(trace).items():
+        for name, node in latents_of(trace).items():
             (discrete if node["fn"].support.is_discrete else latents).add(name)
         for one in moved:
             _refuse_site(one, trace.nodes[one.name])
@@ -317,14 +319,6 @@ class ExchangePotential(ModelPotential):
         """Keeps how often the inner chains accepted."""
         for name, chain in self.inner_chains.items():
             chain.acceptance_rate = float(draws.sites[name].accept_prob.mean())
-
-
-def _latents(trace: poutine.Trace) -> dict[str, Any]:
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
-    }
 
 
 def _rows(node: Any) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
-from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -19,12 +18,14 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
-from pyro_ebm.distributions.util import modules, tensors_of, unvalidated
-from pyro_ebm.mcmc.discrete_sites import is_differentiable, keeps_values, site_codes
+from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.mcmc.discrete_sites import is_differentiable, site_codes
+from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
-from pyro_ebm.mcmc.normalizer_check import HostReads, check_normalizers, trace_latents
+from pyro_ebm.mcmc.normalizer_check import check_normalizers
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
-from pyro_ebm.mcmc.starts import trace_from_start
+from pyro_ebm.mcmc.provenance import HostReads, trace_latents
+from pyro_ebm.mcmc.starts import latents_of, trace_from_start
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
 MAX_OPEN_TRIES = 10
@@ -88,7 +89,7 @@ class ModelPotential(FunctionPotential):
             all_transforms = self._find_transforms(trace, transforms or {})
             model = self._unvalidated = _Unvalidated()(model)
             potential_fn = functools.partial(_potential, model, args, self.kwargs, all_transforms)
-            discrete = [node for node in _latents(trace).values() if _is_discrete(node["fn"])]
+            discrete = [node for node in latents_of(trace).values() if _is_discrete(node["fn"])]
             if discrete and not keep_discrete:
                 _, potential_fn, _, _ = initialize_model(  # Pyro's sums the discrete sites out
                     model,
@@ -163,11 +164,11 @@ class ModelPotential(FunctionPotential):
         self, trace: poutine.Trace, given: Mapping[str, Transform]
     ) -> dict[str, Transform]:
         """From the support of each continuous latent to the reals."""
-        values = {name: _value(trace, name) for name in _latents(trace)}
+        values = {name: _value(trace, name) for name in latents_of(trace)}
         again = init_to_value(values=values)
-        trace = trace_latents(self.model, self.args, self.kwargs, again)
+        moving = moving_supports(self.model, self.args, self.kwargs, again)
         found = {}
-        for name, node in _latents(trace).items():
+        for name, node in latents_of(trace).items():
             support, enumerable = node["fn"].support, node["fn"].has_enumerate_support
             if not self.keep_discrete and enumerable:
                 continue
@@ -177,11 +178,10 @@ class ModelPotential(FunctionPotential):
                     " continuous latents only. Use GibbsKernel for discrete ones, or a"
                     " CompositeKernel of both"
                 )
-            latents = get_provenance(tensors_of(support)) - {name}
-            run = (self.model, self.args, self.kwargs)
-            if latents and not (support.is_discrete and keeps_values(*run, name)):
+            if name in moving:
+                latents = sorted(moving[name]) or "another latent"
                 raise ValueError(
-                    f"the support of site {name!r} depends on {sorted(latents)}, so no fixed"
+                    f"the support of site {name!r} depends on {latents}, so no fixed"
                     " transform maps it to the reals: sample a site on a fixed support, such as"
                     " Uniform(0, 1), and compute this one from it"
                 )
@@ -273,7 +273,7 @@ def _is_discrete(fn: Any) -> bool:
 
 
 def _check_shapes(trace: poutine.Trace) -> None:
-    for name, node in _latents(trace).items():
+    for name, node in latents_of(trace).items():
         want, got = tuple(node["fn"].shape()), tuple(_value(trace, name).shape)
         if got != want:
             raise ValueError(f"init_strategy starts site {name!r} at shape {got}, not {want}")
@@ -288,14 +288,6 @@ def _not_finite_sites(trace: poutine.Trace) -> list[str]:
                 what = "nan" if log_prob.isnan().any() else "infinite"
                 bad.append(f"the log density of site {name!r} is {what}")
     return bad
-
-
-def _latents(trace: poutine.Trace) -> dict[str, Any]:
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
-    }
 
 
 def _potential(

@@ -4,12 +4,17 @@ A posterior over :math:`\theta` that is observed through an energy is proportion
 :math:`p(\theta)\, e^{-E_\theta(x)} / Z(\theta)`. If :math:`Z(\theta)` is unknown and left out, the
 answer is the posterior of another model. This module finds such sites before anything is sampled.
 
-A first run of the model tracks which latents each tensor was computed from (Pyro's provenance
-tensors): at *fixed* points :math:`x`, does :math:`E_\theta(x)`, the base, the support's bounds, or
-the site's scale or mask come from a latent? Then further runs with other latents and the same
-points compare values, to catch what tensors cannot carry, such as ``theta.item()``, a branch, a
-number of rows, or a weight that is overwritten; there are more of them when the first run saw such
-a read, or a discrete latent. A branch that hardly any start takes can still be missed.
+A first run of the model tracks which latents each tensor was computed from
+(:mod:`pyro_ebm.mcmc.provenance`): at *fixed* points :math:`x`, does :math:`E_\theta(x)`, the base,
+the support's bounds, or the site's scale or mask come from a latent? Then further runs with other
+latents and the same points compare values, to catch what tensors cannot carry, such as
+``theta.item()``, a branch, a number of rows, or a weight that is overwritten; there are more of
+them when the first run saw such a read, or a discrete latent. A branch that hardly any start takes
+can still be missed.
+
+Equal values at a few points do not clear an energy that comes from a latent: dead units, an even
+function at 0 and a threshold beyond the points hide a dependence. Only what cannot carry a value,
+such as ``torch.zeros_like(theta)``, is no dependence.
 
 The first run cannot see that a dependence cancels, as in a location family :math:`E(x - \mu)`:
 there the user's word ``constant_normalizer=True`` waives the check.
@@ -19,22 +24,24 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_uniform
-from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
-from pyro.poutine.messenger import Messenger
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution
-from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import bounds_of, uniform_start
 from pyro_ebm.mcmc.mode import called_in_eval_mode
-from pyro_ebm.mcmc.starts import trace_from_start
+from pyro_ebm.mcmc.provenance import (
+    HostReads,
+    OnlyValuesCount,
+    trace_latents,
+    unvalidated_trace,
+)
 
 NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
 NUM_PROBES = 4  # further points at which energies are compared
@@ -134,7 +141,7 @@ def moving_normalizers(
     seen: dict[_Key, _Suspect] = {}
     was_read: set[tuple[_Key, str]] = set()
     with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
-        with reads:
+        with reads, OnlyValuesCount():
             tracked = trace_latents(model, args, kwargs, init_strategy)
             suspects = _suspects(tracked)
             # evaluated now: the next run may overwrite the weights of a module
@@ -146,7 +153,7 @@ def moving_normalizers(
         again = reads.latents or (suspects and _has_discrete_latents(tracked))
         same_data = poutine.replay(model, trace=_subsamples(tracked))
         for _ in range(NUM_RERUNS_AFTER_READS if again else NUM_RERUNS):
-            others = _suspects(_trace(same_data, args, kwargs, init_strategy))
+            others = _suspects(unvalidated_trace(same_data, args, kwargs, init_strategy))
             seen = {**others, **seen}
             for key in suspects.keys() ^ others.keys():
                 found.setdefault(key, {}).setdefault("presence", reads.latents - {key[0]})
@@ -170,17 +177,6 @@ def moving_normalizers(
     ]
 
 
-def trace_latents(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> poutine.Trace:
-    """A trace of the model in which every tensor knows the latents that it was computed from."""
-    with _NoiseHasNoSource():
-        return _trace(_TrackLatents()(model), args, kwargs, init_strategy)
-
-
 _WAYS_OUT = (
     ". Its log Z is then part of the posterior and cannot be left out. Ways out: sample them with"
     " ExchangeKernel, which needs no log Z; give log_normalizer= as a function of these latents;"
@@ -191,56 +187,6 @@ _WAYS_OUT = (
 
 def _listed(latents: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, latents))) or "a latent"
-
-
-class HostReads(TorchFunctionMode):
-    """Notes the latents whose values leave the tensors, where provenance is lost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.latents: frozenset[str] = frozenset()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _READS:
-            self.latents |= get_provenance([args, kwargs])
-        return func(*args, **kwargs)
-
-
-_READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
-    f"__{name}__" for name in ("array", "bool", "complex", "contains", "float", "index", "int")
-}
-
-
-class _NoiseHasNoSource(TorchFunctionMode):
-    """Lets ``Tensor.new(shape)``, of which torch makes noise, give a plain tensor of that shape.
-
-    Pyro's tracking would hand the shape on as a tuple, which ``new`` takes for values.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.new:
-            args = (detach_provenance(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-class _TrackLatents(Messenger):
-    """Marks every latent's value by the site's name; observed values keep where they came from."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            value = detach_provenance(msg["value"])
-            msg["value"] = track_provenance(value, frozenset({msg["name"]}))
-
-
-def _trace(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> poutine.Trace:
-    with pyro.validation_enabled(False), poutine.block():
-        return trace_from_start(model, args, kwargs, init_strategy)
 
 
 def _subsamples(trace: poutine.Trace) -> poutine.Trace:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ebm.ops.arguments import shown
@@ -45,6 +46,15 @@ def trace_from_start(
         except torch.linalg.LinAlgError:
             continue
     return poutine.trace(started).get_trace(*args, **kwargs)
+
+
+def latents_of(trace: poutine.Trace) -> dict[str, Any]:
+    """The sites of a trace that are neither observed nor choices of data."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+    }
 
 
 def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
