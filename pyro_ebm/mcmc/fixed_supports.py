@@ -41,6 +41,7 @@ def moving_supports(
         init_strategy: gives values to the latents of the first run.
 
     Example:
+        >>> from pyro.infer.autoguide.initialization import init_to_uniform
         >>> def model():
         ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
         ...     pyro.sample("u", dist.Uniform(0.0 * b, torch.where(b > 0, 1.0, 1.0)))
