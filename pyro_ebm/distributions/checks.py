@@ -15,9 +15,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
-from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.ops.arguments import shown
 
 
@@ -60,8 +60,7 @@ def lift_support(
             "support must be a constraint, such as pyro.distributions.constraints.positive, got"
             f" {shown(support)}"
         )
-    while isinstance(support, MixtureSameFamilyConstraint):
-        support = support.base_constraint  # that of the components, and biject_to knows it
+    support = plain_support(support)
     missing = len(event_shape) - support.event_dim
     if missing < 0:
         raise ValueError(

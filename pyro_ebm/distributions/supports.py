@@ -1,11 +1,64 @@
-"""Which supports are the same, and which lies within which."""
+"""Which supports are the same, which lies within which, and which have a bijection in disguise."""
 
+import copy
 import math
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+from pyro_ebm.distributions.positive_definite import positive_definite
+
+
+def plain_support(support: constraints.Constraint) -> constraints.Constraint:
+    """A support in words that ``biject_to`` knows, where it is only their wording it does not.
+
+    A mixture lives where its components do, on the least interval that holds theirs; an interval
+    up to infinity is a half-line; positive definite matrices have a bijection of ours.
+
+    Example:
+        >>> from torch.distributions import MixtureSameFamily
+        >>> parts = dist.Uniform(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0]))
+        >>> mixture = MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
+        >>> plain_support(mixture.support)
+        Interval(lower_bound=0.0, upper_bound=3.0)
+    """
+    if isinstance(support, MixtureSameFamilyConstraint):
+        inner = plain_support(support.base_constraint)
+        return _hull(inner, -1 - inner.event_dim)
+    if isinstance(support, constraints.independent):
+        inner = plain_support(support.base_constraint)
+        same = inner is support.base_constraint
+        return (
+            support if same else constraints.independent(inner, support.reinterpreted_batch_ndims)
+        )
+    if type(support) is type(constraints.positive_definite):
+        return positive_definite
+    if type(support) is type(constraints.interval(0, 1)):
+        low, high = support.lower_bound, support.upper_bound
+        if _at_most(math.inf, high) and not _at_most(low, -math.inf):
+            return constraints.greater_than(low)
+    return support
+
+
+def _hull(support: constraints.Constraint, dim: int) -> constraints.Constraint:
+    """The least half-line or interval around those that lie side by side along a dimension."""
+    if isinstance(support, constraints.independent):
+        inner = _hull(support.base_constraint, dim)
+        return constraints.independent(inner, support.reinterpreted_batch_ndims)
+    bounds = {
+        name: bound
+        for name in ("lower_bound", "upper_bound")
+        if isinstance(bound := getattr(support, name, None), Tensor) and bound.dim() >= -dim
+    }
+    if not bounds or support.is_discrete:
+        return support
+    hull = copy.copy(support)
+    for name, bound in bounds.items():
+        setattr(hull, name, bound.amin(dim) if name == "lower_bound" else bound.amax(dim))
+    return hull
 
 
 def contains(wide: constraints.Constraint, narrow: constraints.Constraint) -> bool:
@@ -83,4 +136,4 @@ def _at_most(one: Tensor | float, other: Tensor | float) -> bool:
     return one <= other
 
 
-__all__ = ["contains", "same_support"]
+__all__ = ["contains", "plain_support", "same_support"]

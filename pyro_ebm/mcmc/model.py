@@ -13,7 +13,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_ebm.distributions.calls import EnergyCallError
@@ -21,11 +21,12 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_on
 from pyro_ebm.distributions.util import modules, unvalidated
 from pyro_ebm.mcmc.discrete_sites import is_differentiable, site_codes
 from pyro_ebm.mcmc.fixed_supports import moving_supports
+from pyro_ebm.mcmc.latents import transform_of
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
 from pyro_ebm.mcmc.provenance import HostReads, trace_latents
-from pyro_ebm.mcmc.starts import latents_of, trace_from_start
+from pyro_ebm.mcmc.starts import latents_of, started, trace_from_start
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
 MAX_OPEN_TRIES = 10
@@ -97,7 +98,7 @@ class ModelPotential(FunctionPotential):
                     self.kwargs,
                     transforms=all_transforms,
                     max_plate_nesting=max_plate_nesting,
-                    init_strategy=init_strategy,
+                    init_strategy=started(init_strategy),
                     initial_params={},
                 )
         sites = []
@@ -130,6 +131,8 @@ class ModelPotential(FunctionPotential):
                 with warnings.catch_warnings():  # a start of no density is another's concern
                     warnings.filterwarnings("ignore", "Encountered", UserWarning)
                     trace.log_prob_sum()
+            except NotImplementedError as error:
+                raise ValueError(_without_density(trace, error)) from error
             except (ValueError, torch.linalg.LinAlgError) as error:
                 # a random start may give a distribution arguments that it does not take
                 trace, tries = None, tries + 1
@@ -185,8 +188,12 @@ class ModelPotential(FunctionPotential):
                     " transform maps it to the reals: sample a site on a fixed support, such as"
                     " Uniform(0, 1), and compute this one from it"
                 )
-            identity = identity_transform if support.is_discrete else None
-            found[name] = given[name] if name in given else identity or biject_to(support).inv
+            if name in given:
+                found[name] = given[name]
+            elif support.is_discrete:
+                found[name] = identity_transform
+            else:
+                found[name] = transform_of(name, node["fn"])
         if unknown := given.keys() - found.keys():
             raise ValueError(
                 f"transforms= names {sorted(unknown)}, but the continuous latent sites are"
@@ -277,6 +284,19 @@ def _check_shapes(trace: poutine.Trace) -> None:
         want, got = tuple(node["fn"].shape()), tuple(_value(trace, name).shape)
         if got != want:
             raise ValueError(f"init_strategy starts site {name!r} at shape {got}, not {want}")
+
+
+def _without_density(trace: poutine.Trace | None, error: Exception) -> str:
+    """In words, which site cannot tell its density."""
+    for name, node in trace.nodes.items() if trace is not None else ():
+        if node["type"] == "sample" and "log_prob_sum" not in node:
+            kind = type(node["fn"]).__name__
+            return (
+                f"the density of site {name!r} ({kind}) is not implemented ({error}): no kernel"
+                " can sample the model without it; rewrite the site, or see the reparametrizers"
+                " of pyro.infer.reparam"
+            )
+    return f"the model cannot be run: {error}"
 
 
 def _not_finite_sites(trace: poutine.Trace) -> list[str]:

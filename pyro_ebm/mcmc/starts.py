@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_ebm.distributions.util import tensors_of, uniform_start
+from pyro_ebm.mcmc.latents import support_of, transform_of
 from pyro_ebm.ops.arguments import shown
 
 MAX_TRIES = 20
@@ -39,13 +42,22 @@ def trace_from_start(
         >>> trace_from_start(model, (), {}, init_to_median).nodes["k"]["value"] in (0.0, 1.0)
         True
     """
-    started = InitMessenger(functools.partial(_start, init_strategy))(model)
+    run = InitMessenger(started(init_strategy))(model)
     for _ in range(MAX_TRIES - 1):
         try:
-            return poutine.trace(started).get_trace(*args, **kwargs)
+            return poutine.trace(run).get_trace(*args, **kwargs)
         except torch.linalg.LinAlgError:
             continue
-    return poutine.trace(started).get_trace(*args, **kwargs)
+    return poutine.trace(run).get_trace(*args, **kwargs)
+
+
+def started(init_strategy: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``init_strategy`` that knows what to do where Pyro's have no value for a site.
+
+    A site whose distribution cannot be sampled starts uniformly on (-2, 2) before its bijection;
+    one without a bijection, at a draw.
+    """
+    return functools.partial(_start, init_strategy)
 
 
 def latents_of(trace: poutine.Trace) -> dict[str, Any]:
@@ -58,10 +70,39 @@ def latents_of(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
-    start = init_to_sample(site) if site["fn"].support.is_discrete else init_strategy(site)
+    name, fn = site["name"], site["fn"]
+    support = support_of(name, fn)
+    if support.is_discrete:
+        try:
+            return init_to_sample(site)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"the discrete site {name!r} starts at a draw, and {type(fn).__name__} cannot be"
+                " drawn from: use another distribution"
+            ) from error
+    if support is not fn.support:
+        site = {**site, "fn": _Restated(fn, support)}
+    try:
+        start = init_strategy(site)
+    except NotImplementedError:
+        try:
+            start = init_to_sample(site)
+        except NotImplementedError:
+            transform_of(name, fn)  # which says so if there is no bijection either
+            like = (tensors_of(support) or [torch.empty(())])[0]
+            start = uniform_start(support, fn.batch_shape + fn.event_shape, like)
     if not (start is None or isinstance(start, Tensor)):
         raise ValueError(
-            f"init_strategy must return a tensor for site {site['name']!r}, or None,"
-            f" got {shown(start)}"
+            f"init_strategy must return a tensor for site {name!r}, or None, got {shown(start)}"
         )
     return start
+
+
+class _Restated:
+    """A distribution whose support is told in other words."""
+
+    def __init__(self, fn: Any, support: constraints.Constraint):
+        self._fn, self.support = fn, support
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fn, name)

@@ -1,0 +1,70 @@
+"""What a latent site must have to be sampled: a density on a support that the reals map onto."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, ProjectedNormal, constraints
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.distributions.supports import plain_support
+
+
+def support_of(name: str, fn: Any) -> constraints.Constraint:
+    """The support of a latent site, in words that ``biject_to`` knows if there are such.
+
+    Raises:
+        ValueError: if its distribution does not tell one.
+
+    Example:
+        >>> support_of("scale", dist.Wishart(torch.tensor(3.0), torch.eye(2)))
+        PositiveDefinite()
+    """
+    try:
+        return plain_support(fn.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
+            " no kernel can move it: use another distribution, or give its class a support"
+        ) from error
+
+
+def transform_of(name: str, fn: Any) -> Transform:
+    """From the support of a continuous latent site to the reals.
+
+    Raises:
+        ValueError: if the site is a point mass, or no bijection is known.
+
+    Example:
+        >>> transform_of("x", dist.LogNormal(0.0, 1.0))(torch.tensor(1.0))
+        tensor(0.)
+        >>> transform_of("x", dist.Delta(torch.tensor(1.0)))
+        Traceback (most recent call last):
+        ...
+        ValueError: site 'x' is a Delta, a point without a density: ...
+    """
+    kind = _innermost(fn)
+    if isinstance(kind, Delta):
+        raise ValueError(
+            f"site {name!r} is a Delta, a point without a density: write"
+            f" pyro.deterministic({name!r}, ...)"
+        )
+    support = support_of(name, fn)
+    try:
+        return biject_to(support).inv
+    except NotImplementedError as error:
+        reparam = f"poutine.reparam(model, {{{name!r}: ProjectedNormalReparam()}})"
+        way = reparam if isinstance(kind, ProjectedNormal) else "sites on other supports"
+        raise ValueError(
+            "torch.distributions.biject_to knows no bijection from the reals onto the support"
+            f" {type(support).__name__.lstrip('_')} of site {name!r} ({type(kind).__name__}):"
+            f" write the model as {way}, or give the kernel transforms={{{name!r}: ...}}, a"
+            " Transform from the support to the reals (with init_strategy=init_to_value(...), if"
+            " the distribution cannot be drawn from)"
+        ) from error
+
+
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent) or hasattr(fn, "_mask"):
+        fn = fn.base_dist
+    return fn
