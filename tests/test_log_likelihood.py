@@ -68,10 +68,28 @@ def test_all_draws_at_once(monkeypatch):
     assert len(runs) <= 5
 
 
-def test_a_model_that_looks_at_values_runs_draw_by_draw(monkeypatch):
+@pytest.mark.parametrize("likelihood", [dist.Multinomial, dist.OrderedLogistic])
+def test_what_vmap_refuses_is_evaluated_at_once_too(monkeypatch, likelihood):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        if likelihood is dist.Multinomial:
+            return pyro.sample("y", likelihood(4, x.softmax(-1)), obs=torch.tensor([1.0, 1.0, 2.0]))
+        return pyro.sample("y", likelihood(x[0], x.exp().cumsum(-1)), obs=torch.tensor(2))
+
+    runs = count_runs(monkeypatch)
+    x = torch.randn(400, 3)
+    found = Replay(model, (), {}, {"x": x}).log_density(["y"])["y"]
+    assert len(runs) <= 20
+    given = [poutine.condition(model, {"x": row}) for row in x[:5]]
+    want = [poutine.trace(m).get_trace().nodes["y"] for m in given]
+    want = [site["fn"].log_prob(site["value"]) for site in want]
+    torch.testing.assert_close(found[:5], torch.stack(want))
+
+
+def test_a_model_that_looks_at_numbers_runs_draw_by_draw(monkeypatch):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        shift = 1.0 if mu > 0 else 0.0
+        shift = 1.0 if mu.item() > 0 else 0.0
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(mu + shift, 1.0), obs=y)
 

@@ -156,7 +156,7 @@ class Engine:
                 self._give_up("a matrix is singular whenever it is tried")
             return None
         except _FAILURES as error:
-            self._give_up(f"{_first_line(error)}{_place(error)}")
+            self._give_up(f"{first_line(error)}{_place(error)}")
             return None
         if self.jit_compile is True:
             self._compile(graph, tensors)
@@ -175,7 +175,7 @@ class Engine:
             except torch.linalg.LinAlgError:
                 pass  # it is compiled, and the function is for this call
             except _FAILURES as error:
-                why = _first_line(error)
+                why = first_line(error)
         if why is not None:
             self.jit_compile = "capture"
             self._tell(f"the model is captured as a graph, not compiled: {why}")
@@ -261,7 +261,8 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error is and says, in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

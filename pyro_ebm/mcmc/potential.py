@@ -10,10 +10,11 @@ shape ``(chains,)``, where :math:`x(z)` maps the reals onto the support of every
 
 import contextlib
 import functools
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -23,10 +24,14 @@ from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.discrete import BlockGibbs
+from pyro_ebm.mcmc.batched import Batched, refuse_slow
+from pyro_ebm.mcmc.engine import first_line
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
 MAX_INIT_TRIES = 100
+# What vmap may raise of a function that does without it.
+_UNMAPPED = (UserWarning, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class Site(NamedTuple):
@@ -260,9 +265,10 @@ class Potential(ABC):
 class FunctionPotential(Potential):
     r"""A potential given for one chain as a function of Pyro's dict of unconstrained sites.
 
-    Many chains are evaluated by ``torch.func.vmap``. Before it is trusted, it is compared with
-    the plain evaluation of two chains; where it fails or differs, chains are evaluated one after
-    another, and a warning says so once.
+    Many chains are evaluated by ``torch.func.vmap``, as the function is, or with the operations
+    replaced that it refuses (:mod:`~pyro_ebm.mcmc.batched`). Before it is trusted, it is compared
+    with the plain evaluation of two chains; where it fails or differs, chains are evaluated one
+    after another, and a warning says so once.
 
     Args:
         potential_fn: maps a dict of unconstrained values to a scalar :math:`U`.
@@ -285,7 +291,8 @@ class FunctionPotential(Potential):
         super().__init__(sites)
         self.potential_fn = potential_fn
         self._modules = tuple(modules)
-        self._vectorizes: bool | None = None
+        self._batched = Batched(self._one)
+        self._vectorizes: bool | Literal["rewritten"] | None = None  # None: not tried yet
 
     def __call__(self, z: Tensor) -> Tensor:
         """The potential of each chain, ``(chains, dim) -> (chains,)``, differentiable."""
@@ -299,9 +306,22 @@ class FunctionPotential(Potential):
         return value, grad
 
     def _value(self, z: Tensor) -> Tensor:
-        if z.shape[0] > 1 and self._can_vectorize(z):
-            return vmap(self._one)(z)
-        return self._one_by_one(z)
+        if z.shape[0] == 1 or not self._can_vectorize(z):
+            return self._one_by_one(z)
+        try:
+            return self._mapped(self._vectorizes)(z)
+        except torch.linalg.LinAlgError:
+            raise
+        except _UNMAPPED as error:  # at these positions it does what it did nowhere before
+            if get_proxy_mode() is not None:
+                raise
+            value = self._one_by_one(z)
+            self._vectorizes = False
+            self._tell_slow(first_line(error))
+            return value
+
+    def _mapped(self, way: bool | str | None) -> Callable[[Tensor], Tensor]:
+        return self._batched if way == "rewritten" else vmap(self._one)
 
     def _one(self, z: Tensor) -> Tensor:
         value = self.potential_fn(self.unravel(z))
@@ -320,24 +340,33 @@ class FunctionPotential(Potential):
             want = self._compared(self._one_by_one, some)
             if not all(w.isfinite().all() for w in want):
                 return False  # nothing to compare with yet
-            try:
-                got = self._compared(vmap(self._one), some)
-                same = all(
-                    ((g - w).abs().max() <= 1e-3 * (1 + w.abs().max()))
-                    for g, w in zip(got, want, strict=True)
-                    if w.numel()
-                )
-                reason = "its vectorized value differs from its plain value"
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                same, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            self._vectorizes = same
-            if not same:
-                warnings.warn(
-                    "the model cannot be vectorized over chains, so they are evaluated one after"
-                    f" another, which is slower ({reason})",
-                    stacklevel=2,
-                )
-        return self._vectorizes
+            reason = ""
+            for slow, way in itertools.product((False, True), (True, "rewritten")):
+                try:
+                    with contextlib.nullcontext() if slow else refuse_slow():
+                        got = self._compared(self._mapped(way), some)
+                    same = all(
+                        ((g - w).abs().max() <= 1e-3 * (1 + w.abs().max()))
+                        for g, w in zip(got, want, strict=True)
+                        if w.numel()
+                    )
+                    if same:
+                        self._vectorizes = way
+                        return True
+                    reason = "its vectorized value differs from its plain value"
+                except _UNMAPPED as error:
+                    reason = first_line(error)
+            self._vectorizes = False
+            self._tell_slow(reason)
+        return bool(self._vectorizes)
+
+    @staticmethod
+    def _tell_slow(reason: str) -> None:
+        warnings.warn(
+            "the model cannot be vectorized over chains, so they are evaluated one after"
+            f" another, which is slower ({reason})",
+            stacklevel=3,
+        )
 
     def _compared(self, function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = value_and_grad(function, z)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.mcmc.batched import Batched
 from pyro_ebm.mcmc.mode import called_in_eval_mode
 
 CHUNK_SIZE = 256  # draws evaluated at once
@@ -93,7 +94,8 @@ class Replay:
     def log_density(self, names: list[str]) -> dict[str, Tensor]:
         """The log density of each element of some sites at each draw, without ``poutine.scale``.
 
-        All draws are evaluated at once by ``vmap``, and one by one where the model forbids it.
+        All draws are evaluated at once by ``vmap``, as the model is or with the operations replaced
+        that it refuses, and one by one where the model forbids that.
 
         Args:
             names: the sites.
@@ -109,14 +111,21 @@ class Replay:
             return at(self._trace(draw))
 
         num = len(next(iter(self.draws.values())))
+
+        def rewritten(draws: dict[str, Tensor]) -> dict[str, Tensor]:
+            chunks = zip(*(draw.split(CHUNK_SIZE) for draw in draws.values()), strict=True)
+            batched = Batched(one)
+            parts = [batched(dict(zip(draws, chunk, strict=True))) for chunk in chunks]
+            return {name: torch.cat([part[name] for part in parts]) for name in names}
+
         with self._quiet():
-            try:
-                result = vmap(one, chunk_size=CHUNK_SIZE)(dict(self.draws))
-                ends = ((0, at(self._run(0))), (-1, at(self._run(-1))))
-                if all(_close(result[k][i], end[k]) for i, end in ends for k in names):
-                    return result
-            except (RuntimeError, ValueError, TypeError, NotImplementedError):
-                pass  # the model looks at values: one draw at a time it may
+            for mapped in (vmap(one, chunk_size=CHUNK_SIZE), rewritten):
+                # where the model looks at values, it may do so one draw at a time
+                with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError):
+                    result = mapped(dict(self.draws))
+                    ends = ((0, at(self._run(0))), (-1, at(self._run(-1))))
+                    if all(_close(result[k][i], end[k]) for i, end in ends for k in names):
+                        return result
             rows = [at(self._run(i)) for i in range(num)]
         return {name: torch.stack([row[name] for row in rows]) for name in names}
 

@@ -533,7 +533,7 @@ def test_a_proposal_outside_every_support_is_no_error():
             assert value[1:].isfinite().all()
 
 
-def test_a_branch_on_a_value_falls_back_with_one_warning():
+def test_a_branch_on_a_value_parts_the_chains():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         if x > 0:
@@ -541,14 +541,44 @@ def test_a_branch_on_a_value_falls_back_with_one_warning():
 
     potential = ModelPotential(model)
     z = torch.tensor([[1.0], [-1.0], [0.5]])
+    value, grad = potential.value_and_grad(z)  # a warning would be an error
+    want = z[:, 0] ** 2 / 2 + math.log(2 * math.pi) / 2 + z[:, 0].clamp(min=0)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(potential(z), want)
+    torch.testing.assert_close(grad, z + (z > 0))
+    assert potential._vectorizes == "rewritten"
+
+
+def test_a_number_that_is_read_falls_back_with_one_warning():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("read", x * x.item())
+
+    potential = ModelPotential(model)
+    z = torch.tensor([[1.0], [-1.0], [0.5]])
     with pytest.warns(UserWarning, match=FALLBACK) as caught:
         value, grad = potential.value_and_grad(z)
     assert len(caught) == 1
     again = potential(z)  # a second warning would be an error
-    want = z[:, 0] ** 2 / 2 + math.log(2 * math.pi) / 2 + z[:, 0].clamp(min=0)
+    want = -(z[:, 0] ** 2) / 2 + math.log(2 * math.pi) / 2
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(again, want)
-    torch.testing.assert_close(grad, z + (z > 0))
+    torch.testing.assert_close(grad, 0 * z)
+
+
+def test_a_number_that_is_read_far_out_falls_back_there():
+    """No position at which the ways are compared shows it."""
+
+    def potential_fn(params):
+        x = params["x"]
+        return x.square().sum() * (x[0].item() if x[0] > 100 else 1.0)
+
+    potential = FunctionPotential(potential_fn, [site("x", 2)])
+    assert potential(torch.ones(3, 2)).tolist() == [2.0, 2.0, 2.0]
+    far = torch.tensor([[1.0, 0.0], [200.0, 0.0], [300.0, 0.0]])
+    with pytest.warns(UserWarning, match=FALLBACK):
+        assert potential(far).tolist() == [1.0, 200.0**3, 300.0**3]
+    assert potential(far).tolist() == [1.0, 200.0**3, 300.0**3]
 
 
 def test_a_vectorized_value_that_differs_falls_back():
@@ -611,8 +641,7 @@ def test_enumerated_mixture(max_plate_nesting):
     by_hand = ModelPotential(marginal, (y,))
     assert potential.names == by_hand.names == ["w", "m"]
     z = by_hand.initial(4)
-    with pytest.warns(UserWarning, match=FALLBACK):  # Pyro's sum-product knows no vmap
-        value, grad = potential.value_and_grad(z)
+    value, grad = potential.value_and_grad(z)  # at once, or a warning would be an error
     want_value, want_grad = by_hand.value_and_grad(z)
     torch.testing.assert_close(value, want_value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=1e-4)
