@@ -10,6 +10,8 @@ import pyro
 import pytest
 import torch
 
+from tests.seeds import reseeded
+
 matplotlib.use("Agg")
 
 # Benchmarks are run by `make bench`; their modules are neither tests nor doctests.
@@ -28,11 +30,7 @@ def _fresh_pyro(request):
     torch.set_num_threads(1)
     pyro.enable_validation(True)  # torch's Distribution validation included
     pyro.clear_param_store()
-    # Pyro seeds torch by this function too. The shift is long, as tests run through small seeds.
-    # (A context of its own: a test may undo what the fixture `monkeypatch` has done.)
-    manual_seed, shift = torch.manual_seed, 2**20 * request.config.getoption("reseed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "manual_seed", lambda seed: manual_seed(int(seed) + shift))
+    with reseeded(request.config.getoption("reseed")):
         pyro.set_rng_seed(0)
         yield
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests import seeds
+
 TIMEOUT = 60  # seconds
 
 # New processes are forks of one that has imported what takes long.
@@ -31,7 +33,7 @@ class Ranks:
         ]
 
     def __call__(self, function, *args):
-        futures = [pool.submit(run, function, args) for pool in self.pools]
+        futures = [pool.submit(run, function, args, seeds.number) for pool in self.pools]
         return [future.result(2 * TIMEOUT) for future in futures]
 
     def __enter__(self):
@@ -49,12 +51,13 @@ def join(rank, size, port):
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
 
 
-def run(function, args):
+def run(function, args, reseed):
     torch.set_default_dtype(torch.float32)
     pyro.clear_param_store()
     pyro.enable_validation(True)
-    pyro.set_rng_seed(dist.get_rank())
-    return function(*args)
+    with seeds.reseeded(reseed):
+        pyro.set_rng_seed(dist.get_rank())
+        return function(*args)
 
 
 def free_port():

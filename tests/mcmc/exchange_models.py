@@ -38,6 +38,13 @@ def all_spins(n):
 LATTICE = lattice_edges(10, 10, periodic=False)
 
 
+def aligned_spins(coupling, share):
+    """Of some states of the lattice, that one whose share of aligned edges comes nearest."""
+    x = BoltzmannMachine(coupling, edges=LATTICE, num_steps=100).sample((200,))
+    aligned = (x[:, LATTICE[:, 0]] == x[:, LATTICE[:, 1]]).double().mean(1)
+    return x[(aligned - share).abs().argmin()]
+
+
 SMALL = lattice_edges(3, 3, periodic=False)
 
 

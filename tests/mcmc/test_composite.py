@@ -180,7 +180,7 @@ def test_each_kernel_adapts_to_its_own_block():
     kernel = CompositeKernel(
         model, [DiscreteLangevinKernel(target_accept_prob=0.9), LangevinKernel()]
     )
-    mcmc = MCMC(kernel, 100, 200, num_chains=20, disable_progbar=True)
+    mcmc = MCMC(kernel, 100, 200, num_chains=100, disable_progbar=True)
     mcmc.run()
     (discrete, _), (continuous, _) = kernel._bound
     assert discrete.step_size.item() != 0.2

@@ -16,6 +16,7 @@ from torch.distributions.transforms import ExpTransform
 
 import pyro_ebm
 from pyro_ebm import LangevinKernel, MHKernel, UnnormalizedEnergy
+from tests.statistics import assert_moments
 
 # Worker processes unpickle these, so they stand at module level.
 
@@ -100,11 +101,9 @@ def test_the_answer_is_right(kernel):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
 
-    x = stock(kernel(normal), 800, 300, data=(torch.ones(3),)).get_samples()["x"]
-    ess = pyro.ops.stats.effective_sample_size(x[None], 0, 1)
-    assert ess > 50
-    assert (x.mean() - 0.75).abs() < 4 * 0.5 / ess.sqrt()
-    assert 0.6 < x.var() / 0.25 < 1.6
+    x = stock(kernel(normal), 2000, 300, data=(torch.ones(3),)).get_samples()["x"]
+    assert pyro.ops.stats.effective_sample_size(x[None], 0, 1) > 100
+    assert_moments(x.reshape(4, 500, 1), 0.75, 0.25)
 
 
 @KERNELS

@@ -213,10 +213,11 @@ def test_the_answer_is_right_and_the_chains_are_independent():
     mcmc = run(300, 300, num_chains=50, kernel=LangevinKernel(normal), data=(3.0,))
     x = mcmc.get_samples(group_by_chain=True)["x"]
     ess = pyro.ops.stats.effective_sample_size(x, chain_dim=0, sample_dim=1)
-    assert (x.mean() - 3).abs() < 4 / ess.sqrt()
-    # an ESS of each chain's own also says: means of independent chains spread as their ESS wants
+    assert (x.mean() - 3).abs() < 4.5 / ess.sqrt()
+    # an ESS of each chain's own also says: means of independent chains spread as their ESS wants,
+    # up to chi2(49) / 49, which lies between .3 and 2.2 but for 3e-6
     spread, want = x.mean(1).var(), 50 / ess
-    assert 0.4 * want < spread < 2 * want
+    assert 0.3 * want < spread < 2.2 * want
 
 
 def test_one_seed_gives_one_run():
