@@ -10,23 +10,28 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.distributions.supports import plain_support
 
 
-def support_of(name: str, fn: Any) -> constraints.Constraint:
+def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
     """The support of a latent site, in words that ``biject_to`` knows if there are such.
+
+    Returns:
+        The support, and whether it is in other words than those of the distribution.
 
     Raises:
         ValueError: if its distribution does not tell one.
 
     Example:
         >>> support_of("scale", dist.Wishart(torch.tensor(3.0), torch.eye(2)))
-        PositiveDefinite()
+        (PositiveDefinite(), True)
     """
     try:
-        return plain_support(fn.support)
+        support = fn.support  # a new object each time
     except NotImplementedError as error:
         raise ValueError(
             f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
             " no kernel can move it: use another distribution, or give its class a support"
         ) from error
+    plain = plain_support(support)
+    return plain, plain is not support
 
 
 def transform_of(name: str, fn: Any) -> Transform:
@@ -49,7 +54,7 @@ def transform_of(name: str, fn: Any) -> Transform:
             f"site {name!r} is a Delta, a point without a density: write"
             f" pyro.deterministic({name!r}, ...)"
         )
-    support = support_of(name, fn)
+    support, _ = support_of(name, fn)
     try:
         return biject_to(support).inv
     except NotImplementedError as error:

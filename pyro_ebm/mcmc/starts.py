@@ -71,7 +71,7 @@ def latents_of(trace: poutine.Trace) -> dict[str, Any]:
 
 def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
     name, fn = site["name"], site["fn"]
-    support = support_of(name, fn)
+    support, restated = support_of(name, fn)
     if support.is_discrete:
         try:
             return init_to_sample(site)
@@ -80,7 +80,7 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
                 f"the discrete site {name!r} starts at a draw, and {type(fn).__name__} cannot be"
                 " drawn from: use another distribution"
             ) from error
-    if support is not fn.support:
+    if restated:
         site = {**site, "fn": _Restated(fn, support)}
     try:
         start = init_strategy(site)

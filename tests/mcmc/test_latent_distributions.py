@@ -368,3 +368,18 @@ def test_a_mixture_beside_a_site_that_is_summed_out():
     mcmc = MCMC(LangevinKernel(model, max_plate_nesting=0), 5, disable_progbar=True)
     mcmc.run()
     assert mcmc.get_samples()["x"].shape == (5,)
+
+
+def test_a_distribution_that_needs_no_other_words_starts_as_it_is():
+    """``init_to_median`` looks at its type: vectors would start at 0."""
+    seen = []
+
+    def start(site):
+        seen.append(type(site["fn"]).__name__)
+        return init_to_sample(site)
+
+    def model():
+        pyro.sample("x", dist.Gamma(ones(2), 1.0).to_event(1))
+
+    MCMC(LangevinKernel(model, init_strategy=start), 1, disable_progbar=True).run()
+    assert set(seen) == {"Independent"}
