@@ -204,15 +204,15 @@ class _Run:
                 "to_arviz wants a pyro_ebm.MCMC or pyro.infer.MCMC, which keep their draws, got"
                 f" {type(mcmc).__name__}"
             )
-        if not getattr(mcmc, "_samples", None):
+        if getattr(mcmc, "_samples", None) is None:
             if isinstance(mcmc, Results):
                 mcmc.get_samples()  # which says why
             raise RuntimeError("there are no draws yet: call run first")
         self.samples: dict[str, Tensor] = mcmc.get_samples(group_by_chain=True)
-        self.lead = tuple(next(iter(self.samples.values())).shape[:2])
+        self.lead = _lead(mcmc)
         model = getattr(mcmc.kernel, "model", None)
         flat = {name: value.flatten(0, 1) for name, value in self.samples.items()}
-        self.replay = Replay(model, mcmc._args, mcmc._kwargs, flat)
+        self.replay = Replay(model, mcmc._args, mcmc._kwargs, flat, math.prod(self.lead))
 
     def dims(
         self, name: str, shape: Sequence[int], event_dim: int | None = None
@@ -306,6 +306,14 @@ class _Run:
             array = _numpy(value).reshape(self.lead + batch)
             result[kept[name]] = Variable(array, DRAWS + self.dims(name, batch, event_dim=0), name)
         return result
+
+
+def _lead(mcmc: Any) -> tuple[int, ...]:
+    """The numbers of chains and of draws; a model without latents has statistics alone."""
+    fields = getattr(mcmc, "_fields", {})  # of our runner
+    for value in (*mcmc._samples.values(), *fields.values()):
+        return tuple(value.shape[:2])
+    return mcmc.num_chains, mcmc.num_samples
 
 
 def _fields(mcmc: Any, lead: tuple[int, ...]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.adaptation import to_device
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, nothing_moved
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.tempering import TemperingKernel
 from pyro_ebm.ops.arguments import shown
@@ -36,8 +36,8 @@ class BlockPotential(Potential):
 
     def __init__(self, whole: Potential, names: Sequence[str]):
         super().__init__([site for site in whole.sites if site.name in names], whole.groups)
-        self.dtype, self.whole = whole.dtype, whole
-        columns = torch.arange(whole.dim, device=whole.sites[0].device).split(whole.sizes)
+        self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
+        columns = torch.arange(whole.dim, device=whole.device).split(whole.sizes)
         self.columns = torch.cat(
             [part for site, part in zip(whole.sites, columns, strict=True) if site.name in names]
         )
@@ -215,7 +215,7 @@ class CompositeKernel(Kernel):
 
     def move(self, state: State) -> tuple[State, Info]:
         """A transition of each kernel in turn."""
-        info = None
+        info = None if self._bound else nothing_moved(state)
         for kernel, block in self._bound:
             block.hold(state.z)
             z = state.z[:, block.columns]

@@ -39,7 +39,7 @@ class GradientKernel(Kernel):
     def check(self, potential: Potential) -> None:
         """Discrete sites only, and such as a gradient can reach."""
         super().check(potential)
-        if potential.dim == 0:
+        if potential.sites and potential.dim == 0:
             raise ValueError(f"the sites {potential.names} hold no variables: nothing can move")
         whole = [site.name for site in potential.sites if not site.dtype.is_floating_point]
         if whole:
@@ -52,7 +52,7 @@ class GradientKernel(Kernel):
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """As every kernel."""
         super().bind(potential, warmup_steps)
-        like = torch.empty(0, dtype=potential.dtype, device=potential.sites[0].device)
+        like = torch.empty(0, dtype=potential.dtype, device=potential.device)
         self._variables: Variables | None = Variables(potential.sites, like)
 
     def init(self, z: Tensor) -> State:
@@ -69,7 +69,7 @@ class GradientKernel(Kernel):
                 f"the gradient in {self.potential.names} is not finite at a starting point, though"
                 " the density is: use GibbsKernel, which needs none"
             )
-        if not state.grad.any() and not self._is_flat(state):
+        if self.potential.dim and not state.grad.any() and not self._is_flat(state):
             raise ValueError(
                 f"the gradient in {self.potential.names} is 0 at every starting point: the log"
                 " density is no differentiable function of the points, so that"

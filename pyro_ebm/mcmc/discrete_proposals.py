@@ -21,7 +21,7 @@ class DiscreteProposal(Proposal):
     def bind(self, potential: Potential) -> "DiscreteProposal":
         """This proposal for the variables of a potential's discrete sites."""
         new = copy.copy(self)
-        like = torch.empty(0, dtype=potential.dtype, device=potential.sites[0].device)
+        like = torch.empty(0, dtype=potential.dtype, device=potential.device)
         new._variables = Variables(potential.sites, like)
         return new
 

@@ -106,7 +106,7 @@ def of_sites(potential: Potential) -> Fingerprint:
         f"site {site.name!r}": f"{tuple(site.shape)} {str(site.dtype).removeprefix('torch.')}"
         for site in potential.sites
     }
-    device, dtype = potential.sites[0].device.type, str(potential.dtype).removeprefix("torch.")
+    device, dtype = potential.device.type, str(potential.dtype).removeprefix("torch.")
     return {**found, "positions": f"{dtype} on {device}"}
 
 

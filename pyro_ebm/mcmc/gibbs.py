@@ -90,7 +90,7 @@ class GibbsKernel(Kernel):
         """As every kernel."""
         super().bind(potential, warmup_steps)
         if potential.blocks is None:
-            like = torch.empty(0, dtype=potential.dtype, device=potential.sites[0].device)
+            like = torch.empty(0, dtype=potential.dtype, device=potential.device)
             self._columns = Variables(potential.sites, like).columns()
 
     def move(self, state: State) -> tuple[State, Info]:

@@ -52,6 +52,12 @@ class Info(NamedTuple):
     """Whether the proposal was rejected because it went astray, boolean, shape ``(chains,)``."""
 
 
+def nothing_moved(state: State) -> Info:
+    """What happened where a model has no latent to move."""
+    accept_prob = torch.ones_like(state.potential)
+    return Info(accept_prob, torch.zeros_like(accept_prob, dtype=torch.bool))
+
+
 class Kernel(MCMCKernel):
     r"""A Markov chain Monte Carlo kernel: a pure transition, adapted during warmup.
 
@@ -277,15 +283,15 @@ class Kernel(MCMCKernel):
         self._release()
         self._potential = potential
         self.transforms = potential.transforms
-        site = potential.sites[0]
+        moves = potential.dim > 0
         self._adaptation = Adaptation(
             groups=potential.groups,
             dim=potential.dim,
             warmup_steps=warmup_steps,
             step_size=self._init_step_size,
-            like=torch.empty(0, dtype=potential.dtype, device=site.device),
-            adapt_step_size=self.adapt_step_size,
-            adapt_mass_matrix=self.adapt_mass_matrix,
+            like=torch.empty(0, dtype=potential.dtype, device=potential.device),
+            adapt_step_size=self.adapt_step_size and moves,
+            adapt_mass_matrix=self.adapt_mass_matrix and moves,
             full_mass=self.full_mass,
             target_accept_prob=self.target_accept_prob,
         )
@@ -300,14 +306,14 @@ class Kernel(MCMCKernel):
     def init(self, z: Tensor) -> State:
         """The state at the first positions, shape ``(chains, dim)``; finds a first step size."""
         state = self.evaluate(z)
-        if self.adapt_step_size and self.adaptation.active:
+        if self.adaptation.adapt_step_size and self.adaptation.active:
             self.adaptation.start(z.shape[0])
             self._find_step_size(state)
         return state
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
-        state, info = self.move(state)
+        state, info = self.move(state) if self.potential.dim else (state, nothing_moved(state))
         if self.adaptation.update(state.z, info.accept_prob) and self.adapt_step_size:
             self._find_step_size(state)
         self._steps += 1
@@ -382,7 +388,7 @@ class Kernel(MCMCKernel):
         if self._state is None:
             raise RuntimeError(f"{type(self).__name__}.sample needs setup first")
         z = self.potential.ravel(params)[None]
-        here = self.potential.ravel(self.potential.unravel(self._state.z))  # as sites round it
+        here = self.potential.ravel(self.potential.unravel(self._state.z[0]))[None]  # rounded
         state = self._state if torch.equal(z, here) else self.evaluate(z)
         self._state, info = self.step(state)
         self._mean_accept += (float(info.accept_prob) - self._mean_accept) / (self._seen + 1)

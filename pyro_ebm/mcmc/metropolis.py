@@ -163,7 +163,7 @@ class Independence(Proposal):
                     f"the proposal has distributions at the sites {sorted(q)}, the model has"
                     f" {sorted(potential.names)}"
                 )
-            device = potential.sites[0].device
+            device = potential.device
             zero = torch.zeros(potential.dim, dtype=potential.dtype, device=device)
             values = potential.constrain(zero)
             for name, value in values.items():

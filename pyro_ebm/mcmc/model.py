@@ -35,8 +35,8 @@ MAX_OPEN_TRIES = 10
 class ModelPotential(FunctionPotential):
     r"""The potential of a Pyro model given its arguments.
 
-    Latents are transformed to the reals, enumerable discrete latents are summed out, and a model
-    whose unknown log Z depends on a latent is refused
+    Latents, if there are any, are transformed to the reals, enumerable discrete latents are summed
+    out, and a model whose unknown log Z depends on a latent is refused
     (:func:`~pyro_ebm.mcmc.normalizer_check.check_normalizers`).
 
     Args:
@@ -51,9 +51,9 @@ class ModelPotential(FunctionPotential):
 
     Raises:
         NormalizerError: if an unknown or learned log Z depends on a latent.
-        ValueError: if the model has no continuous latent, the support of one depends on another,
-            or the model is not valid (where ``pyro.enable_validation`` has it checked): the run
-            that finds its sites is the only one that is validated.
+        ValueError: if the support of a latent depends on another, or the model is not valid (where
+            ``pyro.enable_validation`` has it checked): the run that finds its sites is the only
+            one that is validated.
 
     Example:
         >>> def model(y):
@@ -114,6 +114,7 @@ class ModelPotential(FunctionPotential):
         if not any(site.dtype.is_floating_point for site in sites):  # as precise as the density
             log_p = torch.as_tensor(trace.log_prob_sum())
             self.dtype = torch.promote_types(self.dtype, log_p.dtype)
+            self.device = self.device if sites else log_p.device
 
     def _check_normalizers(self) -> None:
         check_normalizers(self.model, self.args, self.kwargs, self.init_strategy)
@@ -199,18 +200,12 @@ class ModelPotential(FunctionPotential):
                 f"transforms= names {sorted(unknown)}, but the continuous latent sites are"
                 f" {sorted(found)}"
             )
-        if not found:
-            kind = "" if self.keep_discrete else "continuous "
-            raise ValueError(
-                f"the model {_name(self.model)} has no {kind}latent site to sample: every"
-                f" sample statement is observed{'' if self.keep_discrete else ' or discrete'}"
-            )
         return found
 
     def _draw(self, num_chains: int) -> Tensor:
         radius = _uniform_radius(self.init_strategy)
         if radius is not None and all(site.codes is None for site in self.sites):
-            z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.sites[0].device)
+            z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.device)
             return z.uniform_(-radius, radius)
         return torch.stack([self._draw_one() for _ in range(num_chains)])
 
@@ -219,7 +214,7 @@ class ModelPotential(FunctionPotential):
             try:
                 trace = self._run(self._unvalidated)
             except torch.linalg.LinAlgError:  # no start: the next try draws another
-                nothing = {"dtype": self.dtype, "device": self.sites[0].device}
+                nothing = {"dtype": self.dtype, "device": self.device}
                 return torch.full((self.dim,), torch.nan, **nothing)
         points = {site.name: _value(trace, site.name) for site in self.sites}
         return self.ravel({s.name: _to_reals(s.transform, points[s.name]) for s in self.sites})
@@ -320,6 +315,8 @@ def _potential(
     """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x."""
     x = {name: to_support(transforms[name], z) for name, z in params.items()}
     trace = poutine.trace(poutine.condition(model, x)).get_trace(*args, **kwargs)
+    if not transforms:
+        return -torch.as_tensor(trace.log_prob_sum())
     jacobians = [t.log_abs_det_jacobian(x[name], params[name]) for name, t in transforms.items()]
     return torch.stack([term.sum() for term in jacobians]).sum() - trace.log_prob_sum()
 
@@ -354,7 +351,3 @@ def _uniform_radius(init_strategy: Callable[..., Any]) -> float | None:
     if isinstance(init_strategy, functools.partial) and init_strategy.func is init_to_uniform:
         return init_strategy.keywords.get("radius", 2.0)
     return None
-
-
-def _name(model: Any) -> str:
-    return getattr(model, "__name__", type(model).__name__)

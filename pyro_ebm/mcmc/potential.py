@@ -81,8 +81,10 @@ class Potential(ABC):
         groups: chains ``c`` with the same ``c % groups`` have the same target, see
             :mod:`pyro_ebm.ops.precondition`.
 
+    A model without latents has no sites: positions of dimension 0, which stand still.
+
     Raises:
-        ValueError: if there are no sites, or a continuous site is not floating.
+        ValueError: if a continuous site is not floating.
     """
 
     lp_name = "lp"
@@ -93,8 +95,6 @@ class Potential(ABC):
     """The distribution, where it knows how to resample its own variables in blocks."""
 
     def __init__(self, sites: Sequence[Site], groups: int = 1):
-        if not sites:
-            raise ValueError("the model has no latent site to sample")
         for site in sites:
             if site.codes is None and not site.dtype.is_floating_point:
                 raise ValueError(
@@ -107,6 +107,7 @@ class Potential(ABC):
         self.dim = sum(self.sizes)
         floating = [site.dtype for site in sites if site.dtype.is_floating_point]
         self.dtype = functools.reduce(torch.promote_types, floating or [torch.get_default_dtype()])
+        self.device = sites[0].device if sites else torch.get_default_device()
 
     # -- evaluation --------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Potential(ABC):
 
     def ravel(self, params: Mapping[str, Tensor]) -> Tensor:
         """Flat positions ``(*batch, dim)`` of unconstrained values ``(*batch, *site.shape)``."""
-        parts = []
+        parts = [torch.empty(0, dtype=self.dtype, device=self.device)] if not self.sites else []
         for site in self.sites:
             value = params[site.name]
             batch = value.shape[: value.dim() - len(site.shape)]
@@ -213,7 +214,7 @@ class Potential(ABC):
                     f"initial_params[{site.name!r}] must be unconstrained values of shape {want},"
                     f" got {got}"
                 )
-        z = self.ravel(params).detach().reshape(num_chains, self.dim).to(self.sites[0].device)
+        z = self.ravel(params).detach().reshape(num_chains, self.dim).to(self.device)
         for site, part in zip(self.sites, z.split(self.sizes, -1), strict=True):
             if site.codes is None:
                 continue
@@ -234,7 +235,9 @@ class Potential(ABC):
 
     def _draw(self, num_chains: int) -> Tensor:
         """Tentative starting positions, ``(num_chains, dim)``."""
-        return torch.cat([site.start(num_chains, self.dtype) for site in self.sites], -1)
+        starts = [site.start(num_chains, self.dtype) for site in self.sites]
+        nothing = torch.empty(num_chains, 0, dtype=self.dtype, device=self.device)
+        return torch.cat([nothing, *starts], -1)
 
     def _not_finite(self, z: Tensor) -> Tensor:
         if all(site.codes is not None for site in self.sites):  # there may be no gradient at all
@@ -306,6 +309,8 @@ class FunctionPotential(Potential):
         return value, grad
 
     def _value(self, z: Tensor) -> Tensor:
+        if self.dim == 0:  # all chains are at one place
+            return self._one(z[0]).expand(z.shape[:1])
         if z.shape[0] == 1 or not self._can_vectorize(z):
             return self._one_by_one(z)
         try:
@@ -325,6 +330,8 @@ class FunctionPotential(Potential):
 
     def _one(self, z: Tensor) -> Tensor:
         value = self.potential_fn(self.unravel(z))
+        if not isinstance(value, Tensor):  # Pyro's of an empty model is a number
+            value = torch.as_tensor(value, dtype=z.dtype, device=z.device)
         if value.numel() != 1:
             raise ValueError(
                 f"the potential of one chain must be a scalar, got shape {tuple(value.shape)}"

@@ -37,6 +37,7 @@ class Replay:
         args: its positional arguments.
         kwargs: its keyword arguments.
         draws: values of its latents, each of shape ``(num, *site)``.
+        num: how many draws there are, where the model has no latents.
 
     Example:
         >>> def model(y):
@@ -55,8 +56,10 @@ class Replay:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         draws: Mapping[str, Tensor],
+        num: int = 1,
     ):
         self.model, self.args, self.kwargs, self.draws = model, args, kwargs, draws
+        self.num = len(next(iter(draws.values()))) if draws else num
         self.sites: dict[str, Any] = {}
         """The sample sites of the model at the first draw, latents and all."""
         if model is None:
@@ -110,7 +113,9 @@ class Replay:
         def one(draw: dict[str, Tensor]) -> dict[str, Tensor]:
             return at(self._trace(draw))
 
-        num = len(next(iter(self.draws.values())))
+        if not self.draws:
+            with self._quiet():
+                return {k: v.expand(self.num, *v.shape) for k, v in at(self.sites).items()}
 
         def rewritten(draws: dict[str, Tensor]) -> dict[str, Tensor]:
             chunks = zip(*(draw.split(CHUNK_SIZE) for draw in draws.values()), strict=True)
@@ -126,7 +131,7 @@ class Replay:
                     ends = ((0, at(self._run(0))), (-1, at(self._run(-1))))
                     if all(_close(result[k][i], end[k]) for i, end in ends for k in names):
                         return result
-            rows = [at(self._run(i)) for i in range(num)]
+            rows = [at(self._run(i)) for i in range(self.num)]
         return {name: torch.stack([row[name] for row in rows]) for name in names}
 
     def _run(self, index: int) -> dict[str, Any]:

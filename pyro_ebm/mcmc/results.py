@@ -160,9 +160,9 @@ class Results(AbstractMCMC):
         }
 
     def _refuse_short(self, what: str) -> None:
-        got = next(iter(self._done().values())).shape[1]
-        if got < 4:
-            raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
+        for draws in self._done().values():
+            if (got := draws.shape[1]) < 4:
+                raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
 
 
 def _to_first(over: Population, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

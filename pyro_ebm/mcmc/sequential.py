@@ -162,8 +162,6 @@ class ChainByChain(Results):
 
     def _kept(self, names: Any) -> list[str]:
         names = sorted(names)
-        if not names:  # the kernels of this package say so themselves
-            raise ValueError("the model has no latent site to sample")
         if self.save_params is None:
             return names
         if unknown := [name for name in self.save_params if name not in names]:

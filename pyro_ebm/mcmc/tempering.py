@@ -46,7 +46,7 @@ class TemperedPotential(Potential):
 
     def __init__(self, whole: Potential, betas: Tensor):
         super().__init__(whole.sites, whole.groups * len(betas))
-        self.dtype, self.whole = whole.dtype, whole
+        self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
         self.betas = betas
         self._modules = getattr(whole, "_modules", ())
         if whole.blocks is not None and whole.blocks.tempers:
@@ -158,13 +158,13 @@ class TemperingKernel(Kernel):
 
     def check(self, potential: Potential) -> None:
         """What the inner kernel moves at all temperatures."""
-        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.sites[0].device)
+        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
         self.kernel.check(TemperedPotential(potential, betas))
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """As every kernel; the inner one is bound to the tempered potential."""
         super().bind(potential, warmup_steps)
-        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.sites[0].device)
+        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
         self._tempered = TemperedPotential(potential, betas)
         self._inner = self.kernel.copy()
         self._inner.bind(self._tempered, warmup_steps)

@@ -55,7 +55,7 @@ class VectorizedRun:
     ):
         self.kernel, self.potential, self.keep = kernel, potential, keep
         self.warmup_steps, self.thinning, self.save_warmup = warmup_steps, thinning, save_warmup
-        self.device = potential.sites[0].device if device is None else device
+        self.device = potential.device if device is None else device
         self.store = store
         self.sites = [site for site in potential.sites if site.name in keep]
         self.t, self.goal = 0, warmup_steps + num_samples
@@ -191,7 +191,7 @@ class VectorizedRun:
         self.t, self.goal = state["t"], state["goal"]
         if isinstance(self.potential, FunctionPotential):
             self.potential._vectorizes = state["vectorizes"]
-        device = self.potential.sites[0].device
+        device = self.potential.device
         leaves = [to_device(leaf, device) for leaf in state["state"]]
         here = self.kernel.evaluate(leaves[0])
         self._collect_from(tree_unflatten(leaves, tree_flatten(here)[1]))

@@ -251,10 +251,6 @@ def test_initial_params_that_do_not_fit(make, params, match):
         kernel.setup(0)
 
 
-def no_latents():
-    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
-
-
 def not_enumerable():
     k = pyro.sample("k", dist.Poisson(3.0))
     pyro.sample("x", dist.Normal(k, 1.0))
@@ -274,7 +270,6 @@ def moving_support():
 @pytest.mark.parametrize(
     ("bad", "match"),
     [
-        (no_latents, "no continuous latent site"),
         (not_enumerable, "'k' is discrete"),
         (subsampled, "'data' subsamples"),
         (moving_support, "support of site 'x' depends on"),

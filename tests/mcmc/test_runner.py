@@ -290,12 +290,6 @@ def test_divergences_of_pyros_kernels_are_told_per_draw():
 
 
 @pytest.mark.parametrize("kernel", [LangevinKernel, NUTS])
-def test_a_model_without_latents(kernel):
-    with pytest.raises(ValueError, match=r"no (continuous )?latent site to sample"):
-        run(5, 5, kernel=kernel(lambda: None))
-
-
-@pytest.mark.parametrize("kernel", [LangevinKernel, NUTS])
 def test_parallel_keeps_what_it_is_asked_for(kernel):
     """One chain, in this process: Pyro's own runner. Worker processes: test_pyro_contract.py."""
     mcmc = run(
