@@ -162,20 +162,20 @@ def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -
     return log_normalizer
 
 
-_judged: ContextVar[bool] = ContextVar("_judged", default=False)
+_minded: ContextVar[bool] = ContextVar("_minded", default=False)
 
 
 @contextlib.contextmanager
-def judged_by_a_loss() -> Iterator[None]:
-    """Within this context energies are terms of a loss that minds their log Z."""
-    token = _judged.set(True)
+def normalizers_minded() -> Iterator[None]:
+    """Within this context somebody minds the log Z of energies: a loss, or the user's own word."""
+    token = _minded.set(True)
     try:
         yield
     finally:
-        _judged.reset(token)
+        _minded.reset(token)
 
 
-def refuse_plain_elbo(log_prob: Callable[[Tensor], Tensor], x: Tensor, name: str) -> None:
+def refuse_plain_elbo(lags: Callable[[Tensor], bool], x: Tensor, name: str) -> None:
     """Refuses a plain ELBO in which a gradient would move an energy without its log Z.
 
     The gradient of log Z is missing there, and training runs away: a precision goes to 0, where
@@ -183,21 +183,22 @@ def refuse_plain_elbo(log_prob: Callable[[Tensor], Tensor], x: Tensor, name: str
     fixed energy, and fixed energies as factors, may pass.
 
     Args:
-        log_prob: the log density, without a log Z that is worth anything.
+        lags: whether a gradient moves the energy at such points without its log Z.
         x: the value of the site.
         name: what to call the energy.
 
     Raises:
         ValueError: under ``SVI.step`` with any loss but ours.
     """
-    if _judged.get() or not torch.is_grad_enabled() or not _under_svi():
+    if _minded.get() or not torch.is_grad_enabled() or not _under_svi():
         return
-    if log_prob(x.detach()).requires_grad:
+    if lags(x.detach()):
         raise ValueError(
             f"SVI trains something that moves {name}, and a plain ELBO lacks the gradient of its"
             " log Z: use one of the losses of pyro_ebm, such as"
             " SVI(..., loss=ContrastiveDivergence()), or give log_normalizer= in closed form, or"
-            " say constant_normalizer=True if Z does not depend on it (a location family), or"
+            " say constant_normalizer=True if Z does not depend on it (a location family, or minus"
+            " the log of a density), or"
             " freeze a network that is not to be trained: net.requires_grad_(False)"
         )
 

@@ -202,6 +202,8 @@ class Combination(UnnormalizedEnergy):
         energy = LinearEnergy(terms, len(kwargs["event_shape"]))
         super().__init__(energy, **kwargs)
         self.terms = energy.terms
+        if self._log_normalizer is not None:  # the base alone is left
+            self._normalized_parts = ()
 
     def starting_points(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Where chains start: draws of the base, else where the first part says, if one does.

@@ -36,6 +36,7 @@ from pyro_ebm.distributions.checks import (
     expands,
     fixed_weights,
     lift_support,
+    normalizers_minded,
     readable,
     refuse_plain_elbo,
 )
@@ -87,12 +88,15 @@ class UnnormalizedEnergy(TorchDistribution):
             :math:`\int e^{-E}` is finite is for the user to see to.
         log_normalizer: :math:`\log Z` where it is known, broadcastable to ``batch_shape``. A leaf
             parameter (``nn.Parameter``, the value of ``pyro.param``) counts as *learned*,
-            everything else as *known*; see ``learned_normalizer``.
+            everything else as *known*; see ``learned_normalizer``. Where a latent or a parameter
+            moves the energy, give :math:`\log Z` as a function of it: a constant is refused there,
+            unless ``constant_normalizer`` says that :math:`Z` is one.
         kernel: the kernel of :meth:`sample`, without a model; by default
             :class:`~pyro_ebm.mcmc.LangevinKernel`.
         num_steps: transitions that :meth:`sample` makes, half of them adapting the kernel.
         constant_normalizer: the user's word that :math:`Z` does not depend on any latent although
-            the energy does, as in a location family :math:`E(x - \mu)`.
+            the energy does, as in a location family :math:`E(x - \mu)`, or for an energy that is
+            minus the log of a density.
         learned_normalizer: overrides the guess whether ``log_normalizer`` is learned, as for a
             tensor computed from parameters.
         validate_args: as in every distribution.
@@ -269,10 +273,12 @@ class UnnormalizedEnergy(TorchDistribution):
         check_tensor("value", value)
         if self._validate_args and value.numel():  # torch's checks choke on none at all
             self._validate_sample(value)
+        if self.constant_normalizer:  # the word holds for all that the density is made of
+            with normalizers_minded():
+                return self._log_prob(value)
         log_prob = self._log_prob(value)
-        follows = self.is_normalized and not self.is_estimated
-        if log_prob.requires_grad and not (follows or self.constant_normalizer):
-            refuse_plain_elbo(self._log_prob, value, repr(self))
+        if log_prob.requires_grad:
+            refuse_plain_elbo(self.lags, value, repr(self))
         return log_prob
 
     def _log_prob(self, value: Tensor) -> Tensor:
@@ -327,6 +333,41 @@ class UnnormalizedEnergy(TorchDistribution):
         r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
         return self.normalizer_state == "known"
 
+    @property
+    def is_estimated(self) -> bool:
+        r"""Whether :math:`\log Z` is an estimate, which does not follow when the energy changes."""
+        return getattr(self._log_normalizer, "is_estimate", False)
+
+    @property
+    def rests_on(self) -> tuple[Distribution, ...]:
+        r"""The distributions without whose :math:`\log Z` that of this density is not right."""
+        if not self.is_normalized:
+            return ()
+        return (*(self._normalized_parts or ()), *(() if self.base is None else (self.base,)))
+
+    def lags(self, x: Tensor) -> bool:
+        r"""Whether a gradient moves the density, and its :math:`\log Z` does not follow.
+
+        Args:
+            x: points without a gradient of their own, shape ``(*sample, *batch, *event)``.
+
+        Example:
+            >>> t = torch.tensor(2.0, requires_grad=True)
+            >>> constant = UnnormalizedEnergy(lambda x: t * x**2 / 2, log_normalizer=0.92)
+            >>> follows = UnnormalizedEnergy(lambda x: t * x**2 / 2, log_normalizer=-t.log() / 2)
+            >>> constant.lags(torch.ones(())), follows.lags(torch.ones(()))
+            (True, False)
+        """
+        if self.constant_normalizer:
+            return False
+        log_z = self._log_normalizer
+        if self._normalized_parts is None:
+            stays = log_z is None or not log_z.requires_grad or not self.is_normalized
+            if stays and self._log_prob(x).requires_grad:
+                return True
+        # of other distributions, the log_prob speaks for itself
+        return any(p.lags(x) for p in self.rests_on if isinstance(p, UnnormalizedEnergy))
+
     def normalized(
         self, log_normalizer: "Tensor | float | NormalizerEstimate"
     ) -> "UnnormalizedEnergy":
@@ -355,13 +396,14 @@ class UnnormalizedEnergy(TorchDistribution):
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
         new._log_normalizer = checked_normalizer(value, self.batch_shape)
-        new._learned_normalizer, new.is_estimated = False, log_z is not log_normalizer
+        new._learned_normalizer, new._normalized_parts = False, None
+        if estimated := log_z is not log_normalizer or getattr(log_z, "is_estimate", False):
+            new._log_normalizer = _estimate(value)
         if self._unexpanded is not None:
             # a log Z for each row belongs to the expanded energy alone
-            fits = value.numel() == 1
-            new._unexpanded = self._unexpanded.normalized(value.reshape(())) if fits else None
-            if new._unexpanded is not None:
-                new._unexpanded.is_estimated = new.is_estimated
+            one = value.reshape(()) if value.numel() == 1 else None
+            one = _estimate(one) if estimated and one is not None else one
+            new._unexpanded = None if one is None else self._unexpanded.normalized(one)
         return new
 
     def tempered(self, beta: Tensor | float) -> "UnnormalizedEnergy":
@@ -494,8 +536,11 @@ class UnnormalizedEnergy(TorchDistribution):
 
     _unexpanded: "UnnormalizedEnergy | None" = None
     _modules: tuple[nn.Module, ...] | None = None
-    is_estimated = False
-    r"""Whether :math:`\log Z` is an estimate, which does not follow when the energy changes."""
+    _normalized_parts: tuple[Distribution, ...] | None = None
+    """If log Z follows from the parts' being normalized, or from a formula: these parts.
+
+    Else it is a value of its own, which must follow where the energy moves.
+    """
 
     def __repr__(self) -> str:
         parts = [f"energy={_name_of(self._energy)}"]
@@ -525,6 +570,16 @@ class UnnormalizedEnergy(TorchDistribution):
                 f"{tuple(self.batch_shape)} of {self!r}"
             ) from error
         return x if shape == batch else x.expand(shape + self.event_shape)
+
+
+def _estimate(log_z: Tensor) -> Tensor:
+    """A log Z that says that it is an estimate, wherever it goes, into another density or a file.
+
+    So do the values of ``pyro.param`` say what they are.
+    """
+    log_z = log_z.clone()
+    vars(log_z)["is_estimate"] = True
+    return log_z
 
 
 def _name_of(function: Any) -> str:

@@ -135,7 +135,7 @@ class ExponentialFamily(UnnormalizedEnergy):
             learned_normalizer=False,
             validate_args=validate_args,
         )
-        self._own_log_normalizer = self._log_normalizer
+        self._normalized_parts = ()  # log Z is a function of the natural parameters
 
     # -- members of known families -----------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class ExponentialFamily(UnnormalizedEnergy):
         return -self.family.log_density(self.natural_parameters, x)
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        if self._member is None or self._log_normalizer is not self._own_log_normalizer:
+        if self._member is None or self._normalized_parts is None:
             return super()._log_prob(value)
         return self._member.log_prob(self._broadcast(value))
 

@@ -152,6 +152,8 @@ class Mixture(UnnormalizedEnergy):
             constant_normalizer=constant_normalizer,
             learned_normalizer=False,
         )
+        if self._has_shares:
+            self._normalized_parts = self.components
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of components picked by their shares; last states of chains if these are unknown.

@@ -360,6 +360,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         new._log_normalizer = new._learned_normalizer = None
         if not isinstance(beta, Tensor) and beta == 0:
             new._log_normalizer = scale.new_tensor(self.num_sites * math.log(len(self._codes)))
+            new._normalized_parts = ()
         return new if new._batch_shape == batch else new.expand(batch)
 
     # -- plumbing ------------------------------------------------------------------------------

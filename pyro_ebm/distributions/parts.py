@@ -70,7 +70,7 @@ def _to_event(p: UnnormalizedEnergy, fn: Independent) -> UnnormalizedEnergy:
     """The energy of ``p.to_event(n)``: energies, log densities and log Z add up."""
     n = fn.reinterpreted_batch_ndims
     log_z = p.log_normalizer
-    return UnnormalizedEnergy(
+    whole = UnnormalizedEnergy(
         SummedEnergy(p, n),
         fn.event_shape,
         fn.support,
@@ -82,6 +82,9 @@ def _to_event(p: UnnormalizedEnergy, fn: Independent) -> UnnormalizedEnergy:
         constant_normalizer=p.constant_normalizer,
         learned_normalizer=p.normalizer_state == "learned",
     )
+    if p.is_normalized:
+        whole._normalized_parts = (p,)
+    return whole
 
 
 class SummedEnergy:

@@ -293,7 +293,9 @@ class JointRBM(BinaryLayers):
                 return self
             if beta == 0:  # all states are alike
                 log_z = math.log(2) * (self.num_visible + self.num_hidden)
-                return self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
+                uniform = self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
+                uniform._normalized_parts = ()
+                return uniform
         beta = torch.as_tensor(beta, dtype=self.weights.dtype, device=self.weights.device)
         return self._sibling(JointRBM, beta)
 

@@ -25,7 +25,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
 from pyro_ebm.distributions.calls import at_site
-from pyro_ebm.distributions.checks import judged_by_a_loss
+from pyro_ebm.distributions.checks import normalizers_minded
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.losses.module import EnergyLossModule
@@ -114,6 +114,11 @@ class EnergyLoss(Trace_ELBO):
 
     # -- what it is written with -----------------------------------------------------------------
 
+    @property
+    def looks_closely(self) -> bool:
+        """Whether this step is one of the few at which costly checks of the energy are made."""
+        return not self.evaluating and self.steps_taken in (0, 10, 100, 1000)
+
     def record(self, site: EnergySite, **values: Tensor) -> None:
         """Keeps numbers of this step for :attr:`diagnostics`."""
         if not self.evaluating:
@@ -199,7 +204,7 @@ class EnergyLoss(Trace_ELBO):
         sites = _energy_sites(model_trace, noise)
         self._check_guide(sites, guide_trace, noise.keys() - sites.keys())
         model_trace.compute_log_prob(site_filter=lambda name, _: name not in sites)
-        with judged_by_a_loss():
+        with normalizers_minded():
             guide_trace.compute_score_parts()
             judged = []
             for name, site in sites.items():
@@ -223,7 +228,7 @@ class EnergyLoss(Trace_ELBO):
     def _ordinary_term(self, site: EnergySite) -> Tensor | None:
         """The log density, up to a constant, where log Z has no gradient; else None."""
         energy = site.energy
-        if not site.is_observed and energy.is_normalized and not energy.is_estimated:
+        if not site.is_observed and energy.is_normalized and not energy.lags(site.x.detach()):
             return energy.log_prob(site.x)
         # A latent, or a factor: data computed from latents. (Data have no gradient at all here.)
         moved = not site.is_observed or site.x.requires_grad

@@ -205,6 +205,7 @@ class ContrastiveDivergence(EnergyLoss):
                 " inner kernel with more num_steps or persistent chains"
             )
         kernel, potential = self._kernels.bound(template, energy, start, site.name)
+        kernel.checks_potential = self.looks_closely
         step_size = self.step_sizes.get(site.name)
         if step_size is not None:
             kernel.adaptation.step_size = step_size.to(start.device)

@@ -19,7 +19,7 @@ Reference:
     variates).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
+from pyro_ebm.losses.smoothness import refuse_jumping_score
 from pyro_ebm.ops.arguments import check_count, shown
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
@@ -45,7 +46,8 @@ class ScoreMatching(EnergyLoss):
     :math:`2 \sum_{i \ne j} H_{ij}^2` (Rademacher probes).
 
     It does not see the relative weight of far modes: between them the data say nothing of the
-    score. A learned log Z has no part in it.
+    score. A learned log Z has no part in it. And it needs a second derivative that is there: of a
+    piecewise linear energy it sees nothing, see :mod:`~pyro_ebm.losses.smoothness`.
 
     Args:
         method: ``"exact"`` or ``"hutchinson"``.
@@ -55,7 +57,8 @@ class ScoreMatching(EnergyLoss):
         **kwargs: as in ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: for an unknown method, or a support with a boundary that no weight is known for.
+        ValueError: for an unknown method, a support with a boundary that no weight is known for, or
+            (when used) an energy whose score jumps, as that of a network of ReLU does.
 
     Example:
         >>> def model(x):
@@ -116,8 +119,8 @@ class SlicedScoreMatching(EnergyLoss):
         **kwargs: as in ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: for an unknown distribution, or a support with a boundary that no weight is
-            known for.
+        ValueError: for an unknown distribution, a support with a boundary that no weight is known
+            for, or (when used) an energy whose score jumps.
 
     Example:
         >>> loss = SlicedScoreMatching(num_projections=2)
@@ -199,6 +202,7 @@ class DenoisingScoreMatching(EnergyLoss):
                 f"site {site.name!r}: noise would leave the support {site.energy.support}. Use"
                 " ScoreMatching, which weights the boundary, or transform the data to the reals"
             )
+        _checked(self, site, hessian=False)
         x = site.x
         rows = site.batch_shape + (1,) * site.energy.event_dim
         sigmas = self.sigma.to(x)
@@ -222,10 +226,7 @@ def _score(loss: EnergyLoss, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
     """Flat points, the weight and the score, each ``(rows, d)``; the score is differentiable."""
     shape, d = site.x.shape, max(site.energy.event_shape.numel(), 1)
     x = loss.points(site.x.reshape(-1, d))
-
-    def log_prob(flat: Tensor) -> Tensor:
-        return site.energy.unnormalized_log_prob(flat.reshape(shape)).reshape(-1)
-
+    log_prob = _checked(loss, site, hessian=True)
     _, s = value_and_grad(log_prob, x, create_graph=True)
     weight = boundary_weight(site.energy.support, x.reshape(shape))
     if weight is False:
@@ -235,6 +236,25 @@ def _score(loss: EnergyLoss, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
             " the reals"
         )
     return x, torch.ones_like(x) if weight is None else weight.reshape(-1, d), s
+
+
+def _checked(loss: EnergyLoss, site: EnergySite, hessian: bool) -> Callable[[Tensor], Tensor]:
+    """The log density of flat points ``(rows, d)``, and whether it is smooth enough now and then.
+
+    Args:
+        loss: which knows whether it is time to look.
+        site: the site.
+        hessian: whether the objective needs a second derivative.
+    """
+    shape = site.x.shape
+
+    def log_prob(flat: Tensor) -> Tensor:
+        return site.energy.unnormalized_log_prob(flat.reshape(shape)).reshape(-1)
+
+    if loss.looks_closely:
+        x = site.x.reshape(-1, max(site.energy.event_shape.numel(), 1))
+        refuse_jumping_score(site.name, log_prob, x, site.energy.modules, hessian)
+    return log_prob
 
 
 def boundary_weight(support: Any, x: Tensor) -> Any:

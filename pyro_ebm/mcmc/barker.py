@@ -38,7 +38,7 @@ from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
 from pyro_ebm.ops.arguments import check_number
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
 
 
@@ -127,7 +127,7 @@ class BarkerKernel(Kernel):
             (2 * self.step_size_of(state)).sqrt() * length,
             self.factor,
             torch.rand_like(state.z),
-            torch.rand_like(state.potential).log(),
+            log_uniform(state.potential),
         )
 
     def transition(

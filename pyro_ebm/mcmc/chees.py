@@ -30,7 +30,7 @@ from pyro_ebm.mcmc.langevin import MAX_ENERGY_ERROR
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, van_der_corput
 from pyro_ebm.ops.leapfrog import drift, energy_change, kick
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 
 MAX_STEPS = 1000  # of one trajectory
 
@@ -130,7 +130,7 @@ class ChEESKernel(Kernel):
             self.step_size_of(state),
             self.factor,
             torch.randn_like(state.z),
-            torch.rand_like(state.potential).log(),
+            log_uniform(state.potential),
             self._draw_num_steps(),
         )
 

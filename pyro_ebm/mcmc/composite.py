@@ -86,7 +86,7 @@ class CompositeKernel(Kernel):
 
     Raises:
         ValueError: for a kernel with a model or transforms of its own, one that is itself made of
-            others, or (when run) sites that no kernel moves.
+            others, kernels of different temperatures, or (when run) sites that no kernel moves.
 
     Example:
         >>> from pyro_ebm.mcmc import MCMC
@@ -144,6 +144,13 @@ class CompositeKernel(Kernel):
             max_plate_nesting=max_plate_nesting,
             init_strategy=init_strategy,
         )
+        temperatures = [getattr(kernel, "temperature", 1.0) for kernel in kernels]
+        if len(set(temperatures)) > 1:
+            raise ValueError(
+                f"{list(kernels)} have the temperatures {temperatures}: kernels that take turns"
+                " must have one, else they leave neither p nor p^(1/T) invariant (GibbsKernel has"
+                " 1)"
+            )
         self.kernels = list(kernels)
         exchanges = [kernel for kernel in kernels if kernel.cancels_normalizers]
         if len(exchanges) > 1:
@@ -205,6 +212,7 @@ class CompositeKernel(Kernel):
         """The state at the first positions; each kernel finds its first step size."""
         for kernel, block in self._bound:
             block.hold(z)
+            kernel.checks_potential = self.checks_potential
             kernel.init(z[:, block.columns])
         return self.evaluate(z)
 

@@ -26,7 +26,8 @@ from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.mcmc.variables import Variables, gumbel
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.line_integral import gradient_tells_all
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 
 NUM_COMPARED = 16
 
@@ -82,10 +83,13 @@ class GradientKernel(Kernel):
 
         So has a machine whose couplings start at 0.
         """
-        num, like = NUM_COMPARED * state.z.shape[0], state.z
-        others = torch.cat([s.start(num, like.dtype) for s in self.potential.sites], -1)
+        others = self._others(state.z.repeat(NUM_COMPARED, 1))
         with torch.no_grad():
             return torch.allclose(self.potential(others), state.potential.repeat(NUM_COMPARED))
+
+    def _others(self, z: Tensor) -> Tensor:
+        """Random positions, as many as these."""
+        return torch.cat([s.start(len(z), z.dtype) for s in self.potential.sites], -1)
 
     @property
     def variables(self) -> Variables:
@@ -170,7 +174,7 @@ class GibbsWithGradientsKernel(GradientKernel):
     def draw(self, state: State) -> tuple[Any, ...]:
         """A Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
-        return noise, torch.rand_like(state.potential).log()
+        return noise, log_uniform(state.potential)
 
     def transition(self, state: State, noise: Tensor, log_u: Tensor) -> tuple[State, Info]:
         """One move proposed, and accepted or rejected."""
@@ -208,7 +212,8 @@ class DiscreteLangevinKernel(GradientKernel):
 
     with the step size :math:`\alpha`. Adjusted (DMALA), proposals are accepted or rejected and the
     target is exactly invariant. Unadjusted (DULA) it is biased, the more the larger :math:`\alpha`,
-    and blind to what reads the points otherwise than by a formula of theirs: as indices, say.
+    and blind to what reads the points otherwise than by a formula of theirs, as indices, say: such
+    a density is refused.
 
     Args:
         model: a Pyro model, or a distribution.
@@ -225,7 +230,8 @@ class DiscreteLangevinKernel(GradientKernel):
     Raises:
         ValueError: for a step size that is not positive, or one to be adapted although unadjusted;
             (when run) for continuous sites, or sites of whole numbers or with a gradient of 0;
-            unadjusted, for a site whose own density has none (``OneHotCategorical``).
+            unadjusted, for a density of which a part has none (a ``OneHotCategorical``, as a site
+            or as the base of an energy, an ``argmax``).
 
     Reference:
         Zhang, Liu and Liu (2022), A Langevin-like sampler for discrete distributions.
@@ -271,22 +277,30 @@ class DiscreteLangevinKernel(GradientKernel):
         )
         self.adjusted = adjusted
 
-    def check(self, potential: Potential) -> None:
-        """Unadjusted, the gradient is all that is known of a site."""
-        super().check(potential)
-        blind = [site.name for site in potential.sites if not site.differentiable]
-        if blind and not self.adjusted:
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; unadjusted, the gradient must tell of all the density.
+
+        Raises:
+            ValueError: if it does not, as where some part of it is looked up by an index.
+        """
+        state = super().init(z)
+        if self.adjusted or not self.checks_potential:
+            return state
+        starts = z.repeat(-(-NUM_COMPARED // z.shape[0]), 1)
+        if not gradient_tells_all(self.potential.value_and_grad, starts, self._others(starts)):
             raise ValueError(
-                f"the log density of {blind} has no gradient in its values (as that of a"
-                " OneHotCategorical, which looks up an index), and adjusted=False sees nothing but"
-                " gradients: use adjusted=True, or GibbsKernel"
+                f"a part of the log density of {self.potential.names} has no gradient in the values"
+                " (as that of a OneHotCategorical, a site's own or an energy's base, which looks up"
+                " an index), and adjusted=False sees nothing but gradients: use adjusted=True, or"
+                " GibbsKernel"
             )
+        return state
 
     def draw(self, state: State) -> tuple[Any, ...]:
         """The step size, a Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
         self.adaptation.step_size.clamp_(max=self.MAX_STEP_SIZE)
-        return self.step_size_of(state), noise, torch.rand_like(state.potential).log()
+        return self.step_size_of(state), noise, log_uniform(state.potential)
 
     def transition(
         self, state: State, step_size: Tensor, noise: Tensor, log_u: Tensor

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_ebm.distributions.discrete import codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.mode import called_in_eval_mode
 
 
 def site_codes(name: str, fn: Any) -> Tensor | None:
@@ -41,18 +39,6 @@ def site_codes(name: str, fn: Any) -> Tensor | None:
         " share, so that it cannot be resampled: use a distribution that can be enumerated"
         f" (Bernoulli, Categorical, Binomial with one total_count), or sum it out{_because(error)}"
     )
-
-
-def is_differentiable(fn: Any, value: Tensor) -> bool:
-    """Whether the log density has a gradient in its value; that of an index has none."""
-    if not value.is_floating_point():
-        return False
-    with torch.enable_grad(), called_in_eval_mode():
-        value = value.clone().requires_grad_()
-        log_prob = fn.log_prob(value).sum()
-        if not log_prob.requires_grad:
-            return False
-        return torch.autograd.grad(log_prob, value, allow_unused=True)[0] is not None
 
 
 def _because(error: Exception | None) -> str:

@@ -25,6 +25,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
+from pyro_ebm.distributions.mixtures import Mixture
 from pyro_ebm.mcmc.auxiliary import (
     Auxiliary,
     Draw,
@@ -370,7 +371,7 @@ def _refuse_site(one: MovingNormalizer, node: Any) -> None:
     fn: Any = node["fn"]
     x = detach_provenance(node["value"])
     energy = find_energy(fn)
-    if energy is None:
+    if energy is None or (isinstance(energy, Mixture) and energy.is_normalized):
         raise NormalizerError(
             f"{one}. This is not for ExchangeKernel: a weight of a {type(fn).__name__} is the share"
             " of its component, which its unknown Z is part of. Where weights multiply e^{-E}"

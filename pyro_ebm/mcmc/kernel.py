@@ -67,13 +67,13 @@ class Kernel(MCMCKernel):
     algorithm with a Gaussian random walk:
 
     Example:
-        >>> from pyro_ebm.ops import metropolis_accept, precondition, select
+        >>> from pyro_ebm.ops import log_uniform, metropolis_accept, precondition, select
         >>> class RandomWalk(Kernel):
         ...     needs_grad = False
         ...     def draw(self, state):
         ...         step = self.step_size_of(state)
         ...         jump = step * precondition(self.factor, torch.randn_like(state.z))
-        ...         return state.z + jump, torch.rand_like(state.potential).log()
+        ...         return state.z + jump, log_uniform(state.potential)
         ...     def transition(self, state, new_z, log_u):
         ...         new = self.evaluate(new_z)
         ...         valid = new.potential.isfinite()
@@ -115,6 +115,8 @@ class Kernel(MCMCKernel):
     """Whether it moves discrete sites; they are then not summed out."""
     cancels_normalizers = False
     """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
+    checks_potential = True
+    """Whether ``init`` may take its time to see that the potential suits the kernel."""
     planned_steps: int | None = None
     """How many transitions are to come, if that is known: for ``jit_compile="auto"``."""
 

@@ -19,9 +19,24 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 
 MAX_ENERGY_ERROR = 1000.0  # a log ratio below minus this is a divergence, as in NUTS
+
+
+def refuse_temperature(kernel: Kernel, why: str) -> None:
+    """Refuses a kernel that samples at another temperature than 1, or holds one.
+
+    Args:
+        kernel: any kernel.
+        why: what cannot be with it.
+
+    Raises:
+        ValueError: names the kernel, its temperature, and the reason.
+    """
+    for part in (kernel, *getattr(kernel, "kernels", ())):
+        if (temperature := getattr(part, "temperature", 1.0)) != 1:
+            raise ValueError(f"{part!r} has temperature={temperature}, but {why}: leave it at 1")
 
 
 class LangevinKernel(Kernel):
@@ -134,7 +149,7 @@ class LangevinKernel(Kernel):
         if self._temperature is None or self._temperature[0] != self.temperature:
             self._temperature = self.temperature, state.z.new_tensor(self.temperature)
         noise = torch.randn_like(state.z)
-        log_u = torch.rand_like(state.potential).log() if self.adjusted else None
+        log_u = log_uniform(state.potential) if self.adjusted else None
         return self.step_size_of(state), self.factor, self._temperature[1], noise, log_u
 
     def transition(

@@ -26,7 +26,7 @@ from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.ops.arguments import check_mapping
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 from pyro_ebm.ops.precondition import precondition
 
 
@@ -337,7 +337,7 @@ class MHKernel(Kernel):
                         f" {tuple(log_q.shape)}: sum over the last dimension"
                     )
             log_q_ratio = back - forth
-        return new_z.detach(), log_q_ratio.detach(), torch.rand_like(state.potential).log()
+        return new_z.detach(), log_q_ratio.detach(), log_uniform(state.potential)
 
     def transition(
         self, state: State, new_z: Tensor, log_q_ratio: Tensor, log_u: Tensor

@@ -19,7 +19,7 @@ from torch.distributions.transforms import Transform, identity_transform
 from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import modules, unvalidated
-from pyro_ebm.mcmc.discrete_sites import is_differentiable, site_codes
+from pyro_ebm.mcmc.discrete_sites import site_codes
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.latents import transform_of
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
@@ -108,7 +108,7 @@ class ModelPotential(FunctionPotential):
             fn = trace.nodes[name]["fn"]
             if keep_discrete and fn.support.is_discrete:
                 codes = site_codes(name, fn)
-                site = site._replace(codes=codes, differentiable=is_differentiable(fn, value))
+                site = site._replace(codes=codes)
             sites.append(site)
         super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
         if not any(site.dtype.is_floating_point for site in sites):  # as precise as the density

@@ -16,6 +16,9 @@ Equal values at a few points do not clear an energy that comes from a latent: de
 function at 0 and a threshold beyond the points hide a dependence. Only what cannot carry a value,
 such as ``torch.zeros_like(theta)``, is no dependence.
 
+A log Z that was given is known for the density that it was made for. Where latents move that
+density and not its log Z (a number, an estimate), it is as good as unknown.
+
 The first run cannot see that a dependence cancels, as in a location family :math:`E(x - \mu)`:
 there the user's word ``constant_normalizer=True`` waives the check.
 """
@@ -31,7 +34,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, TransformedDistribution
+from torch.distributions import Independent, MixtureSameFamily, TransformedDistribution
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import bounds_of, uniform_start
@@ -156,6 +159,8 @@ def moving_normalizers(
             others = _suspects(unvalidated_trace(same_data, args, kwargs, init_strategy))
             seen = {**others, **seen}
             for key in suspects.keys() ^ others.keys():
+                if {**others, **suspects}[key].is_known:  # and may come and go
+                    continue
                 found.setdefault(key, {}).setdefault("presence", reads.latents - {key[0]})
             for key in suspects.keys() & others.keys():
                 now = others[key].evaluate(suspects[key].points)
@@ -168,13 +173,29 @@ def moving_normalizers(
     return [
         MovingNormalizer(
             key[0],
-            found[key],
+            {part: latents for part, latents in found[key].items() if part != "log Z"},
             frozenset(part for part in found[key] if (key, part) in was_read),
             suspect.state,
         )
         for key, suspect in seen.items()
-        if key in found
+        if key in found and not suspect.follows(found[key])
     ]
+
+
+def lags(site: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the density at a site is another one in another run, with the same known log Z.
+
+    Args:
+        site: a node of a trace.
+        other: the same node in another run.
+    """
+    for one, two in zip(_suspects_at(site), _suspects_at(other), strict=True):
+        if one.is_known:
+            values = [suspect.evaluate(one.points) for suspect in (one, two)]
+            moved = {p for p in values[0] if not _close(values[0][p], values[1][p])}
+            if not one.follows(dict.fromkeys(moved, frozenset())):
+                return True
+    return False
 
 
 _WAYS_OUT = (
@@ -228,16 +249,38 @@ class _Suspect:
     def state(self) -> str:
         """What is known of log Z."""
         energy = self.energies[0]
-        return "an estimate, made once" if energy.is_estimated else energy.normalizer_state
+        if energy.is_estimated:
+            return "an estimate, made once"
+        return "a constant" if self.is_known else energy.normalizer_state
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a log Z, right for the density that it was made for."""
+        return all(energy.is_normalized for energy in self.energies)
+
+    def follows(self, parts: Mapping[str, frozenset[str]]) -> bool:
+        """Whether a known log Z moves with the density, by one latent at least.
+
+        That it moves with all of them is not asked: in a location-scale family it does not.
+        """
+        if not self.is_known or self.energies[0].is_estimated:
+            return False
+        moving = [latents for part, latents in parts.items() if part != "log Z"]
+        if not moving or "log Z" not in parts:
+            return not moving
+        log_z, density = parts["log Z"], frozenset().union(*moving)
+        return not (log_z and density) or bool(log_z & density)
 
     def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Any]]:
         """All that the constants may depend on, at fixed points."""
-        return {
-            "shape": [torch.tensor(self.fn.batch_shape + self.fn.event_shape)],
+        density = {
             "energy": [self._log_density(x) for x in points],
             "support": [bound for p in self.energies for bound in bounds_of(p.support)],
-            "scale or mask": list(self.counted),
         }
+        if self.is_known:  # right however often the density counts
+            return {**density, "log Z": [p.log_normalizer for p in self.energies]}
+        shape = torch.tensor(self.fn.batch_shape + self.fn.event_shape)
+        return {"shape": [shape], **density, "scale or mask": list(self.counted)}
 
     def _log_density(self, x: Tensor) -> Tensor | None:
         """None where there is none: at a singular matrix, a point of another shape."""
@@ -264,22 +307,23 @@ def _suspects(trace: poutine.Trace) -> dict[_Key, _Suspect]:
         (name, index): suspect
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
-        for index, suspect in enumerate(
-            _suspects_in(
-                name,
-                site["fn"],
-                detach_provenance(cast(Tensor, site["value"])),
-                (site["scale"], site["mask"]),
-            )
-        )
+        for index, suspect in enumerate(_suspects_at(site))
     }
+
+
+def _suspects_at(site: Mapping[str, Any]) -> Iterator[_Suspect]:
+    value = detach_provenance(cast(Tensor, site["value"]))
+    yield from _suspects_in(site["name"], site["fn"], value, (site["scale"], site["mask"]))
 
 
 def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[_Suspect]:
     if isinstance(fn, UnnormalizedEnergy):
-        follows = fn.is_normalized and not fn.is_estimated
-        if not follows and not fn.constant_normalizer:
+        if fn.constant_normalizer:
+            return
+        if fn._normalized_parts is None:
             yield _Suspect(name, (fn,), fn, (x, *_probes(fn, x)), counted)
+        for part in fn.rests_on:
+            yield from _suspects_in(name, part, x, counted)
     elif isinstance(fn, Independent):
         yield from _suspects_in(name, fn.base_dist, x, counted)
     elif isinstance(fn, MaskedDistribution):
@@ -288,8 +332,14 @@ def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Ite
         for transform in reversed(fn.transforms):
             x = detach_provenance(cast(Tensor, transform.inv(x)))
         yield from _suspects_in(name, fn.base_dist, x, counted)
-    elif energies := tuple(_energies_in(fn)):  # a mixture: its normalizer mixes those of its parts
-        yield _Suspect(name, energies, fn, (x,), counted)
+    elif energies := tuple(_energies_in(fn)):  # a mixture
+        unknown = tuple(energy for energy in energies if not energy.is_normalized)
+        if unknown:  # its normalizer mixes those of its parts
+            yield _Suspect(name, unknown, fn, (x,), counted)
+            return
+        for part in _parts_of(fn):
+            point = fn._pad(x) if isinstance(fn, MixtureSameFamily) else x
+            yield from _suspects_in(name, part, point, counted)
 
 
 def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
@@ -301,11 +351,17 @@ def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
 
 
 def _energies_in(fn: Any) -> Iterator[UnnormalizedEnergy]:
+    for part in _parts_of(fn):
+        if not isinstance(part, UnnormalizedEnergy):
+            yield from _energies_in(part)
+        elif not part.constant_normalizer:
+            yield part
+
+
+def _parts_of(fn: Any) -> Iterator[Any]:
     for attribute in ("base_dist", "_component_distribution", "component0", "component1"):
-        part = getattr(fn, attribute, None)
-        if part is not None:
-            for suspect in _suspects_in("", part, torch.empty(()), ()):
-                yield from suspect.energies
+        if (part := getattr(fn, attribute, None)) is not None:
+            yield part
 
 
 def _close(a: list[Any], b: list[Any]) -> bool:

@@ -46,8 +46,6 @@ class Site(NamedTuple):
     device: torch.device = torch.device("cpu")
     codes: Tensor | None = None
     """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers."""
-    differentiable: bool = True
-    """Whether its own log density has a gradient in its value."""
 
     def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
         """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over the codewords."""

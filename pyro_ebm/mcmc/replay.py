@@ -25,6 +25,7 @@ from torch.func import vmap
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.mcmc.batched import Batched
 from pyro_ebm.mcmc.mode import called_in_eval_mode
+from pyro_ebm.mcmc.normalizer_check import lags
 
 CHUNK_SIZE = 256  # draws evaluated at once
 
@@ -91,8 +92,10 @@ class Replay:
         return bool(same.all())
 
     def is_normalized(self, name: str) -> bool:
-        """Whether the density of a site integrates to 1: its energies know their log Z."""
-        return all(energy.is_normalized for energy in energies_of(self.sites[name]["fn"]))
+        """Whether the density of a site integrates to 1 at all draws: its energies know log Z."""
+        known = all(energy.is_normalized for energy in energies_of(self.sites[name]["fn"]))
+        with self._quiet():
+            return known and not lags(self.sites[name], self._last[name])
 
     def log_density(self, names: list[str]) -> dict[str, Tensor]:
         """The log density of each element of some sites at each draw, without ``poutine.scale``.

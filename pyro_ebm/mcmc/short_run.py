@@ -11,7 +11,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.langevin import LangevinKernel
+from pyro_ebm.mcmc.langevin import LangevinKernel, refuse_temperature
 from pyro_ebm.ops.arguments import shown
 
 
@@ -63,6 +63,9 @@ def short_run(
 
     Returns:
         The last states, shape ``(*sample_shape, *batch_shape, *event_shape)``, and diagnostics.
+
+    Raises:
+        ValueError: for a kernel at another temperature than 1.
     """
     n, steps = sample_shape.numel(), energy.num_steps
     shape = sample_shape + energy.batch_shape + energy.event_shape
@@ -71,6 +74,11 @@ def short_run(
         raise TypeError(
             f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
         )
+    refuse_temperature(
+        kernel,
+        f"{energy!r} is to be drawn at temperature 1 (that of another, p^(1/T), is"
+        " energy.tempered(1 / T))",
+    )
     kernel = kernel.copy()
     if shape.numel() == 0:
         empty = energy.starting_points(sample_shape)

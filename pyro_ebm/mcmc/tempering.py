@@ -28,9 +28,10 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.adaptation import to_device
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.langevin import refuse_temperature
 from pyro_ebm.mcmc.potential import Potential
 from pyro_ebm.ops.arguments import check_number, shown
-from pyro_ebm.ops.metropolis import metropolis_accept
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 
 
 class TemperedPotential(Potential):
@@ -132,12 +133,7 @@ class TemperingKernel(Kernel):
                 "kernel must be a kernel of pyro_ebm that moves one temperature, such as"
                 f" LangevinKernel(model), got {shown(kernel)}"
             )
-        for part in (kernel, *getattr(kernel, "kernels", ())):
-            if (temperature := getattr(part, "temperature", 1.0)) != 1:
-                raise ValueError(
-                    f"{part!r} has temperature={temperature}, but exchanges are between replicas at"
-                    " the temperatures 1 / betas: leave it at 1"
-                )
+        refuse_temperature(kernel, "exchanges are between replicas at the temperatures 1 / betas")
         super().__init__(
             model=kernel.model,
             potential_fn=kernel.potential_fn,
@@ -200,7 +196,7 @@ class TemperingKernel(Kernel):
         #      exp(-b_r U(z_r)) exp(-b_{r+1} U(z_{r+1}))
         gap = (betas[:-1] - betas[1:])[:, None]
         log_ratio = gap * (u[:, :-1] - u[:, 1:])
-        log_u = torch.rand_like(log_ratio).log()
+        log_u = log_uniform(log_ratio)
         prob, accepted = metropolis_accept(log_ratio, ~log_ratio.isnan(), log_u)
         lower = torch.arange(r - 1, device=u.device)
         turn = (lower % 2 == self._steps % 2)[:, None]  # even pairs and odd pairs by turns

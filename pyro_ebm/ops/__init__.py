@@ -6,7 +6,7 @@ Samplers, losses and estimators of the other rooms all call these.
 
 from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
 from pyro_ebm.ops.leapfrog import drift, energy_change, kick
-from pyro_ebm.ops.metropolis import metropolis_accept, select
+from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept, select
 from pyro_ebm.ops.precondition import precondition, precondition_transposed
 from pyro_ebm.ops.quadrature import log_integral
 from pyro_ebm.ops.score import fisher_divergence, score, value_and_grad
@@ -19,6 +19,7 @@ __all__ = [
     "langevin_log_accept_ratio",
     "langevin_proposal",
     "log_integral",
+    "log_uniform",
     "metropolis_accept",
     "precondition",
     "precondition_transposed",

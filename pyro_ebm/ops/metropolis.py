@@ -21,7 +21,8 @@ def metropolis_accept(
     Args:
         log_ratio: :math:`\log r`, shape ``(chains,)``; NaN counts as :math:`r = 0`.
         valid: whether the proposal may be accepted at all, boolean, shape ``(chains,)``.
-        log_uniform: :math:`\log u` with :math:`u` uniform on (0, 1), shape ``(chains,)``.
+        log_uniform: :math:`\log u` with :math:`u` uniform on (0, 1), shape ``(chains,)``; see
+            :func:`log_uniform`.
 
     Returns:
         The acceptance probability, shape ``(chains,)``, and the boolean decision, shape
@@ -35,6 +36,22 @@ def metropolis_accept(
     """
     log_ratio = torch.where(valid & ~log_ratio.isnan(), log_ratio, -torch.inf)
     return log_ratio.clamp(max=0.0).exp(), log_uniform < log_ratio
+
+
+def log_uniform(like: Tensor) -> Tensor:
+    r"""Draws of :math:`\log u` with :math:`u` uniform on (0, 1], all finite.
+
+    ``torch.rand`` can be 0, one time in :math:`2^{24}` in single precision, and :math:`\log 0`
+    would accept a proposal of any probability.
+
+    Args:
+        like: a tensor of the shape, dtype and device wanted.
+
+    Example:
+        >>> log_uniform(torch.empty(100_000)).mean()
+        tensor(-1.0...)
+    """
+    return torch.log1p(-torch.rand_like(like))
 
 
 def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def test_a_latent_that_moves_an_unknown_normalizer_is_refused(whole):
         lambda t: mixture([0.5, 0.5], [moved(t), moved(t)], True, constant_normalizer=True),
         lambda t: mixture(torch.stack([t, 1 / t]), [moved(t, known=True), dist.Normal(t, 1.0)]),
         lambda t: mixture(torch.stack([t, 1 / t]), [moved(t, known=True)] * 2, True),
-        lambda t: product(moved(t), FIXED).normalized(0.0),
+        lambda t: product(moved(t), FIXED).normalized(t.log()),
         lambda t: product(dist.Normal(t, 1.0), dist.Normal(0.0, t)),
     ],
 )

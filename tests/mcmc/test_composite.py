@@ -417,6 +417,23 @@ def test_kernels_that_do_not_do(kernels, match):
         CompositeKernel(mixture, kernels)
 
 
+HOT = LangevinKernel(temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        [GibbsKernel(), HOT],
+        [HOT, MHKernel()],
+        [HOT, LangevinKernel()],
+    ],
+)
+def test_kernels_of_different_temperatures_leave_nothing_invariant(kernels):
+    with pytest.raises(ValueError, match=r"the temperatures .*2\.0.*: kernels that take turns"):
+        CompositeKernel(mixture, kernels)
+    CompositeKernel(mixture, [HOT, LangevinKernel(temperature=2.0)])  # p^(1/T)
+
+
 def test_sites_that_nothing_moves():
     with pytest.raises(ValueError, match=r"the discrete sites \['k'\]: add a GibbsKernel"):
         CompositeKernel(mixture, [LangevinKernel()]).setup(0)

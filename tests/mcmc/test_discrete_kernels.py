@@ -13,7 +13,15 @@ from pyro.infer import SVI
 from pyro.optim import SGD
 
 from pyro_ebm import MCMC, UnnormalizedEnergy
-from pyro_ebm.distributions import RBM, GaussianRBM, spin
+from pyro_ebm.distributions import (
+    RBM,
+    BoltzmannMachine,
+    GaussianRBM,
+    Potts,
+    mixture,
+    product,
+    spin,
+)
 from pyro_ebm.losses import ContrastiveDivergence
 from pyro_ebm.mcmc import (
     DiscreteLangevinKernel,
@@ -269,6 +277,85 @@ class TestRefusals:
         p = UnnormalizedEnergy(lambda x: x.sqrt().sum(-1), (3,), constraints.boolean, kernel=make())
         with pytest.raises(ValueError, match=r"not finite at a starting point.*GibbsKernel"):
             p.sample((20,))
+
+
+PROBS = torch.tensor([0.7, 0.2, 0.1])
+ONE_HOT = dist.OneHotCategorical(PROBS)
+SLOPE = torch.tensor([0.5, -1.0, 0.3])
+
+
+def slope(x):
+    return (SLOPE * x).sum(-1)
+
+
+def one_hot_prior():
+    x = pyro.sample("x", ONE_HOT)
+    pyro.sample("y", dist.Normal(slope(x), 1.0), obs=torch.tensor(1.0))
+
+
+torch.manual_seed(0)
+NET = torch.nn.Sequential(
+    torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.ReLU(),
+    torch.nn.Linear(32, 1), torch.nn.Flatten(-2),
+)  # fmt: skip
+BITS = {"event_shape": (3,), "support": constraints.boolean}
+LOST = {
+    "a one-hot base": UnnormalizedEnergy(slope, base=ONE_HOT),
+    "rows of them": UnnormalizedEnergy(
+        lambda x: (SLOPE * x).sum((-1, -2)), base=ONE_HOT.expand([4]).to_event(1)
+    ),
+    "a one-hot part of a product": product(UnnormalizedEnergy(slope, base=ONE_HOT), ONE_HOT),
+    "a one-hot part of a mixture": mixture(
+        [0.5, 0.5],
+        [UnnormalizedEnergy(slope, base=dist.OneHotCategorical(torch.ones(3))), ONE_HOT],
+        unnormalized_weights=True,
+    ),
+    "a one-hot site": one_hot_prior,
+    "an argmax": UnnormalizedEnergy(
+        lambda x: slope(x) + SLOPE[x.argmax(-1)], base=dist.OneHotCategorical(torch.ones(3))
+    ),
+    "an index": UnnormalizedEnergy(lambda x: slope(x) + SLOPE[x[..., 0].long()], **BITS),
+    "a comparison of one variable": UnnormalizedEnergy(
+        lambda x: x.sum(-1) + (x[..., 2] > 0.5).float(), **BITS
+    ),
+    "a detached part": UnnormalizedEnergy(lambda x: slope(x) * slope(x).detach(), **BITS),
+}
+TOLD = {
+    "bits": UnnormalizedEnergy(slope, **BITS),
+    "a flat one-hot base": UnnormalizedEnergy(slope, base=dist.OneHotCategorical(torch.ones(3))),
+    "a base of bits": UnnormalizedEnergy(
+        slope, base=dist.Bernoulli(PROBS).to_event(1), support=constraints.boolean
+    ),
+    "a network with kinks": UnnormalizedEnergy(NET, (12,), constraints.boolean),
+    "an RBM": RBM(3 * torch.ones(20, 5), torch.zeros(20), -20 * torch.ones(5)),
+    "spins": BoltzmannMachine(torch.ones(12, 12).fill_diagonal_(0) / 3),
+    "a Potts model": Potts(1.0, edges=torch.tensor([[0, 1], [1, 2]]), num_states=3),
+    "what is impossible": UnnormalizedEnergy(
+        lambda x: torch.where(x.sum(-1) > 2.5, torch.inf, slope(x)), **BITS
+    ),
+}
+
+
+def dula_of(p):
+    kernel = dmala(adjusted=False)
+    if not isinstance(p, UnnormalizedEnergy):
+        kernel.model = p
+        return MCMC(kernel, 3, 0, num_chains=2, disable_progbar=True).run()
+    p.kernel = kernel
+    return p.sample((4,))
+
+
+@pytest.mark.parametrize("p", LOST.values(), ids=LOST)
+def test_the_unadjusted_kernel_refuses_what_its_gradient_does_not_tell(p):
+    with pytest.raises(
+        ValueError, match=r"a part of the log density of .* has no gradient.*adjusted=Tr"
+    ):
+        dula_of(p)
+
+
+@pytest.mark.parametrize("p", TOLD.values(), ids=TOLD)
+def test_the_unadjusted_kernel_takes_all_that_is_a_formula(p):
+    dula_of(p)
 
 
 @pytest.mark.parametrize("num_flips", [1, 2, 3])

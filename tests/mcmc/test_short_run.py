@@ -9,7 +9,11 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.mcmc import ChainDiagnostics, LangevinKernel, MHKernel
+from pyro_ebm.distributions import mixture
+from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.mcmc import ChainDiagnostics, CompositeKernel, LangevinKernel, MHKernel
+
+HOT_PAIR = CompositeKernel(kernels=[LangevinKernel(temperature=2.0)] * 2)
 
 
 def assert_moments(x, mean, variance):
@@ -23,6 +27,22 @@ def assert_moments(x, mean, variance):
 
 def gaussian(x):
     return x.square() / 2
+
+
+# -- temperature ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [LangevinKernel(temperature=0.5), HOT_PAIR])
+def test_draws_are_at_temperature_1(kernel):
+    p = UnnormalizedEnergy(gaussian, kernel=kernel)
+    for draw in (p.sample, p.sample_with_diagnostics, mixture([1.0], [p], True).sample):
+        with pytest.raises(ValueError, match=r"has temperature=.*energy\.tempered\(1 / T\)"):
+            draw((3,))
+    # a prototype is no draw; and contrastive divergence says what its short runs are
+    with starting_points_only():
+        assert p.sample((3,)).shape == (3,)
+    p.kernel = None
+    assert_moments(p.tempered(2.0).sample((2000,)), 0.0, 0.5)
 
 
 # -- moments -----------------------------------------------------------------------------------
