@@ -17,7 +17,6 @@ another thing altogether: these functions cannot be mapped.
 import contextlib
 import math
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_ebm.ops.compiled import as_written
 
 MAX_RESTARTS = 64  # of one evaluation: each finds a tensor that is written into
 
@@ -67,7 +68,7 @@ class Batched:
         like = tree_leaves(x)[0]
         for _ in range(MAX_RESTARTS):
             try:
-                with _as_written():
+                with as_written():
                     return vmap(self._one)(x, like.new_ones(like.shape[:1], dtype=torch.bool))
             except _Written as found:
                 self._written.add(found.place)
@@ -105,16 +106,6 @@ def refuse_slow() -> Iterator[None]:
     """Makes an error of the warning that ``vmap`` runs an operation for one chain after another."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-        yield
-
-
-@contextlib.contextmanager
-def _as_written() -> Iterator[None]:
-    """Lets functions under ``torch.compile`` run as they were written."""
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
         yield
 
 

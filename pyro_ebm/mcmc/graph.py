@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_ebm.ops.compiled import as_written
 
 
 class Graph:
@@ -49,13 +52,15 @@ class Graph:
             return tensors_of(structure[-1:])
 
         self.captured_at = [x.detach().clone() for x in tensors]
-        with _NoHostReads(), tracing(TracingContext(FakeTensorMode())):  # one for all nodes
+        one_mode = tracing(TracingContext(FakeTensorMode()))  # for all nodes
+        with as_written(), _NoHostReads(), one_mode:
             # one tensor that comes twice would be one input of the graph for ever
             graph = make_fx(on_tensors, {_SOLVE: solve_together})(*(x.detach() for x in tensors))
         _refuse_dynamic(graph)
         _list_masks(graph)
         self.build, _ = _builder(structure[-1])
         self.graph, self.constants = _lifted(graph)
+        _refuse_borrowed(self.graph, self.constants)
         self.run: Callable[..., Any] = self.graph
         self.replays = False
         self.places, self.layouts = self._look()
@@ -211,6 +216,23 @@ def _refuse_dynamic(graph: GraphModule) -> None:
             shaping = [x for x in indices if x.meta["val"].dtype in masks]
         if moved.intersection(shaping):
             raise RuntimeError(f"the shape of a tensor depends on values, by {node.target}")
+
+
+def _refuse_borrowed(graph: GraphModule, constants: list[Tensor]) -> None:
+    """Raises a RuntimeError if a graph reads memory that is not there to stay.
+
+    Parameters that are sharded over processes are gathered before a layer runs, and freed after.
+    """
+    gathers = any(
+        isinstance(node.target, OpOverload) and node.target.namespace in _COLLECTIVE
+        for node in graph.graph.nodes
+    )
+    freed = any(x.numel() and not x.untyped_storage().nbytes() for x in constants)
+    if gathers or freed:
+        raise RuntimeError("its parameters are gathered from several processes while it runs")
+
+
+_COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
 
 
 def _list_masks(graph: GraphModule) -> None:

@@ -5,10 +5,14 @@ and learn from them. A module's own mode is put back afterwards.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from pyro_ebm.ops.compiled import as_written
 
 
 @contextlib.contextmanager
@@ -37,7 +41,9 @@ def eval_mode(found: Iterable[nn.Module]) -> Iterator[None]:
 def called_in_eval_mode() -> Iterator[list[nn.Module]]:
     """Holds every module that is called within in evaluation mode, and tells which they were.
 
-    It also finds those that a function reads from the global scope.
+    It also finds those that a function reads from anywhere, and those inside of them, which a
+    compiled or scripted module does not call by itself. It looks at the calls of this thread, and
+    leaves modules and their hooks as they are.
 
     Example:
         >>> net = torch.nn.Dropout(0.9)
@@ -47,22 +53,52 @@ def called_in_eval_mode() -> Iterator[list[nn.Module]]:
         >>> net.training, called
         (True, [Dropout(p=0.9, inplace=False)])
     """
-    called: list[nn.Module] = []
+    called: dict[int, nn.Module] = {}
     training: list[nn.Module] = []
 
-    def before_forward(module: nn.Module, args: Any) -> None:
-        called.append(module)
-        if module.training:
-            training.append(module)
-            module.training = False
+    def found(module: nn.Module) -> None:
+        if id(module) in called and not module.training:
+            return
+        for part in module.modules():
+            called[id(part)] = part
+            if part.training:
+                training.append(part)
+                part.training = False
 
-    handle = nn.modules.module.register_module_forward_pre_hook(before_forward)
+    modules: list[nn.Module] = []
     try:
-        yield called
+        with as_written(), _on_call(found):
+            yield modules
     finally:
-        handle.remove()
+        modules += called.values()
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _on_call(function: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Tells a function of each module that this thread calls, before it runs."""
+    before: Any = sys.getprofile()
+
+    def watch(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code is _CALL:
+            function(frame.f_locals["self"])
+        if callable(before):
+            before(frame, event, arg)
+
+    pause, go_on = (getattr(before, name, None) for name in ("disable", "enable"))
+    if pause is not None and not callable(before):  # Python's own profiler, which calls no function
+        pause()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(before if callable(before) else None)
+        if go_on is not None and not callable(before):
+            go_on()
+
+
+_CALL = nn.Module.__call__.__code__
 
 
 def unique(*found: Iterable[nn.Module]) -> tuple[nn.Module, ...]:

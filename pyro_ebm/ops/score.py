@@ -11,6 +11,7 @@ Reference:
     Hyvarinen (2005), Estimation of non-normalized statistical models by score matching.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ebm.ops.arguments import check_callable, check_tensor, shown
+from pyro_ebm.ops.compiled import as_written
 
 
 def value_and_grad(
@@ -47,9 +49,12 @@ def value_and_grad(
             f"a gradient needs floating points x, got dtype {x.dtype}: use x.float(), or a method"
             " that needs no gradient"
         )
+    # a compiled function has no second derivatives
+    twice = as_written() if create_graph else contextlib.nullcontext()
     with torch.enable_grad():
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-        value = function(x)
+        with twice:
+            value = function(x)
         if not isinstance(value, Tensor):
             raise ValueError(f"the function must return a tensor at the points, got {shown(value)}")
         if value.requires_grad:
