@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.ops.arguments import check_tensor
 
 
@@ -92,24 +92,13 @@ def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> Ene
         ValueError: for NaN data or data outside the support, or a wrapper whose meaning for an
             energy is not known.
     """
-    fn, x = site["fn"], site["value"]
-    mask, inner_dims = site["mask"], 0
-    mask = None if mask is None else torch.as_tensor(mask)
-    while not isinstance(fn, UnnormalizedEnergy):
-        if isinstance(fn, MaskedDistribution):
-            inner = torch.as_tensor(fn._mask)
-            mask = inner if mask is None else mask & inner
-        elif isinstance(fn, Independent):
-            dims = fn.reinterpreted_batch_ndims
-            inner_dims += dims
-            if mask is not None:
-                mask = mask.reshape(mask.shape + (1,) * dims)
-        else:
-            raise ValueError(
-                f"site {name!r} is an energy inside {type(fn).__name__}, which the losses do not"
-                " look through: transform the data, or write the energy of what is observed"
-            )
-        fn = fn.base_dist
+    x = site["value"]
+    fn, mask, inner_dims = unmasked(site["fn"], site["mask"])
+    if not isinstance(fn, UnnormalizedEnergy):
+        raise ValueError(
+            f"site {name!r} is an energy inside {type(fn).__name__}, which the losses do not"
+            " look through: transform the data, or write the energy of what is observed"
+        )
     if site["is_observed"]:
         _check_dtype(name, fn, x)
     x = fn._broadcast(x)

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -18,10 +19,12 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.distributions.util import modules, unvalidated
 from pyro_ebm.mcmc.discrete_sites import site_codes
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.latents import transform_of
+from pyro_ebm.mcmc.masks import FillMasked, idle_elements, masked_elements, with_normal
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
@@ -66,6 +69,9 @@ class ModelPotential(FunctionPotential):
         {'scale': tensor([1., 1.])}
     """
 
+    idle: Mapping[str, Tensor] = MappingProxyType({})
+    """Elements of masked latents that nothing depends on, see :mod:`pyro_ebm.mcmc.masks`."""
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -83,8 +89,13 @@ class ModelPotential(FunctionPotential):
             model = functools.partial(_sample_site, model)
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self.init_strategy, self.keep_discrete = init_strategy, keep_discrete
+        held = modules(model)
         with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
+            fill = FillMasked()
+            self.model = fill(model)
             trace = self._run_in_the_open()
+            fill.looks = False
+            self.model = model = self.model if fill.names else model
             self._refuse_subsampling(trace)
             self._check_normalizers()
             all_transforms = self._find_transforms(trace, transforms or {})
@@ -110,11 +121,29 @@ class ModelPotential(FunctionPotential):
                 codes = site_codes(name, fn)
                 site = site._replace(codes=codes)
             sites.append(site)
-        super().__init__(potential_fn, sites, modules=unique(modules(self.model), called))
+        super().__init__(potential_fn, sites, modules=unique(held, called))
+        if any(_is_masked(node) for node in latents_of(trace).values()):
+            self._without_idle()
         if not any(site.dtype.is_floating_point for site in sites):  # as precise as the density
             log_p = torch.as_tensor(trace.log_prob_sum())
             self.dtype = torch.promote_types(self.dtype, log_p.dtype)
             self.device = self.device if sites else log_p.device
+
+    def _without_idle(self) -> None:
+        """Gives masked elements that nothing depends on a density, so that they do not drift."""
+        run = (self.model, self.args, self.kwargs, self.init_strategy)
+        with self._quiet(), starting_points_only(), poutine.block(), torch.random.fork_rng(()):
+            found = masked_elements(functools.partial(trace_latents, *run))
+            masked = {name: where for name, where in found.items() if name in self.names}
+            if masked:
+                parts = (self.potential_fn, self._somewhere, self.transforms, masked)
+                self.idle = idle_elements(*parts)
+        if self.idle:
+            self.potential_fn = functools.partial(with_normal, self.potential_fn, self.idle)
+
+    def _somewhere(self) -> dict[str, Tensor]:
+        z = torch.cat([site.start(1, self.dtype) for site in self.sites], -1)
+        return self.unravel(z[0])
 
     def _check_normalizers(self) -> None:
         check_normalizers(self.model, self.args, self.kwargs, self.init_strategy)
@@ -272,6 +301,11 @@ def lone_energy(
 
 def _is_discrete(fn: Any) -> bool:
     return fn.has_enumerate_support or fn.support.is_discrete
+
+
+def _is_masked(node: Any) -> bool:
+    mask = unmasked(node["fn"], node["mask"])[1]
+    return mask is not None and not bool(mask.all())
 
 
 def _check_shapes(trace: poutine.Trace) -> None:

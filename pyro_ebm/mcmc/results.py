@@ -8,7 +8,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.infer.mcmc.util import diagnostics as chain_diagnostics
-from pyro.infer.mcmc.util import print_summary, select_samples
+from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
@@ -78,7 +78,7 @@ class Results(AbstractMCMC):
         Returns:
             Each site's draws, shape ``(chains, draws, *site)`` or ``(chains * draws, *site)``.
         """
-        return select_samples(self._done(), num_samples, group_by_chain)
+        return _selected(self._done(), num_samples, group_by_chain)
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Statistics of each draw: ``lp``, ``acceptance_rate``, ``step_size``, ``diverging``.
@@ -100,12 +100,15 @@ class Results(AbstractMCMC):
         self._refuse_elsewhere()
         if self._warmup_samples is None:
             raise RuntimeError("no warmup was kept: give save_warmup=True and run")
-        return select_samples(self._warmup_samples, None, group_by_chain)
+        return _selected(self._warmup_samples, None, group_by_chain)
 
     def diagnostics(self) -> dict[str, Any]:
         """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
         self._refuse_short("diagnostics")
         result = dict(chain_diagnostics(self._numbers()))
+        for name in self._done().keys() - result.keys():  # of no elements
+            nothing = self._done()[name].new_empty(self._done()[name].shape[2:])
+            result[name] = {"n_eff": nothing, "r_hat": nothing}
         for name in self._diagnostics[0]:
             result[name] = {f"chain {i}": d[name] for i, d in enumerate(self._diagnostics)}
         return result
@@ -157,12 +160,27 @@ class Results(AbstractMCMC):
         return {
             name: draws if draws.is_floating_point() else draws.to(default)
             for name, draws in self._done().items()
+            if draws.numel() > 0  # there is nothing to say of a site of no elements
         }
 
     def _refuse_short(self, what: str) -> None:
         for draws in self._done().values():
             if (got := draws.shape[1]) < 4:
                 raise RuntimeError(f"{what} needs at least 4 draws of each chain, there are {got}")
+
+
+def _selected(
+    draws: Mapping[str, Tensor], num_samples: int | None, group_by_chain: bool
+) -> dict[str, Tensor]:
+    """As Pyro's ``select_samples`` has them, sites without elements too."""
+    if not group_by_chain:
+        draws = {name: value.flatten(0, 1) for name, value in draws.items()}
+    if num_samples is None:
+        return dict(draws)
+    dim = int(group_by_chain)
+    some = next(iter(draws.values()))
+    index = torch.randint(0, some.shape[dim], (num_samples,), device=some.device)
+    return {name: value.index_select(dim, index) for name, value in draws.items()}
 
 
 def _to_first(over: Population, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class ZarrStore:
             self._root[group].create_array(
                 name,
                 shape=(chains, 0, *array.shape[2:]),
-                chunks=(chains, chunk_size, *array.shape[2:]),
+                chunks=(chains, chunk_size, *(max(size, 1) for size in array.shape[2:])),
                 dtype=array.dtype,
                 fill_value=math.nan if array.dtype.kind == "f" else None,
                 compressors=[self._zarr.codecs.Crc32cCodec()],
@@ -135,6 +135,8 @@ class ZarrStore:
         whole[:, self.count : stop] = array
         folder, size = self.path / group / name, whole.chunks[1]
         written = [folder / "zarr.json"]
+        if array.size == 0:  # of a site without elements: there is no chunk
+            return written
         for chunk in range(self.count // size, (stop - 1) // size + 1):
             key = whole.metadata.encode_chunk_key((0, chunk) + (0,) * (array.ndim - 2))
             written.append(folder / key)

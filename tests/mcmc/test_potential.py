@@ -38,7 +38,11 @@ def reference(potential: ModelPotential, z: torch.Tensor) -> torch.Tensor:
             at += site.shape.numel()
             forward = site.transform.inv
             x[site.name] = forward(part)
-            log_det = log_det + forward.log_abs_det_jacobian(part, x[site.name]).sum().double()
+            if site.name in potential.idle:  # standard normal, and no matter to the model
+                idle = potential.idle[site.name]
+                log_det = log_det - torch.where(idle, part, 0.0).square().sum().double() / 2
+                part = torch.where(idle, 0.0, part)
+            log_det = log_det + forward.log_abs_det_jacobian(part, forward(part)).sum().double()
         model = pyro.condition(potential.model, x)
         trace = pyro.poutine.trace(model).get_trace(*potential.args, **potential.kwargs)
         values.append(-trace.log_prob_sum().double() - log_det)

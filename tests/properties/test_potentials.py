@@ -20,7 +20,11 @@ def slow_potential(model: ModelSpec, potential: ModelPotential, row: Tensor) -> 
         forward = biject_to(found.nodes[site.name]["fn"].support)
         z = z.reshape(site.shape).to(site.dtype)
         x[site.name] = forward(z)
-        log_det = log_det + forward.log_abs_det_jacobian(z, x[site.name]).sum()
+        if site.name in potential.idle:  # standard normal, and no matter to the model
+            idle = potential.idle[site.name]
+            log_det = log_det - torch.where(idle, z, 0.0).square().sum() / 2
+            z = torch.where(idle, 0.0, z)
+        log_det = log_det + forward.log_abs_det_jacobian(z, forward(z)).sum()
     trace = poutine.trace(poutine.condition(model, x)).get_trace()
     return -trace.log_prob_sum() - log_det
 
