@@ -202,6 +202,7 @@ class Adaptation:
         adapt_mass_matrix: whether to adapt it; the identity otherwise.
         full_mass: dense or diagonal.
         target_accept_prob: the mean acceptance probability to reach.
+        max_step_size: no step size is larger, if given.
 
     Attributes:
         step_size: shape ``(groups,)``; from :meth:`start` to the fast end of the warmup
@@ -221,7 +222,9 @@ class Adaptation:
         adapt_mass_matrix: bool,
         full_mass: bool,
         target_accept_prob: float,
+        max_step_size: float | None = None,
     ):
+        self.max_step_size = max_step_size
         self.groups, self.warmup_steps = groups, warmup_steps
         self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
         self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
@@ -238,6 +241,16 @@ class Adaptation:
         self._pool = PooledCovariance(groups, full_mass)
         self._waiting: list[Tensor] = []  # positions to be pooled
         self.restart(self.step_size)
+
+    @property
+    def step_size(self) -> Tensor:
+        """See above."""
+        return self._step_size
+
+    @step_size.setter
+    def step_size(self, step_size: Tensor) -> None:
+        top = self.max_step_size
+        self._step_size = step_size if top is None else step_size.clamp(max=top)
 
     @property
     def active(self) -> bool:
@@ -269,7 +282,7 @@ class Adaptation:
     def restart(self, step_size: Tensor) -> None:
         """Starts the search for the step size again, from here."""
         self.step_size = step_size
-        self._averaging = TensorAveraging(step_size.log())
+        self._averaging = TensorAveraging(self.step_size.log())
 
     def update(self, z: Tensor, accept_prob: Tensor) -> bool:
         """Learns from one transition of all chains.

@@ -31,16 +31,24 @@ from torch.func import grad
 from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.adaptation import Adaptation, to_device
+from pyro_ebm.mcmc.barker import BarkerKernel
+from pyro_ebm.mcmc.composite import CompositeKernel
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.short_run import default_kernel
+from pyro_ebm.mcmc.langevin import refuse_temperature
+from pyro_ebm.mcmc.metropolis import MHKernel
+from pyro_ebm.mcmc.tempering import TemperingKernel
+from pyro_ebm.ops.arguments import shown
 
 MAX_EXACT_UNITS = 10
 """A distribution whose exact draws enumerate more than 2^10 states is swept instead."""
 
-CUTS = (1.0, 0.3, 0.1, 0.03)
-"""Of an adapted step size, in turn, in an inner chain."""
+CUTS = (1.0, 1.0, 1.0, 0.1)
+"""Of an adapted step size, in turn, in an inner chain whose kernel is not robust to long steps."""
+
+STANDS_STILL = 0.01
+"""An inner chain whose mean acceptance is below this has not moved."""
 
 
 @runtime_checkable
@@ -64,6 +72,13 @@ class Draw(NamedTuple):
     """The last positions of an inner chain, shape ``(rows, dim)``; empty without one."""
     accept_prob: Tensor
     """Its mean acceptance probability, shape ``(rows,)``; empty without one."""
+
+    @property
+    def still(self) -> Tensor:
+        """The share of the rows whose inner chain stood still, shape ``()``; of many, one each."""
+        if self.accept_prob.shape[-1] == 0:
+            return self.accept_prob.new_zeros(self.accept_prob.shape[:-1])
+        return (self.accept_prob < STANDS_STILL).to(self.accept_prob.dtype).mean(-1)
 
 
 class Auxiliary:
@@ -144,8 +159,10 @@ class InnerChain(Auxiliary):
     Its kernel is adapted while the sampler around it warms up, and never within a chain, so that
     every one of its transitions leaves the energy's density invariant. It adapts to chains that go
     on where they were, and so see more than the neighbourhood of the data; these are no
-    auxiliaries. A step that suits one :math:`\theta` may be far too long at another, where the
-    chain would stand still: an adapted step size is cut to 1, 0.3, 0.1, 0.03 of it in turn.
+    auxiliaries. A step that suits one :math:`\theta` may be far too long at another: the kernel
+    should be one that then still moves, as :class:`~pyro_ebm.BarkerKernel` and a random walk do and
+    :class:`~pyro_ebm.LangevinKernel` does not. Of other kernels than those two every fourth step is
+    cut to a tenth, which helps them over one order of magnitude and no further.
 
     Args:
         kernel: a kernel without a model.
@@ -186,13 +203,14 @@ class InnerChain(Auxiliary):
             kernel.adaptation.step_size = self.adaptation.step_size.clone()
             kernel.adaptation.factor = self.adaptation.factor
         step_size = kernel.adaptation.step_size
+        cuts = kernel.adapt_step_size and not isinstance(kernel, BarkerKernel | MHKernel)
         z = potential.to_position(x) if position is None else position
         # masked rows are NaN, and data may lie on the boundary: they start at 0
         state = kernel.init(torch.where(z.isfinite(), z, 0.0) + zero)
         num_steps = self.num_steps if num_steps is None else num_steps
         accept = torch.zeros_like(state.potential)
         for i in range(num_steps):
-            if kernel.adapt_step_size:
+            if cuts:
                 kernel.adaptation.step_size = step_size * CUTS[i % len(CUTS)]
             state, info = kernel.step(state)
             accept = accept + info.accept_prob / num_steps
@@ -267,27 +285,60 @@ def auxiliary_of(
 ) -> Auxiliary:
     """How to draw the auxiliary of an energy.
 
+    A chain is by default one of Gibbs sweeps where the energy is discrete, else of Barker steps:
+    the longest step that suits one value of the latents moves on at others, where one of Langevin
+    would stand still.
+
     Args:
         energy: the energy, at some value of the latents.
         num_steps: of a chain or of sweeps; the energy's own number by default.
         kernel: of a chain, whatever else the energy could do; its own by default, if it was given
             one.
 
+    Raises:
+        ValueError: for a kernel at another temperature than 1, or made of others.
+
     Example:
         >>> from pyro_ebm.distributions import RBM
         >>> auxiliary_of(UnnormalizedEnergy(torch.square), num_steps=50)
-        50 steps of LangevinKernel()
+        50 steps of BarkerKernel()
         >>> small, large = (RBM(torch.zeros(n, n), torch.zeros(n), torch.zeros(n)) for n in (5, 50))
         >>> auxiliary_of(small), auxiliary_of(large)
         (exact draws, 100 Gibbs sweeps)
     """
     num_steps = energy.num_steps if num_steps is None else num_steps
     kernel = energy.kernel if kernel is None else kernel
+    if kernel is not None:
+        check_inner_kernel("the kernel of an auxiliary", kernel)
     if kernel is None and _draws_exactly(energy):
         return Auxiliary(energy)
     if isinstance(energy, BlockGibbs) and (kernel is None or isinstance(kernel, GibbsKernel)):
         return Sweeps(num_steps)
-    return InnerChain(default_kernel(energy) if kernel is None else kernel, num_steps)
+    if kernel is None:
+        kernel = GibbsKernel() if energy.support.is_discrete else BarkerKernel()
+    return InnerChain(kernel, num_steps)
+
+
+def check_inner_kernel(name: str, kernel: Any) -> None:
+    """Raises a ValueError for a kernel that cannot draw auxiliaries.
+
+    Args:
+        name: what to call it.
+        kernel: the kernel.
+
+    Example:
+        >>> from pyro_ebm import LangevinKernel
+        >>> check_inner_kernel("inner_kernel", LangevinKernel(temperature=2.0))
+        Traceback (most recent call last):
+        ValueError: LangevinKernel() has temperature=2.0, but inner_kernel is to draw ...
+    """
+    such = "such as LangevinKernel() or BarkerKernel()"
+    plain = f"{name} must be one plain kernel, {such}, got {shown(kernel)}"
+    if not isinstance(kernel, Kernel):
+        raise ValueError(f"{plain}, which is no kernel of pyro_ebm")
+    if isinstance(kernel, CompositeKernel | TemperingKernel) or kernel.cancels_normalizers:
+        raise ValueError(plain)
+    refuse_temperature(kernel, f"{name} is to draw from the energy itself")
 
 
 def _draws_exactly(energy: UnnormalizedEnergy) -> bool:

@@ -299,7 +299,6 @@ class DiscreteLangevinKernel(GradientKernel):
     def draw(self, state: State) -> tuple[Any, ...]:
         """The step size, a Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
-        self.adaptation.step_size.clamp_(max=self.MAX_STEP_SIZE)
         return self.step_size_of(state), noise, log_uniform(state.potential)
 
     def transition(

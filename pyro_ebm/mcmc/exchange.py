@@ -33,7 +33,6 @@ Reference:
     for spatial models with intractable normalizing constants (inner chains from the data).
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,17 +42,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.composite import BlockPotential, CompositeKernel
-from pyro_ebm.mcmc.exchange_potential import AuxiliaryDraws, ExchangePotential
+from pyro_ebm.mcmc.auxiliary import check_inner_kernel
+from pyro_ebm.mcmc.composite import BlockPotential
+from pyro_ebm.mcmc.exchange_potential import ExchangePotential
+from pyro_ebm.mcmc.exchange_terms import UNDECIDED
+from pyro_ebm.mcmc.exchange_watch import Watch
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.metropolis import MHKernel, Proposal
 from pyro_ebm.mcmc.potential import Potential
-from pyro_ebm.mcmc.tempering import TemperingKernel
 from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.metropolis import metropolis_accept
-
-STANDS_STILL = 0.01
-"""A mean acceptance of an inner chain below this makes a warning."""
 
 
 class ExchangeKernel(MHKernel):
@@ -76,7 +74,7 @@ class ExchangeKernel(MHKernel):
     1. exactly, where the distribution has an ``exact_sample`` over few enough states (at most
        :math:`2^{10}` to enumerate): a small RBM or Ising model, or a class of your own;
     2. by ``num_inner_steps`` Gibbs sweeps, where it resamples its own blocks (RBM, Ising, Potts);
-    3. by ``num_inner_steps`` steps of a chain of Langevin or, one discrete variable after another,
+    3. by ``num_inner_steps`` steps of a chain of Barker or, one discrete variable after another,
        Gibbs.
 
     An ``inner_kernel``, or a ``kernel`` that the energy was given, comes before all three.
@@ -85,7 +83,13 @@ class ExchangeKernel(MHKernel):
     0 steps the draws would be those of the prior; with more they come nearer to the posterior, and
     there is no error message at too few: see
     :func:`~pyro_ebm.mcmc.inner_steps.inner_steps_report`.
-    An inner kernel that is itself biased (unadjusted Langevin) adds its bias at any length.
+    An inner kernel that is itself biased (unadjusted Langevin) adds its bias at any length, and one
+    that stands still at far-out proposals gives back the prior there: that is warned of, chain by
+    chain. With heavy-tailed priors :class:`~pyro_ebm.LangevinKernel` is such a one.
+
+    Proposals whose energies are so large that rounding would decide are rejected, by a rule that
+    keeps detailed balance (:mod:`~pyro_ebm.mcmc.exchange_terms`). Where moves are lost by it
+    (:attr:`num_lost`), as may be in single precision with energies above 50,000, a warning says so.
 
     The statistic of a draw that is ``lp`` elsewhere is called ``lp_without_log_z`` here: it lacks
     :math:`-\log Z(\theta)`, and so does not tell which draw is likelier.
@@ -94,8 +98,8 @@ class ExchangeKernel(MHKernel):
         model: a Pyro model with at least one such site.
         num_inner_steps: sweeps, or steps of an inner chain; by default the ``num_steps`` of the
             energy, which is 100 unless it was given. Nearly all of the time goes there.
-        inner_kernel: a kernel without a model, such as ``LangevinKernel()`` or ``GibbsKernel()``,
-            for the auxiliaries of its kind (continuous or discrete). It adapts during warmup, from
+        inner_kernel: a kernel without a model, at temperature 1, such as ``BarkerKernel()`` or
+            ``GibbsKernel()``, for the auxiliaries of its kind (continuous or discrete). It adapts during warmup, from
             transition to transition; within a chain its settings are fixed.
         proposal: as in :class:`~pyro_ebm.MHKernel`, as are the rest.
         adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
@@ -111,8 +115,8 @@ class ExchangeKernel(MHKernel):
         NormalizerError: (when run) for a Z that does not cancel: of a site that is scaled or
             subsampled, whose support, mask, shape or presence depends on a latent, which depends on
             a discrete latent, or which is a mixture of other energies.
-        ValueError: for arguments out of range, an inner kernel with a model of its own or made of
-            others, or (when run) a model without a Z that moves.
+        ValueError: for arguments out of range, an inner kernel with a model or a temperature of its
+            own or made of others, or (when run) a model without a Z that moves.
 
     Reference:
         Murray, Ghahramani and MacKay (2006), MCMC for doubly-intractable distributions.
@@ -159,7 +163,7 @@ class ExchangeKernel(MHKernel):
                 " the data themselves gives back the prior"
             )
         if inner_kernel is not None:
-            _check_inner(inner_kernel)
+            _check_without_model(inner_kernel)
         super().__init__(
             model=model,
             proposal=proposal,
@@ -231,7 +235,16 @@ class ExchangeKernel(MHKernel):
         """As every kernel, and its inner chains with it."""
         super().bind(potential, warmup_steps)
         self._exchange.bind_auxiliaries(warmup_steps)
-        self._check_inner_at = max(warmup_steps, 1)
+        self._watch = Watch(warmup_steps)
+
+    @property
+    def num_lost(self) -> int:
+        """How many moves rounding would have decided, and were rejected for that.
+
+        Those of the second half of the warmup and after it that might else have been accepted; see
+        :mod:`~pyro_ebm.mcmc.exchange_terms`.
+        """
+        return self._watch.num_lost
 
     def init(self, z: Tensor) -> State:
         """The state at the first positions; finds the first step sizes, inside and outside."""
@@ -240,68 +253,75 @@ class ExchangeKernel(MHKernel):
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
-        self._drawn = None
         state, info = super().step(state)
         self._exchange.learn(self._position(state.z))
-        if self._drawn is not None:
-            self._exchange.note(self._drawn)
-        if self._steps == self._check_inner_at:
-            self._warn_of_chains_that_stand_still()
         return state, info
 
+    def move(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains, counted."""
+        new, log_ratio, error, still, log_u = drawn = self.draw(state)
+        after, info = self._engine(state, *drawn)
+        _, accepted, _ = self._judge(new, log_ratio, error, log_u)
+        lost = (error > UNDECIDED) & new.potential.isfinite() & log_ratio.isfinite()
+        lost = lost & (log_ratio + error > log_u)
+        chains = self._exchange.inner_chains
+        self._watch.add(accepted, still, lost, chains, self.potential.dtype)
+        return after, info
+
     def draw(self, state: State) -> tuple[Any, ...]:
-        """The proposed states, the log ratio of their densities, and the uniform."""
+        """The proposals, their log ratios and errors, how many inner chains stand still, and u."""
         new_z, log_q_ratio, log_u = super().draw(state)
         new = self.evaluate(new_z)
         # where there is no density there is no auxiliary, and no acceptance, whatever it is
         z = torch.where(new.potential.isfinite()[:, None], new_z, state.z)
         draws = self._exchange.draw(self._position(z))
-        self._drawn = draws if self._drawn is None else self._drawn
-        #      q(z | z') f(y | z)
-        # log ---------------------
-        #      q(z' | z) f(y | z')
-        log_f = self._exchange.log_density(self._position(state.z), draws.points)
-        log_f_ratio = log_f - draws.log_density
-        return new, log_q_ratio + log_f_ratio, log_u
+        old = self._exchange.terms(self._position(state.z), draws.points)
+        #      p(z') q(z | z') f(x | z') f(y | z)
+        # log -----------------------------------
+        #      p(z)  q(z' | z) f(x | z)  f(y | z')
+        gain = state.potential - new.potential
+        log_ratio, error = self._exchange.log_ratio(draws.terms, old, gain)
+        self._exchange.note(draws)
+        return new, log_ratio + log_q_ratio, error, draws.still, log_u
 
     def transition(
-        self, state: State, new: State, log_q_ratio: Tensor, log_u: Tensor
+        self,
+        state: State,
+        new: State,
+        log_ratio: Tensor,
+        error: Tensor,
+        still: Tensor,
+        log_u: Tensor,
     ) -> tuple[State, Info]:
         """Accepts or rejects the proposals."""
-        #      p(z') f(x | z') q(z | z') f(y | z)
-        # log ------------------------------------  =  U(z) - U(z') + log_q_ratio
-        #      p(z)  f(x | z)  q(z' | z) f(y | z')
-        log_ratio = state.potential - new.potential + log_q_ratio
-        valid = new.potential.isfinite() & ~log_ratio.isnan()
-        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
+        accept_prob, accepted, valid = self._judge(new, log_ratio, error, log_u)
+        if self.adaptation.active:  # a step size is none the better for inner chains that fail
+            accept_prob = accept_prob * (1 - still)
         return self.choose(accepted, new, state), Info(accept_prob, ~valid)
+
+    @staticmethod
+    def _judge(
+        new: State, log_ratio: Tensor, error: Tensor, log_u: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities of acceptance, decisions, and whether there is a density at all."""
+        valid = new.potential.isfinite() & ~log_ratio.isnan()
+        decided = ~(error > UNDECIDED)
+        return *metropolis_accept(log_ratio, valid & decided, log_u), valid
 
     def state_dict(self) -> dict[str, Any]:
         """As every kernel's, with the inner chains."""
-        return {**super().state_dict(), "auxiliaries": self._exchange.state_dict()}
+        own = {"auxiliaries": self._exchange.state_dict(), "watch": self._watch.state_dict()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As every kernel."""
         super().load_state_dict(state)
         self._exchange.load_state_dict(state["auxiliaries"])
-
-    def _warn_of_chains_that_stand_still(self) -> None:
-        for name, chain in self._exchange.inner_chains.items():
-            if chain.acceptance_rate is not None and chain.acceptance_rate < STANDS_STILL:
-                warnings.warn(
-                    f"the inner chain of site {name!r} stands still ({chain!r}): its auxiliaries"
-                    " are the data, so that the draws fall back to the prior. Give another"
-                    " inner_kernel, or a longer warmup for it to adapt",
-                    stacklevel=4,
-                )
+        self._watch.load_state_dict(state["watch"], self.adaptation.step_size.device)
 
     def _release(self) -> None:
         super()._release()
-        self._drawn: AuxiliaryDraws | None = None
-        self._check_inner_at = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_drawn": None}
+        self._watch = Watch(0)
 
 
 def _whole(potential: Potential) -> ExchangePotential | None:
@@ -309,18 +329,10 @@ def _whole(potential: Potential) -> ExchangePotential | None:
     return whole if isinstance(whole, ExchangePotential) else None
 
 
-def _check_inner(kernel: Any) -> None:
-    if not isinstance(kernel, Kernel):
-        raise ValueError(
-            f"inner_kernel must be a kernel of pyro_ebm, such as LangevinKernel(),"
-            f" got {shown(kernel)}"
-        )
-    if isinstance(kernel, CompositeKernel | TemperingKernel | ExchangeKernel):
-        raise ValueError(
-            f"inner_kernel must be one plain kernel, such as LangevinKernel(), got {shown(kernel)}"
-        )
+def _check_without_model(kernel: Any) -> None:
+    check_inner_kernel("inner_kernel", kernel)
     if any(x is not None for x in (kernel.model, kernel.potential_fn, kernel._given_transforms)):
         raise ValueError(
-            f"inner_kernel must be a kernel without a model, such as LangevinKernel(): it moves the"
+            "inner_kernel must be a kernel without a model, such as BarkerKernel(): it moves the"
             f" auxiliaries, got {shown(kernel)}"
         )

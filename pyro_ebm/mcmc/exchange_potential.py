@@ -15,17 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import init_to_uniform
-from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
 from torch.distributions.transforms import Transform
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy, starting_points_only
-from pyro_ebm.distributions.mixtures import Mixture
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.mcmc.auxiliary import (
     Auxiliary,
     Draw,
@@ -34,11 +30,12 @@ from pyro_ebm.mcmc.auxiliary import (
     draw_inside,
     without_masked,
 )
+from pyro_ebm.mcmc.exchange_checks import refuse_parts, refuse_site
+from pyro_ebm.mcmc.exchange_terms import Terms, log_ratio_of, surplus_of
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.model import ModelPotential
 from pyro_ebm.mcmc.normalizer_check import (
-    MovingNormalizer,
     NormalizerError,
     moving_normalizers,
 )
@@ -53,13 +50,18 @@ class AuxiliaryDraws(NamedTuple):
 
     sites: dict[str, Draw]
     """One draw for each site, all its tensors led by the chains."""
-    log_density: Tensor
-    r""":math:`\sum_i \log f_i(y_i \mid \theta)` where they were drawn, shape ``(chains,)``."""
+    terms: Terms
+    """What is said of them by the positions where they were drawn."""
 
     @property
     def points(self) -> dict[str, Tensor]:
         """The draws themselves, shapes ``(chains, *rows, *event)``."""
         return {name: draw.y for name, draw in self.sites.items()}
+
+    @property
+    def still(self) -> Tensor:
+        """The share of inner chains that stood still, of the worst site, shape ``(chains,)``."""
+        return torch.stack([draw.still for draw in self.sites.values()]).amax(0)
 
 
 class ExchangePotential(ModelPotential):
@@ -94,7 +96,7 @@ class ExchangePotential(ModelPotential):
         >>> potential.auxiliaries
         {'x': 20 Gibbs sweeps}
         >>> draws = potential.draw(potential.initial(4))
-        >>> draws.points["x"].shape, draws.log_density.shape
+        >>> draws.points["x"].shape, draws.terms.surplus.shape
         (torch.Size([4, 100]), torch.Size([4]))
     """
 
@@ -155,14 +157,14 @@ class ExchangePotential(ModelPotential):
                 " depends on a latent. Use LangevinKernel, MHKernel or NUTS"
             )
         for one in moved:
-            _refuse_parts(one)
+            refuse_parts(one)
         with starting_points_only():
             trace = trace_latents(*settings)
         latents, discrete = set(), set()
         for name, node in latents_of(trace).items():
             (discrete if node["fn"].support.is_discrete else latents).add(name)
         for one in moved:
-            _refuse_site(one, trace.nodes[one.name])
+            refuse_site(one, trace.nodes[one.name])
             # where it is not known which latents were read, any may have been
             if guilty := discrete & (one.latents or discrete) - {one.name}:
                 raise NormalizerError(
@@ -225,30 +227,55 @@ class ExchangePotential(ModelPotential):
             return tree_map(lambda *parts: torch.stack(parts), *rows)
 
     @torch.no_grad()
-    def log_density(self, z: Tensor, points: Mapping[str, Tensor]) -> Tensor:
-        r"""The densities :math:`\sum_i \log f_i(y_i \mid \theta)` of given auxiliaries.
+    def terms(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
+        r"""What other positions say of auxiliaries.
 
         Args:
             z: positions, shape ``(chains, dim)``.
-            points: of each site, shape ``(chains, *rows, *event)``.
-
-        Returns:
-            Shape ``(chains,)``.
+            points: the auxiliaries, of each site, shape ``(chains, *rows, *event)``.
         """
         with self._quiet(), poutine.block():
             if z.shape[0] > 1 and self._draws_vectorize.get(False):
-                return vmap(self._log_density_of_one)(z, dict(points))
-            return self._log_densities(z, points)
+                return vmap(self._terms_of_one)(z, dict(points))
+            return self._terms_one_by_one(z, points)
 
-    def _log_densities(self, z: Tensor, points: Mapping[str, Tensor]) -> Tensor:
-        chains = range(z.shape[0])
-        each = [{name: y[i] for name, y in points.items()} for i in chains]
-        return torch.stack([self._log_density_of_one(z[i], each[i]) for i in chains])
+    def log_ratio(self, new: Terms, old: Terms, potential: Tensor) -> tuple[Tensor, Tensor]:
+        """The log ratio of moves, but for that of their proposals, and its error, ``(chains,)``.
 
-    def _log_density_of_one(self, z: Tensor, points: dict[str, Tensor]) -> Tensor:
-        nodes = self._nodes_at(z)
-        terms = [_log_density(nodes[name], y) for name, y in points.items()]
-        return torch.stack(terms).sum().to(z.dtype)
+        Args:
+            new: what is said of the auxiliaries where they were drawn.
+            old: what is said of them where the chains are.
+            potential: what the potential falls by.
+        """
+        log_ratio, error = log_ratio_of(new, old)
+        # the density of the rest is a part of the potential alone where that sums
+        return log_ratio + potential if self._summed_out else log_ratio, error
+
+    def _terms_one_by_one(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
+        each = [{name: y[i] for name, y in points.items()} for i in range(len(z))]
+        rows = [self._terms_of_one(*row) for row in zip(z, each, strict=True)]
+        return Terms(*map(torch.stack, zip(*rows, strict=True)))
+
+    def _terms_of_one(
+        self, z: Tensor, points: dict[str, Tensor], trace: poutine.Trace | None = None
+    ) -> Terms:
+        trace = self._trace_at(z) if trace is None else trace
+        nodes: Any = trace.nodes
+        apart = bool(self._summed_out)
+        parts = [surplus_of(nodes[k], _data(nodes[k]), y, apart) for k, y in points.items()]
+        surplus, square, data = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+        rest = -data if apart else self._log_rest(z, trace)
+        return Terms(rest.to(z.dtype), surplus.to(z.dtype), square.sqrt().to(z.dtype))
+
+    def _log_rest(self, z: Tensor, trace: poutine.Trace) -> Tensor:
+        """The log density of all sites whose Z does not move, Jacobians included."""
+        x, unconstrained = self.constrain(z), self.unravel(z)
+        jacobians = [
+            site.transform.log_abs_det_jacobian(x[site.name], unconstrained[site.name]).sum()
+            for site in self.sites
+        ]
+        others = trace.log_prob_sum(lambda name, _: name not in self._moved)
+        return others - torch.stack(jacobians).sum()
 
     def _draws_of_one(
         self,
@@ -258,26 +285,28 @@ class ExchangePotential(ModelPotential):
         starts: Mapping[str, Tensor],
         num_steps: int | None,
     ) -> AuxiliaryDraws:
-        nodes, sites, terms = self._nodes_at(z), {}, []
+        trace, sites = self._trace_at(z), {}
         for name, auxiliary in auxiliaries.items():
-            fn, x = nodes[name]["fn"], _rows(nodes[name])
+            node = trace.nodes[name]
             draw = functools.partial(
                 auxiliary, zero=zero, num_steps=num_steps, position=starts.get(name)
             )
-            sites[name] = draw_inside(fn, x, draw)
-            terms.append(_log_density(nodes[name], sites[name].y))
-        return AuxiliaryDraws(sites, torch.stack(terms).sum().to(z.dtype))
+            sites[name] = draw_inside(node["fn"], _rows(node), draw)
+        points = {name: draw.y for name, draw in sites.items()}
+        return AuxiliaryDraws(sites, self._terms_of_one(z, points, trace))
 
-    def _nodes_at(self, z: Tensor) -> Any:
-        """The sites of the model at a position ``(dim,)``."""
+    def _trace_at(self, z: Tensor) -> poutine.Trace:
+        """The model at a position ``(dim,)``."""
         given = {**self._summed_out, **self.constrain(z)}
         conditioned = poutine.condition(self._unvalidated, given)
-        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs).nodes
+        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
 
     def _agree(self, z: Tensor, draws: AuxiliaryDraws) -> bool:
-        got = draws.log_density[:2]
-        want = self._log_densities(z[:2], {name: y[:2] for name, y in draws.points.items()})
-        return torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+        want = self._terms_one_by_one(z[:2], {name: y[:2] for name, y in draws.points.items()})
+        return all(
+            (((got[:2] - w).abs() <= 1e-3 * (1 + w.abs()) + want.error) | ~w.isfinite()).all()
+            for got, w in zip(draws.terms, want, strict=True)
+        )
 
     # -- inner chains learn ----------------------------------------------------------------------
 
@@ -322,11 +351,15 @@ class ExchangePotential(ModelPotential):
             chain.acceptance_rate = float(draws.sites[name].accept_prob.mean())
 
 
-def _rows(node: Any) -> Tensor:
+def _data(node: Any) -> Tensor:
     """The value of a site, one row for each factor 1 / Z."""
     value, fn = node["value"], node["fn"]
-    x = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-    return without_masked(x, node["mask"], fn.event_dim)
+    return value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
+
+
+def _rows(node: Any) -> Tensor:
+    """Where its auxiliary starts."""
+    return without_masked(_data(node), node["mask"], node["fn"].event_dim)
 
 
 def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:
@@ -338,60 +371,3 @@ def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:
 
     draw_inside(node["fn"], _rows(node), remember)
     return found[0]
-
-
-def _log_density(node: Any, y: Tensor) -> Tensor:
-    return scale_and_mask(node["fn"].log_prob(y), mask=node["mask"]).sum()
-
-
-def _refuse_parts(one: MovingNormalizer) -> None:
-    """A log Z cancels if latents move the energy, and nothing else about the site."""
-    for part in one.parts:
-        if part == "energy":
-            continue
-        why = (
-            "an auxiliary drawn at one of its values may lie outside the support at another: write"
-            " the density of x as one on a fixed support"
-            if part == "support"
-            else "how many factors 1 / Z there are depends on it, and they do not cancel: give"
-            " log_normalizer="
-        )
-        alone = one._replace(parts={part: one.parts[part]})
-        raise NormalizerError(f"{alone}. This is not for ExchangeKernel: {why}")
-
-
-def _refuse_site(one: MovingNormalizer, node: Any) -> None:
-    scale = torch.as_tensor(node["scale"])
-    if not bool((scale == 1).all()):
-        raise NormalizerError(
-            f"{one}. This is not for ExchangeKernel: the site is scaled by"
-            f" {scale.flatten()[0].item():g} (poutine.scale, or a plate), and that power of Z does"
-            " not cancel: give log_normalizer="
-        )
-    fn: Any = node["fn"]
-    x = detach_provenance(node["value"])
-    energy = find_energy(fn)
-    if energy is None or (isinstance(energy, Mixture) and energy.is_normalized):
-        raise NormalizerError(
-            f"{one}. This is not for ExchangeKernel: a weight of a {type(fn).__name__} is the share"
-            " of its component, which its unknown Z is part of. Where weights multiply e^{-E}"
-            " instead, say so by mixture(weights, components, unnormalized_weights=True)"
-        )
-    if _is_everything(energy.support):
-        return
-    while not isinstance(fn, UnnormalizedEnergy):
-        for transform in reversed(fn.transforms if isinstance(fn, TransformedDistribution) else []):
-            x = transform.inv(x)
-            if latents := get_provenance(x):
-                moved = one._replace(parts={"support": latents})
-                raise NormalizerError(
-                    f"{moved}. This is not for ExchangeKernel: an auxiliary drawn at one of its"
-                    " values may lie outside the support at another"
-                )
-        fn = fn.base_dist
-
-
-def _is_everything(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

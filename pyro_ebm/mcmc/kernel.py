@@ -117,6 +117,8 @@ class Kernel(MCMCKernel):
     """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
     checks_potential = True
     """Whether ``init`` may take its time to see that the potential suits the kernel."""
+    MAX_STEP_SIZE: float | None = None
+    """No step size is larger, adapted or given, if there is such a number."""
     planned_steps: int | None = None
     """How many transitions are to come, if that is known: for ``jit_compile="auto"``."""
 
@@ -296,6 +298,7 @@ class Kernel(MCMCKernel):
             adapt_mass_matrix=self.adapt_mass_matrix and moves,
             full_mass=self.full_mass,
             target_accept_prob=self.target_accept_prob,
+            max_step_size=self.MAX_STEP_SIZE,
         )
         self._engine = Engine(
             self.captured,

@@ -112,7 +112,8 @@ def slopes(
     jump = after - before
     rise = time * (w[1] * momentum).sum(-1)
     slope = jump * torch.sub(rise, jump, alpha=EXPONENT / 4)  # but for a factor of 4
-    slope = slope.nan_to_num(0.0, 0.0, 0.0)  # of trajectories that went astray
+    known = slope.isfinite()  # a trajectory that went astray tells nothing, and weighs nothing
+    slope, weight = torch.where(known, slope, 0.0), torch.where(known, weight, 0.0)
     return (weight * slope).sum(0), weight.sum(0)
 
 

@@ -13,8 +13,10 @@ of their mean: the estimate is too *low*, and a likelihood that uses it too *hig
 
 *In reverse* a chain starts at a draw of the target and goes back to the start. The mean of its
 weights is :math:`Z_0 / Z_1`, and the log of that mean too low again, so that the estimate of
-:math:`\log Z` is too *high*. The two hold the truth between them. The draws must be those of the
-target: a stochastic upper bound from data holds as far as the model drew the data.
+:math:`\log Z` is too *high*. The two hold the truth between them, up to their errors: both are
+random, and where the chains keep up they cross as often as not. The draws must be exact ones of the
+target. From draws of a Markov chain that has not converged, or from data that the model would not
+draw, the value in reverse is no bound, and it is called one only where the caller vouches for them.
 
 With a kernel that is compiled, as ``kernel=LangevinKernel(jit_compile=True)``, all that happens at
 a temperature runs as one graph (:mod:`~pyro_ebm.normalizer.graphed`). Compiling takes seconds: it
@@ -32,6 +34,7 @@ Reference:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -58,8 +61,8 @@ from pyro_ebm.normalizer.result import (
     NormalizerEstimate,
     check_weights,
     effective_sample_size,
-    log_mean_error,
     log_mean_exp,
+    stated_error,
     tail_shape,
     warn,
     warn_if_unreliable,
@@ -97,6 +100,7 @@ def annealed(
     ess_drop: float | None = None,
     disable_progbar: bool = False,
     distributed: bool = False,
+    exact_samples: bool = False,
 ) -> NormalizerEstimate:
     """``method="ais"`` and ``"reverse_ais"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
     given = None if betas is None else checked_betas(betas)
@@ -134,8 +138,10 @@ def annealed(
     forward, backward = results[0], results[-1]
     if len(results) == 2:
         _compare(forward, backward)
-    upper = None if samples is None else backward.value
-    return NormalizerEstimate(**{**vars(forward), "upper": upper})
+    if samples is None:
+        return forward
+    reverse = {"upper": backward.value, "upper_error": backward.std_error}
+    return replace(forward, **reverse, exact_samples=exact_samples)
 
 
 def _agreed(betas: list[float], over: Population, path: Path) -> list[float]:
@@ -179,7 +185,7 @@ def _estimate(path: Path, ladder: Ladder, log_w: Tensor, method: str) -> Normali
     warn_if_unreliable(name, ess, len(log_w), k, remedy, wrong_way=side)
     return NormalizerEstimate(
         value=value,
-        std_error=log_mean_error(log_w),
+        std_error=stated_error(log_w),
         method=method,
         ess=ess,
         log_weights=log_w,
@@ -254,9 +260,9 @@ def _compare(forward: NormalizerEstimate, backward: NormalizerEstimate) -> None:
     if (gap > 4.5 * error).any():
         warn(
             f"the two directions are {float(gap.max()):.3g} nats apart, with a standard error of"
-            f" {float(error.max()):.2g}: log Z lies in between, and not within the stated error."
-            " The chains do not keep up (more temperatures, a better kernel), or the samples are no"
-            " draws of this density"
+            f" {float(error.max()):.2g}: log Z is not within the stated error. If the samples are"
+            " draws of this density it lies in between, and the chains do not keep up (more"
+            " temperatures, a better kernel); if not, this may be why"
         )
 
 

@@ -46,6 +46,7 @@ _ANNEALING = {
     "num_temperatures",
     "ess_drop",
     "distributed",
+    "exact_samples",
 }
 TAKES = {
     "exact": {"max_units"},
@@ -75,6 +76,7 @@ def estimate_log_normalizer(
     max_units: int | None = None,
     disable_progbar: bool = False,
     distributed: bool = False,
+    exact_samples: bool = False,
 ) -> NormalizerEstimate:
     r"""Estimates :math:`\log Z` of an energy, with an error.
 
@@ -84,10 +86,11 @@ def estimate_log_normalizer(
     * ``"importance"``: :math:`\hat Z = \frac1n \sum \tilde p(x_i) / q(x_i)` from ``proposal``, by
       default the energy's ``base``.
     * ``"ais"``: annealed importance sampling, a stochastic *lower* bound. With ``samples`` the
-      reverse runs too, for an upper one. A pilot run of a few chains chooses the temperatures,
-      tunes the kernel at each, and is then forgotten, so that :math:`\hat Z` is unbiased.
+      reverse runs too, for an upper one if they are exact. A pilot run of a few chains chooses the
+      temperatures, tunes the kernel at each, and is then forgotten, so that :math:`\hat Z` is
+      unbiased.
     * ``"reverse_ais"``: annealing from ``samples`` back to the start, a stochastic *upper* bound if
-      those are draws of the density.
+      those are exact draws of the density.
     * ``"bridge"``: the optimal bridge between ``samples`` and draws of ``proposal``.
 
     Without a ``method`` it is the first of ``"exact"`` (up to :math:`2^{20}` states),
@@ -128,6 +131,9 @@ def estimate_log_normalizer(
         disable_progbar: whether long runs show no progress.
         distributed: whether annealing shares its chains out over the ranks of a process group, each
             of which calls this alike and gets the estimate of all chains.
+        exact_samples: whether the ``samples`` of annealing are exact, independent draws of the
+            density, such as those of an ``exact_sample``: only then is the value in reverse called
+            a bound. Draws of a Markov chain, and data, are not.
 
     Returns:
         The estimate: its ``value`` is a plain tensor of shape ``batch_shape``, and
@@ -173,6 +179,7 @@ def estimate_log_normalizer(
         "ess_drop": ess_drop,
         "max_units": max_units,
         "distributed": distributed or None,
+        "exact_samples": exact_samples or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
     _check_energy(p)
@@ -288,6 +295,8 @@ def _check_arguments(method: str, given: dict[str, Any]) -> None:
             'method="reverse_ais" goes from draws of the density to the start: give samples=, exact'
             " draws or data that the energy was fitted to"
         )
+    if given.get("exact_samples") and "samples" not in given:
+        raise ValueError("exact_samples=True says that the samples are exact draws: give samples=")
     ladders = [name for name in ("betas", "num_temperatures", "ess_drop") if name in given]
     if len(ladders) > 1:
         raise ValueError(f"the temperatures are given by one of {ladders}, not by all")
@@ -348,7 +357,8 @@ def _expanded(
     if batch_shape == whole:
         return estimate
     fields = dict(vars(estimate))
-    for name in ("value", "std_error", "ess", "lower", "upper", "zeros", "pareto_k"):
+    names = ("value", "std_error", "ess", "lower", "upper", "upper_error", "zeros", "pareto_k")
+    for name in names:
         if fields[name] is not None:
             fields[name] = fields[name].expand(whole)
     if estimate.log_weights is not None:

@@ -31,7 +31,8 @@ class LogLikelihood:
         std_error: both errors together, shape ``batch_shape``.
         data_error: the standard error of the mean over the data.
         normalizer_error: that of the estimate of log Z.
-        lower: from an upper bound of log Z, if the estimate has one.
+        lower: from the value in reverse of log Z, if the estimate has one: a lower bound as far as
+            that is an upper one.
         upper: from a lower bound of log Z, if the estimate has one.
         num_points: how many points the mean is of.
     """

@@ -18,8 +18,8 @@ from pyro_ebm.normalizer.result import (
     NormalizerEstimate,
     check_weights,
     effective_sample_size,
-    log_mean_error,
     log_mean_exp,
+    stated_error,
     tail_shape,
     warn_if_unreliable,
 )
@@ -46,7 +46,7 @@ def importance(
     warn_if_unreliable("importance sampling", ess, num_samples, k, remedy)
     return NormalizerEstimate(
         value=value,
-        std_error=log_mean_error(log_w),
+        std_error=stated_error(log_w),
         method="importance",
         ess=ess,
         log_weights=log_w,

@@ -7,7 +7,11 @@ ones,
           \mathrm{ESS} = \frac{\big(\sum_i w_i\big)^2}{\sum_i w_i^2}, \qquad
           \mathrm{sd}(\log \hat Z) \approx \sqrt{\frac{n / \mathrm{ESS} - 1}{n - 1}},
 
-the last by the delta method. :math:`\hat Z` is unbiased, and so, by Jensen's inequality,
+the last by the delta method. The variance in it is estimated too, from the same weights, and is low
+where the estimate is low. With few of them intervals of that width would hold the truth too rarely:
+the error that is stated takes the variance as one standard error of its own larger,
+:math:`1 + \sqrt{(\kappa - 1) / n}` times, with :math:`\kappa` the kurtosis of the weights.
+:math:`\hat Z` is unbiased, and so, by Jensen's inequality,
 :math:`\log \hat Z` is too low on average: a *stochastic lower bound*. It exceeds
 :math:`\log Z + b` with a probability of at most :math:`e^{-b}`, whatever the weights.
 
@@ -50,8 +54,11 @@ class NormalizerEstimate:
         ess: effective sample size, shape ``batch_shape``, of the weights.
         log_weights: the log of unbiased estimates of :math:`Z` (``"importance"``, ``"ais"``), or
             of :math:`1 / Z` (``"reverse_ais"``), shape ``(n, *batch_shape)``.
-        lower: a lower bound in expectation, shape ``batch_shape``.
-        upper: an upper bound in expectation, shape ``batch_shape``.
+        lower: a lower bound in expectation, shape ``batch_shape``; its error is ``std_error``.
+        upper: the value of a reverse run, shape ``batch_shape``: an upper bound in expectation if
+            it started at exact draws of the density, else none. Being random, the two may cross.
+        upper_error: its standard error, shape ``batch_shape``.
+        exact_samples: whether it did, as far as the caller said.
         zeros: fraction of the weights that are 0, shape ``batch_shape``.
         pareto_k: see :func:`~pyro_ebm.diagnostics.pareto_k`, shape ``batch_shape``.
         betas: the inverse temperatures of annealing, from 0 to 1.
@@ -69,6 +76,8 @@ class NormalizerEstimate:
     log_weights: Tensor | None = None
     lower: Tensor | None = None
     upper: Tensor | None = None
+    upper_error: Tensor | None = None
+    exact_samples: bool = False
     zeros: Tensor | None = None
     pareto_k: Tensor | None = None
     betas: Tensor | None = None
@@ -95,12 +104,31 @@ class NormalizerEstimate:
         if self.ess is not None:
             parts.append(f"ESS={self.ess.item():.0f}")
         if self.lower is not self.upper:
-            low = "" if self.lower is None else f"{self.lower.item():.{decimals}f} <= "
-            high = "" if self.upper is None else f" <= {self.upper.item():.{decimals}f}"
-            parts.append(f"{low}log Z{high}")
+            parts += self._bounds(decimals)
         if self.betas is not None:
             parts.append(f"temperatures={len(self.betas)}")
         return f"NormalizerEstimate({', '.join(parts)})"
+
+    def _bounds(self, decimals: int) -> list[str]:
+        """Both, each with its error; where they cross, by how much."""
+        found = []
+        if self.lower is not None:
+            error = "" if self.lower is not self.value else f" +- {digits(self.std_error)}"
+            found.append(f"lower bound {self.lower.item():.{decimals}f}{error}")
+        if self.upper is not None:
+            error = "" if self.upper_error is None else f" +- {digits(self.upper_error)}"
+            number = f"{self.upper.item():.{decimals}f}{error}"
+            if self.exact_samples:
+                found.append(f"upper bound {number}")
+            else:
+                found.append(f"in reverse {number} (a bound only from exact draws)")
+        if self.lower is not None and self.upper is not None and self.lower > self.upper:
+            error = self.std_error.square()
+            if self.upper_error is not None:
+                error = error + self.upper_error.square()
+            gap = f"{float(self.lower - self.upper):.{decimals}f} +- {digits(error.sqrt())}"
+            found.append(f"which cross by {gap}")
+        return found
 
 
 def places(error: Tensor) -> int:
@@ -172,6 +200,22 @@ def log_mean_error(log_weights: Tensor) -> Tensor:
     if n < 2:
         return torch.full_like(log_weights[0], torch.inf)
     return ((n / effective_sample_size(log_weights) - 1).clamp(min=0.0) / (n - 1)).sqrt()
+
+
+def stated_error(log_weights: Tensor) -> Tensor:
+    r"""The same, with the variance of the weights taken as one standard error larger.
+
+    Example:
+        >>> log_w = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()
+        >>> log_mean_error(log_w), stated_error(log_w)  # the kurtosis is 1.64
+        (tensor(0.2582), tensor(0.3055))
+    """
+    relative = (log_weights - log_mean_exp(log_weights)).exp() - 1  # w / mean - 1
+    square = relative.square()
+    #     sd(v) / v = sqrt((kappa - 1) / n),  kappa - 1 = Var(square) / mean(square)^2
+    excess = square.var(0, unbiased=False) / square.mean(0).square()
+    excess = torch.where(square.mean(0) > 0, excess, 0.0)
+    return log_mean_error(log_weights) * (1 + (excess / len(log_weights)).sqrt()).sqrt()
 
 
 def tail_shape(log_weights: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from pyro.ops.stats import split_gelman_rubin
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, TemperingKernel
 from pyro_ebm.mcmc.chees import MAX_STEPS, ChEESKernel
-from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, van_der_corput
+from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, slopes, van_der_corput
 from tests.mcmc.test_posteriors import assert_same_posterior, breast_cancer, draw, eight_schools
 from tests.statistics import assert_mean, assert_moments, run_kernel
 
@@ -229,6 +229,19 @@ def test_learning_survives_trajectories_that_went_astray():
     update(learner, torch.randn(4, 2), end, torch.randn(4, 2), torch.zeros(4))
     learner.finish()
     assert learner.length.isfinite().all()
+
+
+def test_trajectories_that_went_astray_weigh_nothing():
+    start, end, momentum = torch.randn(3, 4, 2)
+    end[1], end[2] = torch.nan, torch.inf
+    kernel, time, weight = ChEESKernel(), torch.ones(4), torch.tensor([0.9, 0.4, 0.4, 0.5])
+    kernel.bind(normal(1.0, 2), 10)
+    states = kernel.evaluate(start), kernel.evaluate(end)
+    rest = [0, 3]
+    few = [kernel.evaluate(z[rest]) for z in (start, end)]
+    got = slopes(torch.zeros(1, 2), *states, momentum, time, weight, None)
+    want = slopes(torch.zeros(1, 2), *few, momentum[rest], time[rest], weight[rest], None)
+    torch.testing.assert_close(got, want)
 
 
 def test_the_length_grows_while_trajectories_still_move_away_but_not_for_ever():

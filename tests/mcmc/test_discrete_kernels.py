@@ -247,6 +247,18 @@ def test_the_step_size_adapts_to_the_acceptance_or_to_its_cap():
     assert mcmc.get_extra_fields()["step_size"].isfinite().all()
 
 
+def test_a_step_size_is_never_written_into():
+    kernel = DiscreteLangevinKernel(bit(0.5), step_size=1e6, adapt_step_size=False)
+    potential = kernel.make_potential()
+    kernel.bind(potential, 0)
+    assert kernel.step_size.item() == DiscreteLangevinKernel.MAX_STEP_SIZE
+    large = torch.tensor([3e5])
+    kernel.adaptation.step_size = large
+    kernel.step(kernel.init(potential.initial(4)))
+    assert large.item() == 3e5  # it may be someone else's
+    assert kernel.step_size.item() == DiscreteLangevinKernel.MAX_STEP_SIZE
+
+
 @pytest.mark.parametrize("make", [GibbsWithGradientsKernel, dmala])
 class TestRefusals:
     def test_whole_numbers(self, make):

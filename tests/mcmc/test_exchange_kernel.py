@@ -1,6 +1,5 @@
 """How the exchange kernel draws auxiliaries, runs, and refuses."""
 
-import math
 import pickle
 
 import arviz
@@ -21,7 +20,6 @@ from pyro_ebm.mcmc import (
     CompositeKernel,
     GibbsKernel,
     NormalizerError,
-    Proposal,
     RandomWalk,
     TemperingKernel,
 )
@@ -133,19 +131,6 @@ def test_the_inner_kernel_adapts_in_warmup_and_is_frozen_after():
         assert torch.equal(factor, frozen[0][1])
 
 
-class Never(Proposal):
-    symmetric = True
-
-    def sample(self, z):
-        return torch.full_like(z, math.nan)
-
-
-def test_an_inner_chain_that_stands_still_is_told():
-    kernel = ExchangeKernel(precision, inner_kernel=MHKernel(proposal=Never()))
-    with pytest.warns(UserWarning, match="inner chain of site 'x' stands still"):
-        run(kernel, DATA, chains=2, samples=3, warmup=3)
-
-
 def test_the_kernel_and_the_steps_of_the_energy_are_the_default():
     def model():
         theta = pyro.sample("theta", dist.Gamma(torch.tensor(2.0), torch.tensor(1.0)))
@@ -154,7 +139,7 @@ def test_the_kernel_and_the_steps_of_the_energy_are_the_default():
 
     auxiliaries = ExchangePotential(model).auxiliaries
     assert repr(auxiliaries) == (
-        "{'x': 7 steps of MHKernel(proposal=RandomWalk), 'w': 9 steps of LangevinKernel()}"
+        "{'x': 7 steps of MHKernel(proposal=RandomWalk), 'w': 9 steps of BarkerKernel()}"
     )
 
 

@@ -278,6 +278,22 @@ def test_reverse_weights_are_of_the_inverse():
     assert_agrees(estimate, log_z)
 
 
+def test_what_is_called_a_bound():
+    p, _, draws = gaussian(3, 4.0)
+    vouched, not_so = (ais(p, samples=draws, exact_samples=exact) for exact in (True, False))
+    assert "upper bound" in repr(vouched)
+    assert vouched.exact_samples
+    assert "upper bound" not in repr(not_so)
+    assert "a bound only from exact draws" in repr(not_so)
+    for estimate in (vouched, not_so):
+        reverse = ais(p, "reverse_ais", samples=draws)
+        assert 0.5 < estimate.upper_error / reverse.std_error < 2
+        assert f"lower bound {float(estimate.value):.3f} +- 0.0" in repr(estimate)
+    assert "lower bound" not in repr(reverse)
+    with pytest.raises(ValueError, match=r"exact_samples=True says.*give samples="):
+        ais(p, exact_samples=True)
+
+
 @pytest.mark.filterwarnings("ignore:reverse annealing. the weights")
 def test_samples_of_another_density_are_told():
     p, _, draws = gaussian(3, 4.0)

@@ -14,6 +14,7 @@ from pyro_ebm.normalizer.result import (
     effective_sample_size,
     log_mean_error,
     log_mean_exp,
+    stated_error,
     tail_shape,
     warn_if_unreliable,
 )
@@ -114,13 +115,38 @@ def one(**kwargs):
 def test_an_estimate_in_words():
     assert repr(one()) == "NormalizerEstimate(log Z = 1.235 +- 0.012, method=ais)"
     both = one(lower=torch.tensor(1.2), upper=torch.tensor(1.3), ess=torch.tensor(81.2))
-    assert "1.200 <= log Z <= 1.300" in repr(both)
+    assert "lower bound 1.200, in reverse 1.300 (a bound only from exact draws)" in repr(both)
     assert "ESS=81" in repr(both)
     assert "temperatures=3" in repr(one(betas=torch.tensor([0.0, 0.5, 1.0])))
     batch = NormalizerEstimate(torch.arange(3.0), 0.1 * torch.arange(3.0), "ais")
     assert "batch_shape=(3,), log Z from 0.000 to 2.000, +- 0.20 at most" in repr(batch)
     zero = NormalizerEstimate(torch.tensor(2.0), torch.tensor(0.0), "exact")
     assert "log Z = 2.0000 +- 0," in repr(zero)
+
+
+def test_bounds_have_errors_and_may_cross():
+    value, errors = torch.tensor(1.30), (torch.tensor(0.03), torch.tensor(0.04))
+    settings = {"lower": value, "upper_error": errors[1], "exact_samples": True}
+    above, below = (
+        NormalizerEstimate(value, errors[0], "ais", upper=torch.tensor(upper), **settings)
+        for upper in (1.35, 1.26)
+    )
+    assert "lower bound 1.300 +- 0.030, upper bound 1.350 +- 0.040)" in repr(above)
+    assert "upper bound 1.260 +- 0.040, which cross by 0.040 +- 0.050)" in repr(below)
+    assert below.upper < below.lower  # neither sorted nor clamped
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.8, 1.2])
+def test_the_stated_error_of_few_weights(scale):
+    """Log-normal weights: as many intervals as should hold the truth, and not many more."""
+    log_w = scale * torch.randn(200, 5000, dtype=torch.float64)
+    error = (log_mean_exp(log_w) - scale**2 / 2).abs()
+    for errors, want in ((1.0, 0.68), (1.96, 0.95)):
+        share = (error < errors * stated_error(log_w)).double().mean()
+        assert want - 0.03 < share < want + 0.08
+    assert stated_error(torch.zeros(10)) == 0
+    assert stated_error(torch.zeros(1, 3)).isinf().all()
+    assert stated_error(torch.tensor([0.0, -torch.inf, -torch.inf])).isfinite()
 
 
 def test_an_estimate_as_a_number_and_a_normalizer():
