@@ -99,8 +99,8 @@ class ExchangeKernel(MHKernel):
         num_inner_steps: sweeps, or steps of an inner chain; by default the ``num_steps`` of the
             energy, which is 100 unless it was given. Nearly all of the time goes there.
         inner_kernel: a kernel without a model, at temperature 1, such as ``BarkerKernel()`` or
-            ``GibbsKernel()``, for the auxiliaries of its kind (continuous or discrete). It adapts during warmup, from
-            transition to transition; within a chain its settings are fixed.
+            ``GibbsKernel()``, for the auxiliaries of its kind (continuous or discrete). It adapts
+            during warmup, from transition to transition; within a chain its settings are fixed.
         proposal: as in :class:`~pyro_ebm.MHKernel`, as are the rest.
         adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
         adapt_mass_matrix: whether warmup adapts its shape.
