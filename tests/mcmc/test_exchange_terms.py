@@ -64,9 +64,9 @@ def test_detailed_balance_for_every_auxiliary(units, monkeypatch):
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5), torch.arange(8), torch.arange(8))
     old, new, first, second = pairs.T
     y = torch.stack([states[first], states[second]], 1)
-    at = [potential.terms(z[i][:, None], {"x": y}) for i in (new, old)]
+    there, here = (potential.terms(z[i][:, None], {"x": y}) for i in (new, old))
     values = [State(z[i][:, None], potential(z[i][:, None]), None) for i in (new, old)]
-    log_ratio, error = potential.log_ratio(*at, values[1].potential - values[0].potential)
+    log_ratio, error = potential.log_ratio(there, here, values[1].potential - values[0].potential)
     log_u = torch.zeros(len(pairs))
     _, info = kernel.transition(values[1], values[0], log_ratio, error, 0 * log_u, log_u)
     log_f = torch.stack(

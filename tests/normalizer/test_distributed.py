@@ -89,8 +89,8 @@ def test_a_batch_keeps_its_order(ranks):
 def test_the_error_is_that_of_one_process(ranks):
     alone = estimated(num_chains=300)
     shared = ranks(both, 300)[0]
-    assert abs(shared["std_error"] / alone.std_error - 1) < 0.3
-    assert abs(len(shared["betas"]) / len(alone.betas) - 1) < 0.2
+    assert 0.5 < shared["std_error"] / alone.std_error < 2
+    assert 0.3 < len(shared["betas"]) / len(alone.betas) < 3  # two pilots, of few temperatures
 
 
 def unlike():
