@@ -248,8 +248,15 @@ class ExchangePotential(ModelPotential):
             potential: what the potential falls by.
         """
         log_ratio, error = log_ratio_of(new, old)
-        # the density of the rest is a part of the potential alone where that sums
-        return log_ratio + potential if self._summed_out else log_ratio, error
+        return log_ratio + potential if self._sums_apart else log_ratio, error
+
+    @property
+    def _sums_apart(self) -> bool:
+        """Whether only the potential knows the density of the rest, and not a run of the model.
+
+        It does where it sums out discrete latents, or adds a density for idle elements.
+        """
+        return bool(self._summed_out) or bool(self.idle)
 
     def _terms_one_by_one(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
         each = [{name: y[i] for name, y in points.items()} for i in range(len(z))]
@@ -261,7 +268,7 @@ class ExchangePotential(ModelPotential):
     ) -> Terms:
         trace = self._trace_at(z) if trace is None else trace
         nodes: Any = trace.nodes
-        apart = bool(self._summed_out)
+        apart = self._sums_apart
         parts = [surplus_of(nodes[k], _data(nodes[k]), y, apart) for k, y in points.items()]
         surplus, square, data = (torch.stack(part).sum() for part in zip(*parts, strict=True))
         rest = -data if apart else self._log_rest(z, trace)

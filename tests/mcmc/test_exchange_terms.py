@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_ebm import BarkerKernel, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import BoltzmannMachine
@@ -166,6 +167,20 @@ def test_extreme_couplings():
     mean, variance = grid_posterior(log_posterior, -20.0, 15.0, 20_000)
     log_j = draws_of(ExchangeKernel(model), "J", chains=100, samples=200, warmup=100).log()
     assert_moments(log_j, mean, variance)
+
+
+def test_idle_elements_beside_it():
+    def model():
+        theta = pyro.sample("theta", dist.Gamma(torch.tensor(2.0), torch.tensor(1.0)))
+        with pyro.plate("two", 2), poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("m", dist.Normal(1.0, 0.5))
+        with pyro.plate("data", len(DATA)):
+            pyro.sample("x", Precision(theta), obs=DATA)
+
+    mcmc = run(ExchangeKernel(model), chains=100, samples=200, warmup=150)
+    draws = mcmc.get_samples(group_by_chain=True)
+    assert_moments(draws["theta"].double(), CONJUGATE.mean, CONJUGATE.variance)
+    assert_moments(draws["m"].double(), torch.tensor([1.0, 0.0]), torch.tensor([0.25, 1.0]))
 
 
 # -- inner chains that stand still -----------------------------------------------------------------
