@@ -231,12 +231,17 @@ class UnnormalizedEnergy(TorchDistribution):
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         if got != want:
             raise ValueError(
-                f"the energy {_name_of(self._energy)} must map points of shape {tuple(x.shape)}"
+                f"the energy {self.energy_name} must map points of shape {tuple(x.shape)}"
                 f" with event_shape={tuple(self.event_shape)} to a tensor of shape {tuple(want)},"
                 f" got {got}: sum over the event dimensions, squeeze a last one, or give"
                 " batch_shape= to a conditional energy"
             )
         return value
+
+    @property
+    def energy_name(self) -> str:
+        """What the energy function is called: its name, or the class of a module."""
+        return _name_of(self._energy)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -543,7 +548,7 @@ class UnnormalizedEnergy(TorchDistribution):
     """
 
     def __repr__(self) -> str:
-        parts = [f"energy={_name_of(self._energy)}"]
+        parts = [f"energy={self.energy_name}"]
         if self.batch_shape:
             parts.append(f"batch_shape={tuple(self.batch_shape)}")
         parts.append(f"event_shape={tuple(self.event_shape)}")

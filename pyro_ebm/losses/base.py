@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_ebm.distributions.calls import at_site
 from pyro_ebm.distributions.checks import normalizers_minded
 from pyro_ebm.distributions.energy import find_energy
+from pyro_ebm.distributions.row_check import check_rows
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite, find_site, leaves
@@ -91,6 +92,7 @@ class EnergyLoss(Trace_ELBO):
         self._records: dict[str, dict[str, Tensor]] = {}
         self._checked: frozenset[str] | None = None
         self._points: list[Tensor] = []
+        self._rows_seen: set[tuple[Any, ...]] = set()
         self.evaluating = False
         self.group: Any = None
         self.steps_taken = 0
@@ -213,6 +215,7 @@ class EnergyLoss(Trace_ELBO):
                     if term is None:
                         judged.append(name)
                         term = self._judge(site)
+                    self._check_rows(site)
                 log_prob = site.weighted(term)
                 model_trace.nodes[name]["log_prob"] = log_prob
                 model_trace.nodes[name]["log_prob_sum"] = log_prob.sum()
@@ -236,13 +239,31 @@ class EnergyLoss(Trace_ELBO):
         return energy.unnormalized_log_prob(site.x) if waived or (moved and site.is_fixed) else None
 
     def _judge(self, site: EnergySite) -> Tensor:
-        term = self.energy_term(site) if site.is_observed else self.latent_term(site)
+        try:
+            term = self.energy_term(site) if site.is_observed else self.latent_term(site)
+        except (RuntimeError, ValueError):
+            self._check_rows(site)  # which may know the cause
+            raise
         if term.shape != site.batch_shape:
             raise RuntimeError(
                 f"{type(self).__name__} gave a term of shape {tuple(term.shape)} at site"
                 f" {site.name!r}, the rows have {tuple(site.batch_shape)}"
             )
         return term
+
+    def _check_rows(self, site: EnergySite) -> None:
+        """A look, at some of the steps, whether the rows of the energy influence each other.
+
+        At step 1, 2, 10, 20, 100, ...; and whenever a layer has changed its mode. It comes after
+        the term, when layers that initialise themselves from their first batch have done so.
+        """
+        step = self.steps_taken + 1
+        due = not self.evaluating and str(step).strip("0") in ("1", "2")
+        key = (site.name, *(module.training for module in site.energy.modules))
+        if (due or key not in self._rows_seen) and site.batch_shape.numel() > 1:
+            self._rows_seen.add(key)
+            what = f"the energy of site {site.name!r} ({site.energy.energy_name})"
+            check_rows(site.energy, site.x, what, seed=step)
 
     def _check_guide(
         self, sites: Mapping[str, EnergySite], guide_trace: Any, elsewhere: Iterable[str]

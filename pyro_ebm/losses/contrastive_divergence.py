@@ -210,14 +210,12 @@ class ContrastiveDivergence(EnergyLoss):
         if step_size is not None:
             kernel.adaptation.step_size = step_size.to(start.device)
         with torch.no_grad():
-            z = potential.to_position(start).contiguous()
-            if not z.isfinite().all():
-                raise ValueError(
-                    f"data at site {site.name!r} lie on the boundary of the support"
-                    f" {energy.support}, where chains cannot start: move them inside, or use"
-                    " persistent=True"
-                )
-            state = kernel.init(z)
+            what, otherwise = f"the {site.kind} at site {site.name!r}", None
+            if self.persistent:
+                what = f"the persistent chains of site {site.name!r}"
+            elif site.is_observed:
+                otherwise = "use persistent=True, whose chains do not start at the data"
+            state = kernel.init(potential.inner_position(start, what, otherwise).contiguous())
             rates = []
             for _ in range(self.num_steps):
                 state, info = kernel.step(state)

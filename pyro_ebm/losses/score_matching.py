@@ -26,6 +26,13 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_ebm.distributions.boundary import (
+    boundary_error,
+    elementwise,
+    ends_of,
+    margins,
+    too_many,
+)
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.losses.smoothness import refuse_jumping_score
@@ -33,6 +40,8 @@ from pyro_ebm.ops.arguments import check_count, shown
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
 METHODS = ("exact", "hutchinson")
+BESIDE = 0.02
+"""So near to the boundary, as a part of the interval or of the mean distance, is beside it."""
 
 
 class ScoreMatching(EnergyLoss):
@@ -235,7 +244,34 @@ def _score(loss: EnergyLoss, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
             f" {site.energy.support}. Use ContrastiveDivergence or NCE, or transform the data to"
             " the reals"
         )
-    return x, torch.ones_like(x) if weight is None else weight.reshape(-1, d), s
+    if weight is None:
+        return x, torch.ones_like(x), s
+    with torch.no_grad():
+        _check_boundary(site)
+    return x, weight.reshape(-1, d), s
+
+
+def _check_boundary(site: EnergySite) -> None:
+    """Refuses data that pile up on the boundary, or beside it, as clamped data do.
+
+    On it their weight is 0, and nothing is learned of them. A pile beside it is no density that
+    could be integrated by parts: with :math:`w = x^2` its terms go with
+    :math:`w' / w = 2 / x`.
+    """
+    support, x = site.energy.support, site.x
+    ends = ends_of(support)
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    for margin in margins(elementwise(support), x):
+        rows = margin.reshape(site.batch_shape.numel(), -1)
+        least = rows.amin(0)
+        scale = rows.mean(0) if None in ends else (ends[1] - ends[0]) * torch.ones_like(least)
+        piled = (rows == least) & (least < BESIDE * scale)
+        piled &= piled.sum(0) > 1
+        bad |= (piled | (rows == 0)).reshape(x.shape)
+    if too_many(bad, len(site.batch_shape)):
+        why = "or pile up beside it, where score matching gives them no weight, or a wrong one"
+        ways = ["use ContrastiveDivergence(persistent=True)"]
+        raise boundary_error(support, x, bad, f"the data at site {site.name!r}", why, ways)
 
 
 def _checked(loss: EnergyLoss, site: EnergySite, hessian: bool) -> Callable[[Tensor], Tensor]:

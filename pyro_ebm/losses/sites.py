@@ -59,6 +59,11 @@ class EnergySite:
         return torch.where(mask, value, 0.0).sum() / mask.sum()
 
     @property
+    def kind(self) -> str:
+        """What its values are called."""
+        return "data" if self.is_observed else "draws"
+
+    @property
     def num_rows(self) -> Tensor:
         """How many rows count."""
         rows = torch.tensor(self.batch_shape.numel(), device=self.x.device)

@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
+from pyro_ebm.distributions.boundary import check_inside
 from pyro_ebm.distributions.discrete import BlockGibbs, codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.row_check import check_function
 from pyro_ebm.distributions.util import unvalidated
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.mcmc.potential import Potential, Site, nan_where_singular
+
+CHAINS_COMPARED = 8
 
 
 class EnergyPotential(Potential):
@@ -75,6 +79,17 @@ class EnergyPotential(Potential):
             log_prob = log_prob + jacobian.reshape(jacobian.shape[:batch_dim] + (-1,)).sum(-1)
         return -log_prob.reshape(-1).to(z.dtype)
 
+    def initial(self, num_chains: int) -> Tensor:
+        """As in every potential, after a look whether chains influence each other.
+
+        Raises:
+            ValueError: if they do, or if there is no start.
+        """
+        z = super().initial(num_chains)
+        some = z[: CHAINS_COMPARED * self._rows].detach()
+        check_function(self, some, 1, self._modules, f"the energy {self.energy!r}", eval_mode=True)
+        return z
+
     def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
         """The random numbers of a block sweep of positions ``(chains, dim)``."""
         assert self.blocks is not None
@@ -94,6 +109,21 @@ class EnergyPotential(Potential):
         z = self.bijection.inv(x)
         chains = math.prod(z.shape[: z.dim() - len(self.sites[0].shape)])
         return z.reshape(chains, self.dim).to(self.dtype)
+
+    def inner_position(self, x: Tensor, what: str, otherwise: str | None = None) -> Tensor:
+        """As :meth:`to_position`, of points that must lie inside the support.
+
+        Args:
+            x: points ``(n, *batch, *event)``.
+            what: names them, as in "the data at site 'x'".
+            otherwise: another way out than to move them.
+
+        Raises:
+            ValueError: for points on the boundary, see
+                :func:`~pyro_ebm.distributions.boundary.check_inside`.
+        """
+        check_inside(self.energy.support, x, what, otherwise)
+        return self.to_position(x)
 
     def to_points(self, z: Tensor) -> Tensor:
         """Points ``(n, *batch, *event)`` of positions ``(chains, dim)``."""

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_ebm.distributions.boundary import inside
 from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.masks import unmasked
+from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.distributions.util import modules, unvalidated
 from pyro_ebm.mcmc.discrete_sites import site_codes
 from pyro_ebm.mcmc.fixed_supports import moving_supports
@@ -245,11 +247,13 @@ class ModelPotential(FunctionPotential):
             except torch.linalg.LinAlgError:  # no start: the next try draws another
                 nothing = {"dtype": self.dtype, "device": self.device}
                 return torch.full((self.dim,), torch.nan, **nothing)
-        points = {site.name: _value(trace, site.name) for site in self.sites}
-        return self.ravel({s.name: _to_reals(s.transform, points[s.name]) for s in self.sites})
+        return self.ravel({s.name: _position(s, trace) for s in self.sites})
 
     def blame(self, z: Tensor) -> str:
         """What is not finite at the position ``(dim,)``, in words."""
+        parts = zip(self.sites, z.split(self.sizes), strict=True)
+        if infinite := [site.name for site, part in parts if part.isinf().any()]:
+            return f"site(s) {infinite} start on the boundary of the support, or at infinity"
         conditioned = poutine.condition(self._unvalidated, self.constrain(z))
         with self._quiet(), starting_points_only(), poutine.block():
             try:
@@ -371,6 +375,20 @@ def _sample_site(distribution: Any) -> Tensor:
 def _value(trace: poutine.Trace, name: str) -> Tensor:
     value: Any = trace.nodes[name]["value"]
     return value.detach()
+
+
+def _position(site: Site, trace: poutine.Trace) -> Tensor:
+    """The unconstrained value of a site, infinite where the value lies on the boundary."""
+    x, fn = _value(trace, site.name), cast(Any, trace.nodes[site.name]["fn"])
+    z = _to_reals(site.transform, x)
+    if site.codes is None and site.transform is not identity_transform:
+        try:
+            support = plain_support(fn.support)
+        except NotImplementedError:  # it does not tell
+            return z
+        if not inside(support, x, site.transform.inv).all():
+            return torch.full_like(z, torch.inf)
+    return z
 
 
 def _to_reals(transform: Transform, x: Tensor) -> Tensor:

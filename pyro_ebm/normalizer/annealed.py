@@ -124,12 +124,7 @@ def annealed(
             log_w = _log_weights(way, kernel, ladder, z, FORWARD, num_steps, disable_progbar)
         results.append(_estimate(way, ladder, over.rows(log_w), FORWARD))
     if samples is not None:
-        z = way.target.to_position(samples)
-        if not z.isfinite().all():
-            raise ValueError(
-                f"samples lie on the boundary of the support {p.support}, where chains cannot"
-                " start: move them inside"
-            )
+        z = way.target.inner_position(samples, "the samples")
         over = population_of(len(samples), distributed)
         z = z.reshape(len(samples), -1, way.dim)[over.here(len(samples))].flatten(0, 1)
         with over.all_or_none("annealing in reverse"):

@@ -72,12 +72,7 @@ def bridge(
     if proposal is not None:
         proposal = checked_proposal(proposal, p)
     target = EnergyPotential(p, like=samples)
-    z = target.to_position(samples)
-    if not z.isfinite().all():
-        raise ValueError(
-            f"samples lie on the boundary of the support {p.support}, where their density in"
-            " unconstrained coordinates is not defined: move them inside"
-        )
+    z = target.inner_position(samples, "the samples")
     start: Start
     if proposal is None:
         half = len(samples) // 2

@@ -23,17 +23,22 @@ from pyro_ebm.distributions.discrete import codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature, unconstrained_shape
+from pyro_ebm.distributions.row_check import check_rows
 from pyro_ebm.distributions.util import unvalidated
 from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.normalizer.annealed import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.result import NormalizerEstimate, warn
 from pyro_ebm.ops.arguments import check_number, shown
 from pyro_ebm.ops.enumerate import log_sum_over_states
+from pyro_ebm.ops.rows import random_state_put_back
 
 SMALL = 20
 """Without a method, up to 2^20 states are summed over."""
+
+ROWS_COMPARED = 8
 
 _ANNEALING = {
     "proposal",
@@ -185,6 +190,7 @@ def estimate_log_normalizer(
     _check_energy(p)
     _check_numbers(given)
     whole, p = p, p.unexpanded
+    _check_rows(p)
     if method is None:
         method, estimate = _chosen(p, given)
         if estimate is not None:
@@ -282,6 +288,14 @@ def _check_energy(p: Any) -> None:
     raise ValueError(
         f"p must be an energy: log Z is asked of an UnnormalizedEnergy, got {shown(p)}"
     )
+
+
+def _check_rows(p: UnnormalizedEnergy) -> None:
+    """Whether the rows of a batch influence each other; chains and states come in batches."""
+    if p.base is None and p.support.is_discrete and codewords(p.support, p.event_shape) is None:
+        return
+    with random_state_put_back(), eval_mode(p.modules), torch.no_grad():
+        check_rows(p, p.starting_points((ROWS_COMPARED,)), f"the energy {p!r}")
 
 
 def _check_arguments(method: str, given: dict[str, Any]) -> None:

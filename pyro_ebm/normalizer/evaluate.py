@@ -16,10 +16,13 @@ from torch import Tensor
 
 from pyro_ebm.distributions.checks import expands
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.row_check import check_rows
 from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.normalizer.result import digits, places
 from pyro_ebm.ops.arguments import check_tensor, shown
+
+ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,6 +114,7 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
     if data.isnan().any() or not p.support.check(data).all():
         raise ValueError(f"the data hold NaN, or leave the energy's support {p.support}")
     with eval_mode(modules(p._energy)):
+        check_rows(p, data[:ROWS_COMPARED], f"the energy {p!r}")
         density = p.unnormalized_log_prob(data)
     if density.isnan().any():
         raise ValueError(f"the energy is NaN at {int(density.isnan().sum())} of the data")

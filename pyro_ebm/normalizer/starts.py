@@ -226,7 +226,7 @@ class DistributionStart(Start):
                 " annealing cannot start there: use a distribution on that support, or"
                 ' method="importance"'
             )
-        return self.potential.to_position(x)
+        return self.potential.inner_position(x, f"the draws of {type(self.q).__name__}")
 
     def __call__(self, z: Tensor) -> Tensor:
         """The potential, shape ``(chains,)``."""

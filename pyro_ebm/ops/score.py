@@ -15,11 +15,12 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_ebm.ops.arguments import check_callable, check_tensor, shown
 from pyro_ebm.ops.compiled import as_written
+from pyro_ebm.ops.rows import rows_interact
 
 
 def value_and_grad(
@@ -120,7 +121,8 @@ def fisher_divergence(
         The Monte Carlo estimate, shape ``()``.
 
     Raises:
-        ValueError: if neither density tells the number of event dimensions, or they disagree.
+        ValueError: if neither density tells the number of event dimensions, or they disagree, or a
+            density at one row depends on the others.
 
     Reference:
         Hyvarinen (2005), Estimation of non-normalized statistical models by score matching.
@@ -147,6 +149,17 @@ def fisher_divergence(
             f"event_dim must be an integer from 0 to the {x.dim()} dimension(s) of x, got"
             f" {shown(event_dim)}"
         )
+    for name, density in (("p", p), ("q", q)):
+        if isinstance(density, Distribution):
+            function, parts = density.log_prob, getattr(density, "modules", ())
+        else:
+            function, parts = density, density.modules() if isinstance(density, nn.Module) else ()
+        if rows_interact(function, x, event_dim, parts):
+            raise ValueError(
+                f"the log density of {name} at a row of x depends on the other rows, and is no"
+                " density of one point: normalise over the dimensions of the event alone, and hold"
+                " batch normalisation in evaluation mode"
+            )
     difference = (score(p, x) - score(q, x)).square()
     return (
         difference.reshape(difference.shape[: difference.dim() - event_dim] + (-1,)).sum(-1).mean()
