@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_ebm.distributions.callers import sampler_of_a_posterior
 from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.ops.arguments import shown
 
@@ -175,27 +176,41 @@ def normalizers_minded() -> Iterator[None]:
         _minded.reset(token)
 
 
-def refuse_plain_elbo(lags: Callable[[Tensor], bool], x: Tensor, name: str) -> None:
-    """Refuses a plain ELBO in which a gradient would move an energy without its log Z.
+def refuse_missing_constant(
+    energy: Any, lags: Callable[[Tensor], bool], x: Tensor, log_prob: Tensor
+) -> None:
+    """Refuses an algorithm of Pyro that would go wrong without a log Z that is not known.
 
-    The gradient of log Z is missing there, and training runs away: a precision goes to 0, where
-    :math:`E` is 0 everywhere. The gradient in the value itself is right, so that latents with a
-    fixed energy, and fixed energies as factors, may pass.
+    Under ``SVI`` with a plain ELBO that moves an energy the gradient of log Z is missing, and
+    training runs away: a precision goes to 0, where :math:`E` is 0 everywhere. The gradient in the
+    value itself is right, so that latents with a fixed energy, and fixed energies as factors, may
+    pass. Elsewhere, a posterior of latents that move the energy is that of another model.
 
     Args:
+        energy: whose log Z it is.
         lags: whether a gradient moves the energy at such points without its log Z.
         x: the value of the site.
-        name: what to call the energy.
+        log_prob: the log density there.
 
     Raises:
         ValueError: under ``SVI.step`` with any loss but ours.
+        NormalizerError: in another algorithm of Pyro, see :mod:`pyro_ebm.distributions.callers`.
     """
-    if _minded.get() or not torch.is_grad_enabled() or not _under_svi():
+    if _minded.get():
         return
-    if lags(x.detach()):
+    if not _under_svi():
+        call = sampler_of_a_posterior()
+        if call is not None and not call.is_known:
+            from pyro_ebm.mcmc.normalizer_check import check_normalizers
+
+            with normalizers_minded():  # the check asks for densities too
+                check_normalizers(call.model, call.args, call.kwargs)
+            call.remember()
+        return
+    if log_prob.requires_grad and lags(x.detach()):
         raise ValueError(
-            f"SVI trains something that moves {name}, and a plain ELBO lacks the gradient of its"
-            " log Z: use one of the losses of pyro_ebm, such as"
+            f"SVI trains something that moves {energy!r}, and a plain ELBO lacks the gradient of"
+            " its log Z: use one of the losses of pyro_ebm, such as"
             " SVI(..., loss=ContrastiveDivergence()), or give log_normalizer= in closed form, or"
             " say constant_normalizer=True if Z does not depend on it (a location family, or minus"
             " the log of a density), or"

@@ -38,7 +38,7 @@ from pyro_ebm.distributions.checks import (
     lift_support,
     normalizers_minded,
     readable,
-    refuse_plain_elbo,
+    refuse_missing_constant,
 )
 from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
 from pyro_ebm.ops.arguments import check_number, check_tensor, shown
@@ -273,7 +273,8 @@ class UnnormalizedEnergy(TorchDistribution):
 
         Raises:
             ValueError: under ``SVI.step`` with a plain ELBO that would train the energy without
-                its log Z.
+                its log Z, and in other algorithms of Pyro that can be seen
+                (:mod:`pyro_ebm.distributions.callers`) if a latent moves it.
         """
         check_tensor("value", value)
         if self._validate_args and value.numel():  # torch's checks choke on none at all
@@ -282,8 +283,7 @@ class UnnormalizedEnergy(TorchDistribution):
             with normalizers_minded():
                 return self._log_prob(value)
         log_prob = self._log_prob(value)
-        if log_prob.requires_grad:
-            refuse_plain_elbo(self.lags, value, repr(self))
+        refuse_missing_constant(self, self.lags, value, log_prob)
         return log_prob
 
     def _log_prob(self, value: Tensor) -> Tensor:

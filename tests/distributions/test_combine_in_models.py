@@ -181,7 +181,7 @@ UNKNOWN = {
     "an ordinary part": lambda t: product(FIXED, dist.Laplace(0.0, t)),
     "the base": lambda t: product(dist.Laplace(0.0, t), FIXED),
     "a power": lambda t: FIXED.tempered(t),
-    "the power 1": lambda t: FIXED.tempered(1 + 0 * t),
+    "the power 1": lambda t: FIXED.tempered(t.clamp(1.0, 1.0)),
     "a component": lambda t: mixture([0.5, 0.5], [moved(t), FIXED], unnormalized_weights=True),
     "weights": lambda t: mixture(torch.stack([t, 1 / t]), [FIXED, FIXED], True),
     "nested": lambda t: product(mixture([0.5, 0.5], [moved(t), FIXED], True), FIXED),

@@ -1,0 +1,99 @@
+r"""Which of Pyro's algorithms asks for a density whose constant is unknown?
+
+A weight :math:`p(\theta)\, e^{-E_\theta(x)} / q(\theta)` that lacks :math:`Z(\theta)` is that of
+another posterior. Algorithms of this package look at the model before they start. Pyro's own do
+not, and ask an energy for its log density when their handlers are gone: nothing on Pyro's stack
+tells them from a call by hand. Python's does. It holds the algorithm's own function, and in it the
+model and its arguments, to which the same check is applied. Seen are
+
+- ``Importance`` (``CSIS`` too), ``vectorized_importance_weights``, ``psis_diagnostic`` and
+  ``WeighedPredictive``;
+- ``HMC``, ``NUTS``, ``RandomWalkKernel`` and ``initialize_model``, but where ``torch.jit`` traces
+  their potential;
+- ``AutoLaplaceApproximation.laplace_approximation``;
+- an ELBO by hand, as a number or a module. (Under ``SVI.step`` gradients tell more. What parameters
+  move is the user's concern by hand, who may add the gradient of log Z.)
+
+Not seen are densities of traces that are made by hand, ``infer_discrete``, and ``SMCFilter``, whose
+particles come from earlier calls.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import HMC, Importance, WeighedPredictive
+from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.infer.elbo import ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.importance import vectorized_importance_weights
+from pyro.infer.mcmc.rwkernel import RandomWalkKernel
+from pyro.infer.mcmc.util import initialize_model
+
+
+class Call(NamedTuple):
+    """An algorithm that is running, with the model that it was given."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    owner: Any
+    """The object of the algorithm; None of a function."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this object was found to be in order with this model and these arguments."""
+        return self.owner is not None and _known.get(self.owner) == self._key
+
+    def remember(self) -> None:
+        """Notes that it is in order: an importance sampler asks once for each draw."""
+        if self.owner is not None:
+            _known[self.owner] = self._key
+
+    @property
+    def _key(self) -> tuple[int, ...]:
+        # an ELBO sees other data at each step
+        given = () if isinstance(self.owner, ELBO) else (*self.args, *self.kwargs.values())
+        return tuple(map(id, (self.model, *given)))
+
+
+def sampler_of_a_posterior() -> Call | None:
+    """The outermost of Pyro's algorithms that weigh the latents of a model, if one is running."""
+    found, elbo = None, False
+    for frame in _frames():
+        if frame.f_code in _SAMPLERS or (elbo and isinstance(frame.f_locals.get("self"), ELBO)):
+            found = frame
+        elbo = elbo or frame.f_code is get_importance_trace.__code__
+    if found is None or torch.jit.is_tracing():
+        return None
+    local = found.f_locals
+    owner = local.get("self")
+    model = local.get("model", getattr(owner, "model", None))
+    args, kwargs = (local.get(name, local.get(f"model_{name}")) for name in ("args", "kwargs"))
+    return None if model is None else Call(model, tuple(args or ()), dict(kwargs or {}), owner)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _codes(*functions: Any) -> frozenset[CodeType]:
+    return frozenset(function.__code__ for function in functions)
+
+
+_SAMPLERS = _codes(
+    Importance._traces,
+    vectorized_importance_weights,
+    WeighedPredictive.forward,
+    HMC.setup,
+    RandomWalkKernel.setup,
+    initialize_model,
+    AutoLaplaceApproximation.laplace_approximation,
+)
+_known: weakref.WeakKeyDictionary[Any, tuple[int, ...]] = weakref.WeakKeyDictionary()
