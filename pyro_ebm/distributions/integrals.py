@@ -139,7 +139,7 @@ class Integrand:
         double = like.new_zeros((1,) + self.batch_shape + (self.dim,), dtype=torch.float64)
         try:
             self(double)
-        except RuntimeError:  # float32 weights; anything else shows itself again in float32
+        except (RuntimeError, ValueError):  # float32 weights; what else there is shows again
             return like
         return double
 
