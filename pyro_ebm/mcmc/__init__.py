@@ -14,6 +14,7 @@ from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.exchange import ExchangeKernel
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.inner_steps import InnerStepsReport, inner_steps_report
+from pyro_ebm.mcmc.integer_walk import IntegerWalk
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.langevin import LangevinKernel
 from pyro_ebm.mcmc.metropolis import Independence, MHKernel, Proposal, RandomWalk
@@ -42,6 +43,7 @@ __all__ = [
     "Independence",
     "Info",
     "InnerStepsReport",
+    "IntegerWalk",
     "Kernel",
     "LangevinKernel",
     "MHKernel",

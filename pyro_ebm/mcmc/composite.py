@@ -183,6 +183,8 @@ class CompositeKernel(Kernel):
             if names := [site.name for site in sites if site.name not in moved]:
                 kind = "discrete" if discrete else "continuous"
                 kernel = "GibbsKernel()" if discrete else "LangevinKernel()"
+                if any(site.is_unbounded for site in sites if site.name in names):
+                    kernel = "MHKernel(proposal=IntegerWalk())"
                 raise ValueError(
                     f"no kernel of this CompositeKernel moves the {kind} sites {names}: add a"
                     f" {kernel}"
@@ -193,8 +195,7 @@ class CompositeKernel(Kernel):
         return [
             site.name
             for site in potential.sites
-            if (site.codes is not None) == kernel.discrete
-            and (site.name in potential.moving) == kernel.cancels_normalizers
+            if kernel.moves(site) and (site.name in potential.moving) == kernel.cancels_normalizers
         ]
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:

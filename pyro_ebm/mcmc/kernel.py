@@ -27,7 +27,7 @@ from pyro_ebm.mcmc.dependencies import Dependencies
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.model import ModelPotential, lone_energy
-from pyro_ebm.mcmc.potential import FunctionPotential, Potential, sites_of
+from pyro_ebm.mcmc.potential import FunctionPotential, Potential, Site, sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping, check_number
 from pyro_ebm.ops.metropolis import select
 
@@ -262,9 +262,20 @@ class Kernel(MCMCKernel):
         sites = sites_of(self._given_params, self._given_transforms)
         return FunctionPotential(self.potential_fn, sites)
 
+    def moves(self, site: Site) -> bool:
+        """Whether it moves sites like this one."""
+        return (site.codes is not None) == self.discrete and not site.is_unbounded
+
     def check(self, potential: Potential) -> None:
         """Raises a ValueError if the potential has sites that the kernel does not move."""
-        others = [s.name for s in potential.sites if (s.codes is not None) != self.discrete]
+        others = [site for site in potential.sites if not self.moves(site)]
+        if names := [site.name for site in others if site.is_unbounded and self.discrete]:
+            raise ValueError(
+                f"{type(self).__name__} moves sites of finitely many values, and those of {names}"
+                " are whole numbers without fixed bounds: use MHKernel(proposal=IntegerWalk()), in a"
+                " CompositeKernel where a model has other sites too"
+            )
+        others = [site.name for site in others]
         if others:
             kind = "discrete" if self.discrete else "continuous"
             raise ValueError(

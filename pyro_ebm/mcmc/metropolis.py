@@ -24,7 +24,7 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.distributions.util import unvalidated
 from pyro_ebm.mcmc.engine import JitCompile
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, check_positive
-from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.potential import Potential, Site
 from pyro_ebm.ops.arguments import check_mapping
 from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 from pyro_ebm.ops.precondition import precondition
@@ -68,6 +68,10 @@ class Proposal(ABC):
         """This proposal for the sites of a potential."""
         return self
 
+    def moves(self, site: Site) -> bool:
+        """Whether it moves sites like this one."""
+        return (site.codes is not None) == self.discrete and not site.is_unbounded
+
     @property
     def has_density(self) -> bool:
         """Whether ``log_prob`` is there to be called."""
@@ -108,10 +112,13 @@ class RandomWalk(Proposal):
 
     def sample(self, z: Tensor) -> Tensor:
         r"""Positions :math:`z + s L \xi`."""
-        scale = self._adapted
-        if scale is None:
-            scale = optimal_scale(z.shape[-1]) if self.scale is None else self.scale
-        return z + scale * precondition(self._factor, torch.randn_like(z))
+        return z + self.scale_of(z) * precondition(self._factor, torch.randn_like(z))
+
+    def scale_of(self, z: Tensor) -> Any:
+        """The scale: the adapted one of each chain, or the first."""
+        if self._adapted is not None:
+            return self._adapted
+        return optimal_scale(z.shape[-1]) if self.scale is None else self.scale
 
     def adapted(self, step_size: Tensor, factor: Tensor | None) -> "RandomWalk":
         """A walk of this scale and shape."""
@@ -220,7 +227,8 @@ class MHKernel(Kernel):
             unconstrained values; needs ``initial_params``.
         proposal: a :class:`Proposal`; an adapted :class:`RandomWalk` by default. A distribution,
             or a dict of them, is taken as :class:`Independence`. Discrete sites are moved by
-            :class:`~pyro_ebm.mcmc.Flip` or :class:`~pyro_ebm.mcmc.Swap`.
+            :class:`~pyro_ebm.mcmc.Flip` or :class:`~pyro_ebm.mcmc.Swap`, whole numbers by
+            :class:`~pyro_ebm.mcmc.IntegerWalk`.
         adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
         adapt_mass_matrix: whether warmup adapts its shape.
         full_mass: whether the shape is a dense covariance (the default here) or a diagonal one.
@@ -306,6 +314,10 @@ class MHKernel(Kernel):
             adaptation.restart(adaptation.step_size * optimal_scale(potential.dim))
         self._bound = self.proposal.bind(potential)
 
+    def moves(self, site: Site) -> bool:
+        """Whether its proposal does."""
+        return self.proposal.moves(site)
+
     def _release(self) -> None:
         super()._release()
         self._bound: Proposal | None = None
@@ -337,6 +349,8 @@ class MHKernel(Kernel):
                         f" {tuple(log_q.shape)}: sum over the last dimension"
                     )
             log_q_ratio = back - forth
+        if q.discrete and q.adaptive:  # one that stays at its bounds has come to nothing
+            log_q_ratio = log_q_ratio.masked_fill((new_z == state.z).all(-1), -torch.inf)
         return new_z.detach(), log_q_ratio.detach(), log_uniform(state.potential)
 
     def transition(

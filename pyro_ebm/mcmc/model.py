@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_on
 from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.distributions.util import modules, unvalidated
-from pyro_ebm.mcmc.discrete_sites import site_codes
+from pyro_ebm.mcmc.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site_codes
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.latents import transform_of
 from pyro_ebm.mcmc.masks import FillMasked, idle_elements, masked_elements, with_normal
@@ -102,9 +102,15 @@ class ModelPotential(FunctionPotential):
             self._check_normalizers()
             all_transforms = self._find_transforms(trace, transforms or {})
             model = self._unvalidated = _Unvalidated()(model)
-            potential_fn = functools.partial(_potential, model, args, self.kwargs, all_transforms)
-            discrete = [node for node in latents_of(trace).values() if _is_discrete(node["fn"])]
-            if discrete and not keep_discrete:
+            latents = {name: node["fn"] for name, node in latents_of(trace).items()}
+            codes = {name: site_codes(name, latents[name]) for name in all_transforms}
+            for name in self._moving_supports.intersection(codes):
+                codes[name] = UNBOUNDED  # whole numbers whose bounds move
+            whole = [name for name, values in codes.items() if values is UNBOUNDED]
+            potential_fn = functools.partial(
+                _potential, model, args, self.kwargs, all_transforms, whole
+            )
+            if any(map(_is_discrete, latents.values())) and not keep_discrete:
                 _, potential_fn, _, _ = initialize_model(  # Pyro's sums the discrete sites out
                     model,
                     args,
@@ -118,11 +124,7 @@ class ModelPotential(FunctionPotential):
         for name, transform in all_transforms.items():
             value = _to_reals(transform, _value(trace, name))
             site = Site(name, value.shape, value.dtype, transform, value.device)
-            fn = trace.nodes[name]["fn"]
-            if keep_discrete and fn.support.is_discrete:
-                codes = site_codes(name, fn)
-                site = site._replace(codes=codes)
-            sites.append(site)
+            sites.append(site._replace(codes=codes[name]))
         super().__init__(potential_fn, sites, modules=unique(held, called))
         if any(_is_masked(node) for node in latents_of(trace).values()):
             self._without_idle()
@@ -202,18 +204,19 @@ class ModelPotential(FunctionPotential):
         values = {name: _value(trace, name) for name in latents_of(trace)}
         again = init_to_value(values=values)
         moving = moving_supports(self.model, self.args, self.kwargs, again)
+        self._moving_supports = frozenset(moving)
         found = {}
         for name, node in latents_of(trace).items():
             support, enumerable = node["fn"].support, node["fn"].has_enumerate_support
             if not self.keep_discrete and enumerable:
                 continue
             if not self.keep_discrete and support.is_discrete:
+                way = "use MHKernel(proposal=IntegerWalk()), in a CompositeKernel beside this one"
                 raise ValueError(
-                    f"site {name!r} is discrete and cannot be summed out: this kernel moves"
-                    " continuous latents only. Use GibbsKernel for discrete ones, or a"
-                    " CompositeKernel of both"
+                    f"site {name!r} is discrete and cannot be summed out, and this kernel moves"
+                    f" continuous latents only: {way if is_integer(support) else OTHER_WAYS}"
                 )
-            if name in moving:
+            if name in moving and not is_integer(support):
                 latents = sorted(moving[name]) or "another latent"
                 raise ValueError(
                     f"the support of site {name!r} depends on {latents}, so no fixed"
@@ -348,15 +351,23 @@ def _potential(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     transforms: dict[str, Transform],
+    whole: Sequence[str],
     params: dict[str, Tensor],
 ) -> Tensor:
-    """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x."""
+    """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x.
+
+    The sites ``whole`` of whole numbers are proposed outside of their support too.
+    """
     x = {name: to_support(transforms[name], z) for name, z in params.items()}
     trace = poutine.trace(poutine.condition(model, x)).get_trace(*args, **kwargs)
     if not transforms:
         return -torch.as_tensor(trace.log_prob_sum())
     jacobians = [t.log_abs_det_jacobian(x[name], params[name]) for name, t in transforms.items()]
-    return torch.stack([term.sum() for term in jacobians]).sum() - trace.log_prob_sum()
+    potential = torch.stack([term.sum() for term in jacobians]).sum() - trace.log_prob_sum()
+    for name in whole:
+        inside = trace.nodes[name]["fn"].support.check(x[name]).all()
+        potential = potential.where(inside, torch.inf)
+    return potential
 
 
 class _Unvalidated(Messenger):

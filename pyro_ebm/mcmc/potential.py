@@ -45,15 +45,23 @@ class Site(NamedTuple):
     """From the support to the reals, as in Pyro's ``kernel.transforms``."""
     device: torch.device = torch.device("cpu")
     codes: Tensor | None = None
-    """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers."""
+    """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers; none,
+    ``(0, 1)``, where they are whole numbers without fixed bounds."""
+
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether its values are whole numbers without fixed bounds, as of a Poisson."""
+        return self.codes is not None and not len(self.codes)
 
     def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
-        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over the codewords."""
+        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over codewords, or 0."""
         size = self.shape.numel()
         if self.codes is None:
             z = torch.empty(num_chains, size, dtype=dtype, device=self.device)
             return z.uniform_(-2.0, 2.0)
         k, b = self.codes.shape
+        if not k:
+            return torch.zeros(num_chains, size, dtype=dtype, device=self.device)
         which = torch.randint(k, (num_chains, size // b), device=self.device)
         return self.codes.to(self.device, dtype)[which].reshape(num_chains, size)
 
@@ -217,6 +225,10 @@ class Potential(ABC):
             if site.codes is None:
                 continue
             codes = site.codes.to(part)
+            if site.is_unbounded and (part != part.round()).any():
+                raise ValueError(f"initial_params[{site.name!r}] must hold whole numbers")
+            if site.is_unbounded:
+                continue
             variables = part.reshape(-1, 1, codes.shape[-1])
             if not (variables == codes).all(-1).any(-1).all():
                 raise ValueError(

@@ -73,6 +73,8 @@ def _anywhere(name: str, fn: Any) -> Tensor | None:
     except ValueError:  # without a finite set of values
         return None
     assert codes is not None
+    if not len(codes):
+        return fn()
     site = Site(name, fn.shape(), codes.dtype, identity_transform, codes.device, codes)
     return site.start(1, codes.dtype).reshape(fn.shape())
 

@@ -11,7 +11,8 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.distributions.util import tensors_of, uniform_start
+from pyro_ebm.distributions.util import bounds_of, tensors_of, uniform_start
+from pyro_ebm.mcmc.discrete_sites import is_integer
 from pyro_ebm.mcmc.latents import support_of, transform_of
 from pyro_ebm.ops.arguments import shown
 
@@ -76,6 +77,9 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
         try:
             return init_to_sample(site)
         except NotImplementedError as error:
+            if is_integer(support):
+                (lowest,) = bounds_of(support)[:1]
+                return torch.as_tensor(lowest, dtype=torch.get_default_dtype()).expand(fn.shape())
             raise ValueError(
                 f"the discrete site {name!r} starts at a draw, and {type(fn).__name__} cannot be"
                 " drawn from: use another distribution"

@@ -227,9 +227,6 @@ def test_site_codes(fn, codes):
 @pytest.mark.parametrize(
     "fn",
     [
-        dist.Poisson(3.0),
-        dist.Geometric(0.5),
-        dist.Binomial(torch.tensor([2.0, 3.0]), 0.5),
         dist.Multinomial(3, torch.ones(3)),
         dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Bernoulli(torch.rand(2))),
     ],
@@ -254,7 +251,7 @@ def test_a_support_that_moves():
         n = pyro.sample("n", dist.Categorical(torch.ones(3)))
         pyro.sample("m", dist.Binomial(1.0 * n, 0.5))
 
-    with pytest.raises(ValueError, match=r"support of site 'm' depends on \['n'\]"):
+    with pytest.raises(ValueError, match=r"\['m'\] are whole numbers without fixed.*IntegerWalk"):
         GibbsKernel(model).setup(0)
 
 
@@ -525,5 +522,5 @@ def test_kernels_of_continuous_sites_sum_discrete_ones_out():
     mcmc = MCMC(LangevinKernel(model), 5, 5, disable_progbar=True)
     mcmc.run()
     assert list(mcmc.get_samples()) == ["x"]
-    with pytest.raises(ValueError, match=r"'k' is discrete and cannot be summed out.*GibbsKernel"):
+    with pytest.raises(ValueError, match=r"'k' is discrete and cannot be summed out.*IntegerWalk"):
         LangevinKernel(lambda: pyro.sample("k", dist.Poisson(1.0))).setup(0)
