@@ -51,6 +51,8 @@ class IntegerWalk(RandomWalk):
     """
 
     discrete = True
+    _low: Tensor
+    _high: Tensor
 
     def moves(self, site: Site) -> bool:
         """Whether the site holds whole numbers, without a bound or one after another."""

@@ -272,8 +272,8 @@ class Kernel(MCMCKernel):
         if names := [site.name for site in others if site.is_unbounded and self.discrete]:
             raise ValueError(
                 f"{type(self).__name__} moves sites of finitely many values, and those of {names}"
-                " are whole numbers without fixed bounds: use MHKernel(proposal=IntegerWalk()), in a"
-                " CompositeKernel where a model has other sites too"
+                " are whole numbers without fixed bounds: use MHKernel(proposal=IntegerWalk()), in"
+                " a CompositeKernel where a model has other sites too"
             )
         others = [site.name for site in others]
         if others:

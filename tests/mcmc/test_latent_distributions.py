@@ -163,10 +163,7 @@ REFUSED = {
         lambda: dist.LinearHMM(normal(1), eye(1), normal(1), eye(1), normal(1), duration=3),
         "not implemented.*reparam",
     ),
-    "LogNormalNegativeBinomial": (
-        lambda: dist.LogNormalNegativeBinomial(two, one, one),
-        "cannot be drawn",
-    ),
+    "LogNormalNegativeBinomial": (lambda: dist.LogNormalNegativeBinomial(two, one, one), DISCRETE),
     "Multinomial": (lambda: dist.Multinomial(3, ones(3)), DISCRETE),
     "NegativeBinomial": (lambda: dist.NegativeBinomial(3, 0.5), DISCRETE),
     "Poisson": (lambda: dist.Poisson(3.0), DISCRETE),
