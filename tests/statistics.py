@@ -3,6 +3,7 @@
 import torch
 from pyro.ops.stats import effective_sample_size
 from scipy.stats import norm
+from scipy.stats import t as student
 from torch import Tensor
 
 from pyro_ebm.mcmc import Info, Kernel, Potential
@@ -35,11 +36,33 @@ def assert_cdf(draws: Tensor, probability: dict[float, float]) -> None:
         assert_mean((draws <= point).double(), p)
 
 
+def assert_mean_of_rows(rows: Tensor, truth: Tensor | float = 0.0) -> None:
+    """The mean of independent rows ``(n, ...)`` is the truth: all elements at 4.5 errors of one.
+
+    Of few rows the error is itself an estimate, whence Student's t.
+    """
+    error = rows.std(0) / len(rows) ** 0.5
+    bound = student.isf(norm.sf(SIGMAS) / error.numel(), len(rows) - 1)
+    gap = (rows.mean(0) - truth).abs()
+    assert (gap <= bound * error + 1e-9).all(), (gap / error, bound)
+
+
 def assert_equal_means(mean: Tensor, error: Tensor, other: Tensor, other_error: Tensor) -> None:
     """Two estimates of ``(dim,)`` means agree, all dimensions together at 4.5 errors of one."""
     z = (mean - other) / (error.square() + other_error.square()).sqrt()
     level = 2 * norm.sf(SIGMAS) / z.numel()
     assert z.abs().max() < norm.isf(level / 2), z
+
+
+def normal_scores(draws: Tensor) -> Tensor:
+    """The ranks of ``(chains, draws, ...)``, as normal quantiles: far tails count as the order.
+
+    Reference:
+        Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R-hat.
+    """
+    flat = draws.double().flatten(0, 1)
+    ranks = flat.argsort(0).argsort(0) + 1
+    return torch.special.ndtri((ranks - 3 / 8) / (len(flat) + 1 / 4)).reshape(draws.shape)
 
 
 def run_kernel(

@@ -13,8 +13,8 @@ from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.losses import DenoisingScoreMatching, ScoreMatching, SlicedScoreMatching
 from pyro_ebm.losses.score_matching import boundary_weight
 from pyro_ebm.nn import MLPEnergy
+from tests.statistics import SIGMAS, assert_mean_of_rows
 
-SIGMAS = 4.5
 ESTIMATES = {
     "hutchinson": lambda: ScoreMatching(method="hutchinson"),
     "gaussian": lambda: ScoreMatching(method="hutchinson", distribution="gaussian"),
@@ -68,11 +68,6 @@ def groups_of_gradients(loss, model, x, groups=50):
         loss.loss_and_grads(model, no_guide, part)
         grads.append(pyro.param("t").grad / len(part))
     return torch.stack(grads)
-
-
-def assert_zero_mean(draws):
-    z = draws.mean(0) / (draws.std(0) / len(draws) ** 0.5)
-    assert z.abs().max() < SIGMAS, z
 
 
 def gradient(loss, model, net, x):
@@ -138,7 +133,7 @@ def test_estimates_have_the_mean_of_the_exact_objective(name):
         draws.append(grad / len(many))
     draws = torch.stack(draws)
     error = draws.std(0) / groups**0.5
-    assert ((draws.mean(0) - exact).abs() <= SIGMAS * error + 1e-9).all()
+    assert_mean_of_rows(draws, exact)
     assert (error.max() / exact.abs().max()) < 0.1
 
 
@@ -159,7 +154,7 @@ def test_on_a_gaussian_it_is_maximum_likelihood():
     torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-10, rtol=0)
     pyro.clear_param_store()
     grad = groups_of_gradients(ScoreMatching(), family(energy, start + 0.1), x, groups=1)
-    assert grad.abs().max() > 0.1
+    assert grad.abs().max() > 1e-3  # whatever the data, and no rounding error
 
 
 def test_the_weighted_objective_on_the_half_line_is_the_closed_form():
@@ -223,7 +218,7 @@ def test_no_gradient_is_expected_at_the_truth_on_bounded_supports(make, name):
     x = draw(20_000).double()
     model = family(energy, truth, support=support)
     grads = groups_of_gradients(make(), model, x)
-    assert_zero_mean(grads)
+    assert_mean_of_rows(grads)
     # without the weight the boundary would show: elsewhere the gradient is not 0
     pyro.param("t").data.mul_(1.3)
     grads = groups_of_gradients(make(), model, x)
@@ -237,7 +232,7 @@ def test_denoising_fits_the_noised_density(control_variate):
     x = s * torch.randn(40_000).double()
     loss = DenoisingScoreMatching(sigma, control_variate=control_variate)
     model = family(lambda t, x: t * x**2 / 2, 1 / (s**2 + sigma**2))
-    assert_zero_mean(groups_of_gradients(loss, model, x))
+    assert_mean_of_rows(groups_of_gradients(loss, model, x))
     pyro.param("t").data.fill_(1 / s**2)
     grads = groups_of_gradients(loss, model, x)
     assert grads.mean() / (grads.std() / 50**0.5) > 2 * SIGMAS
@@ -263,7 +258,7 @@ def test_each_row_draws_one_of_several_sigmas():
     # dJ / dt of sigma: E (sigma s(x') + xi) sigma ds/dt = sigma^2 (t (s^2 + sigma^2) - 1)
     best = sum(v**2 for v in sigmas) / sum(v**2 * (s**2 + v**2) for v in sigmas)
     model = family(lambda t, x: t * x**2 / 2, best)
-    assert_zero_mean(groups_of_gradients(DenoisingScoreMatching(sigmas), model, x))
+    assert_mean_of_rows(groups_of_gradients(DenoisingScoreMatching(sigmas), model, x))
 
 
 def test_a_constant_normalizer_and_a_base_take_no_harm():

@@ -13,7 +13,7 @@ from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, Temperi
 from pyro_ebm.mcmc.chees import MAX_STEPS, ChEESKernel
 from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, slopes, van_der_corput
 from tests.mcmc.test_posteriors import assert_same_posterior, breast_cancer, draw, eight_schools
-from tests.statistics import assert_mean, assert_moments, run_kernel
+from tests.statistics import assert_mean, assert_moments, normal_scores, run_kernel
 
 FIXED = {"adapt_step_size": False, "adapt_trajectory_length": False, "adapt_mass_matrix": False}
 
@@ -104,23 +104,36 @@ def test_same_posterior_as_nuts(name):
         "eight schools": (eight_schools, False),
         "breast cancer": (breast_cancer, True),
     }[name]
-    # R-hat of half chains of n draws that are worth n / tau is about 1 + tau / (2 n)
-    x = draw(ChEESKernel(model, full_mass=dense), 1000, 300, num_chains=64)
+    kernel = ChEESKernel(model, full_mass=dense, jit_compile="capture")
+    x = draw(kernel, 1000, 300, num_chains=64)
     assert_same_posterior(name, x)
-    assert split_gelman_rubin(x, chain_dim=0, sample_dim=1).max() < 1.01
+    # R-hat of half chains of n draws that are worth n / tau is about 1 + tau / (2 n), here 1.002
+    # to 1.004; a trajectory of one step would make it 1.016, but so does a single half chain of
+    # 128 that is held up far out in log tau for long, which is rare and no fault. It adds at most
+    # 3^2 / (2 * 127), of normal scores, so that R-hat tells only what all chains do; that they
+    # do not walk at random is told by the length, about 2 in any seed.
+    assert split_gelman_rubin(normal_scores(x), chain_dim=0, sample_dim=1).max() < 1.04
+    assert kernel.trajectory_length > 1.5
 
 
 # -- what warmup learns --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chains", [1, 4, 100])
-def test_the_length_climbs_to_the_top_of_its_criterion(chains):
+@pytest.mark.parametrize(
+    ("chains", "groups", "tolerance"), [(1, 60, 0.16), (4, 40, 0.1), (100, 8, 0.05)]
+)
+def test_the_length_climbs_to_the_top_of_its_criterion(chains, groups, tolerance):
     # on a standard normal E(|w'|^2 - |w|^2)^2 is 2 d (1 - sin(2 T) / 2 T), at its highest over
-    # T^(1/4) at 2.09; a warmup of one chain sees it through more noise
+    # T^(1/4) at 2.09; a warmup of one chain sees it through more noise, and is 10 % above in the
+    # mean of many, give or take 7 % each: .16 is 5 errors of a mean of 60
+    normals = EnergyPotential(
+        UnnormalizedEnergy(
+            lambda x: x.square().sum(-1) / 2, event_shape=(4,), batch_shape=(groups,)
+        )
+    )
     kernel = ChEESKernel(step_size=0.1, adapt_step_size=False, adapt_mass_matrix=False)
-    run_kernel(kernel, normal(1.0, 4), torch.randn(chains, 4), 500, 1)
-    tolerance = 0.05 if chains == 100 else 0.25
-    assert kernel.trajectory_length.item() == pytest.approx(2.09, rel=tolerance)
+    run_kernel(kernel, normals, torch.randn(chains * groups, 4), 500, 1)
+    assert kernel.trajectory_length.mean().item() == pytest.approx(2.09, rel=tolerance)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])

@@ -98,7 +98,7 @@ def test_a_chain_that_turns_nan_hardly_moves_what_all_adapt():
         mcmc = MCMC(kernel, 20, 100, start, CHAINS, disable_progbar=True)
         mcmc.run()
         found.append(float(kernel.step_size))
-    assert abs(found[1] / found[0] - 1) < 0.02
+    assert abs(found[1] / found[0] - 1) < 0.05  # two samples of the others differ by .01
 
 
 # -- soak ------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_the_product_of_all_replicas_is_invariant(name):
         assert state.z.shape == (num, 2)
         assert info.accept_prob.shape == info.diverging.shape == (num,)
     end = replicas_of(kernel, state)
-    assert (end != start).any(-1).float().mean(0).min() > 0.2
+    assert (end != start).any(-1).float().mean(0).min() > 0.15
     number = sum(number_of(end[:, r], states) * 4 ** (2 - r) for r in range(3))
     joint = torch.einsum("i,j,k->ijk", *of_beta).flatten()
     assert_counts(number.bincount(minlength=64), joint)
@@ -220,7 +220,7 @@ def test_a_cold_ising_model():
         mcmc.run()
         return mcmc.get_samples(group_by_chain=True)["x"].mean(-1)
 
-    assert (magnetization(GibbsKernel(p)).mean(1) > 0.9).float().mean() > 0.7
+    assert (magnetization(GibbsKernel(p)).mean(1) > 0.9).float().mean() > 0.5  # most
     m = magnetization(TemperingKernel(GibbsKernel(p), geometric_betas(0.2, 6)))
     states, log_p = states_of(EnergyPotential(p))
     probability, exact = log_p.double().softmax(0), states.mean(-1).double()
