@@ -62,7 +62,7 @@ def p_values(kernel, warmup_steps=400):
     ids=["langevin", "langevin-dense", "walk", "decreasing"],
 )
 def test_ranks_are_uniform(kernel):
-    assert p_values(kernel).min() > 1e-4
+    assert p_values(kernel).min() > 1e-5  # of three
 
 
 @pytest.mark.slow
