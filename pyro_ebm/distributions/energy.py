@@ -92,7 +92,8 @@ class UnnormalizedEnergy(TorchDistribution):
             moves the energy, give :math:`\log Z` as a function of it: a constant is refused there,
             unless ``constant_normalizer`` says that :math:`Z` is one.
         kernel: the kernel of :meth:`sample`, without a model; by default
-            :class:`~pyro_ebm.mcmc.LangevinKernel`.
+            :class:`~pyro_ebm.mcmc.ChEESKernel`, or :class:`~pyro_ebm.mcmc.GibbsKernel` where the
+            support is discrete.
         num_steps: transitions that :meth:`sample` makes, half of them adapting the kernel.
         constant_normalizer: the user's word that :math:`Z` does not depend on any latent although
             the energy does, as in a location family :math:`E(x - \mu)`, or for an energy that is

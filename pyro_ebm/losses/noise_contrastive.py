@@ -44,7 +44,9 @@ class NCE(EnergyLoss):
     that cannot be told from the data, 1.0 a task too easy to learn from.
 
     Args:
-        noise_ratio: :math:`\nu`, noise points for each datum.
+        noise_ratio: :math:`\nu`, noise points for each datum. Of the precision of a Gaussian under
+            noise of its own width, the variance is :math:`1 + 1 / \nu` times that of maximum
+            likelihood: 2 at 1, 1.25 at 4, 1.1 at 10.
         self_normalized: whether to do without a ``log_normalizer``: the energy itself is to learn
             its constant (:math:`\log Z = 0`), which a flexible network can.
         init_log_normalizer: whether to start the parameter ``log_normalizer`` from an
@@ -81,7 +83,7 @@ class NCE(EnergyLoss):
 
     def __init__(
         self,
-        noise_ratio: int = 1,
+        noise_ratio: int = 4,
         self_normalized: bool = False,
         init_log_normalizer: bool = False,
         num_particles: int = 1,

@@ -32,8 +32,6 @@ from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, van_der_corput
 from pyro_ebm.ops.leapfrog import drift, energy_change, kick
 from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept
 
-MAX_STEPS = 1000  # of one trajectory
-
 
 class ChEESKernel(Kernel):
     r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
@@ -86,6 +84,8 @@ class ChEESKernel(Kernel):
     """
 
     has_momentum = True
+    max_steps = 1000
+    """The most leapfrog steps of one trajectory."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class ChEESKernel(Kernel):
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
-            most = MAX_STEPS * self._typical_step_size()
+            most = self.max_steps * self._typical_step_size()
             weight = info.accept_prob
             self._learner.update(state, end, end_momentum, time, weight, factor, most)
         return self.choose(accepted, end, state), info
@@ -312,7 +312,7 @@ class ChEESKernel(Kernel):
         most = self._most_steps
         if most is None:  # a look at numbers on the device: in each warmup step, and once after
             ratio = self._learner.length / self._typical_step_size()
-            most = self._most_steps = ratio.clamp(max=MAX_STEPS).tolist()
+            most = self._most_steps = ratio.clamp(max=self.max_steps).tolist()
         fraction = van_der_corput(self._steps + 1)
         return [max(1, math.ceil(fraction * m)) for m in most]
 

@@ -1,6 +1,6 @@
 """Many short chains of an energy, each giving one approximate draw."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
@@ -8,11 +8,14 @@ from torch import Tensor
 
 from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.chees import ChEESKernel
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel, refuse_temperature
 from pyro_ebm.ops.arguments import shown
+
+MAX_STEPS = 30  # of a trajectory; 15 in the mean
 
 
 class ChainDiagnostics(NamedTuple):
@@ -49,6 +52,26 @@ def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
     return GibbsKernel() if discrete else LangevinKernel()
 
 
+def sampling_kernel(energy: UnnormalizedEnergy) -> Kernel:
+    """The kernel that draws from an energy: its own, else one that forgets where chains start.
+
+    A hundred Langevin steps cross a distribution of one scale, and of scales 1 to 100 leave the
+    widest coordinate where it was. Trajectories adapt to it; their length is bounded, since on a
+    density that is not proper they would grow for ever.
+
+    Example:
+        >>> sampling_kernel(UnnormalizedEnergy(torch.square))
+        ChEESKernel()
+    """
+    if energy.kernel is not None:
+        return energy.kernel
+    kernel: Any = default_kernel(energy)
+    if isinstance(kernel, LangevinKernel):
+        kernel = ChEESKernel()
+        kernel.max_steps = MAX_STEPS
+    return kernel
+
+
 @torch.no_grad()
 def short_run(
     energy: UnnormalizedEnergy, sample_shape: torch.Size, diagnose: bool = False
@@ -69,7 +92,7 @@ def short_run(
     """
     n, steps = sample_shape.numel(), energy.num_steps
     shape = sample_shape + energy.batch_shape + energy.event_shape
-    kernel = default_kernel(energy) if energy.kernel is None else energy.kernel
+    kernel = sampling_kernel(energy)
     if not isinstance(kernel, Kernel):
         raise TypeError(
             f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"

@@ -132,7 +132,9 @@ def ascend(known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: 
     if known.since:  # in units of how large it was of late: its own size must not weigh the average
         scale = known.recent.sum(0) / min(known.since, MEMORY)
         step = slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)
-        length = (length * (step.clamp(-2, 2) * (RATE / t**0.5)).exp()).minimum(most)
+        longer = (length * (step.clamp(-2, 2) * (RATE / t**0.5)).exp()).minimum(most)
+        # chains that run away, as of an improper density, overflow and teach nothing
+        length = torch.where(longer.isfinite(), longer, length)
     return Learned(
         length,
         torch.lerp(known.log_mean, length.log(), t**-0.75),
@@ -215,7 +217,8 @@ class TrajectoryAdaptation:
         else:
             ratio = torch.linalg.solve_triangular(old, new, upper=False)
             ratio = torch.linalg.matrix_norm(ratio, 2)
-        self.start((self.length / ratio).maximum(self.length.clamp(max=usual)))
+        length = (self.length / ratio).maximum(self.length.clamp(max=usual))
+        self.start(torch.where(length.isfinite(), length, self.length))
 
     def finish(self) -> None:
         """Settles on the average."""

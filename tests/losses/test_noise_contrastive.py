@@ -266,12 +266,17 @@ def test_ranking_recovers_a_conditional_energy():
     assert (v - 0.3).abs() < SIGMAS * 0.011 * 1.2
 
 
+def test_by_default_the_variance_is_near_that_of_maximum_likelihood():
+    assert 1 + 1 / NCE().noise_ratio <= 1.25  # times that, of noise of the data's own width
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("s2", "ratio", "lam_variance", "c_variance"),
     [
         (0.25, 1, 23.96, None),
         (1.0, 1, 2.00, None),
+        (1.0, 4, 1.25, None),
         (1.0, 10, 1.10, None),
         (4.0, 1, 1.50, 1.815),
         (4.0, 10, 1.061, 0.645),
@@ -281,7 +286,12 @@ def test_ranking_recovers_a_conditional_energy():
 )
 def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
     # many fits at once: each column is a data set with its own parameters
-    fits, n = {1: (600, 4000 if s2 < 1 else 1000), 10: (400, 1000), 100: (300, 400)}[ratio]
+    fits, n = {
+        1: (600, 4000 if s2 < 1 else 1000),
+        4: (400, 1000),
+        10: (400, 1000),
+        100: (300, 400),
+    }[ratio]
     x, q = torch.randn(n, fits).double(), dist.Normal(torch.tensor(0.0).double(), s2**0.5)
     noise = q.sample((ratio, n, fits))
     fixed = [(noise, q.log_prob(noise), q.log_prob(x))]

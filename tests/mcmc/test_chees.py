@@ -10,7 +10,7 @@ from pyro.ops.stats import split_gelman_rubin
 
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, TemperingKernel
-from pyro_ebm.mcmc.chees import MAX_STEPS, ChEESKernel
+from pyro_ebm.mcmc.chees import ChEESKernel
 from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, slopes, van_der_corput
 from tests.mcmc.test_posteriors import assert_same_posterior, breast_cancer, draw, eight_schools
 from tests.statistics import assert_mean, assert_moments, normal_scores, run_kernel
@@ -48,7 +48,7 @@ def test_numbers_of_steps_follow_it():
         assert kernel.own_stats["n_steps"].tolist() == [want] * 3
 
 
-@pytest.mark.parametrize(("step_size", "most"), [(5.0, 1), (1e-6, MAX_STEPS)])
+@pytest.mark.parametrize(("step_size", "most"), [(5.0, 1), (1e-6, ChEESKernel.max_steps)])
 def test_a_trajectory_has_at_least_one_step_and_an_end(step_size, most):
     kernel = ChEESKernel(step_size=step_size, **FIXED)
     kernel.bind(normal(1.0, 2), 0)

@@ -48,6 +48,30 @@ def test_draws_are_at_temperature_1(kernel):
 # -- moments -----------------------------------------------------------------------------------
 
 
+def test_scales_of_a_hundred_to_one():
+    """The default kernel forgets its start in the widest of 50 coordinates, which Langevin's steps
+    of a length that suits the narrowest do not: 2 to 25 % of the variance after a hundred."""
+    scales = torch.logspace(-1, 1, 50)
+    x = UnnormalizedEnergy(lambda x: (x / scales).square().sum(-1) / 2, (50,)).sample((200,))
+    ratio = x.square().mean(0) / scales**2  # of mean 1 and sd .1 in exact draws
+    assert 0.5 < ratio[-1] < 1.7
+    assert 0.85 < ratio.mean() < 1.15
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 1e6])
+def test_chains_of_an_improper_density_wander_for_a_bounded_time(slope):
+    """As those of a network without a base: there is no right answer, but one in time."""
+    calls = []
+
+    def energy(x):
+        calls.append(x)
+        return slope * x.sum(-1)
+
+    x = UnnormalizedEnergy(energy, (2,)).sample((20,))
+    assert x.isfinite().all()
+    assert len(calls) < 3500  # a hundred trajectories of 15 steps in the mean, and a few more
+
+
 def test_correlated_gaussian():
     covariance = torch.tensor([[1.0, 0.6], [0.6, 2.0]])
     precision = covariance.inverse()
@@ -314,7 +338,7 @@ def test_good_chains_look_good():
     assert x.shape == (200,)
     assert diagnostics.r_hat < 1.05
     assert diagnostics.ess > 1000
-    assert abs(diagnostics.acceptance_rate - 0.574) < 0.2
+    assert diagnostics.acceptance_rate > 0.574
     assert diagnostics.step_size > 0
     assert diagnostics.num_divergences == 0
 
