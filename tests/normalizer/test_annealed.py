@@ -309,7 +309,11 @@ def test_chains_that_miss_a_mode_are_told_by_the_other_direction():
     start, betas = dist.Normal(10.0, 1.0), torch.linspace(0, 1, 20)
     with pytest.warns(UnreliableEstimateWarning, match="nats apart"):
         estimate = ais(p, samples=draws, proposal=start, betas=betas)
-    assert estimate.lower < 0.5 * math.log(math.pi / 2) + math.log(2.0) < estimate.upper
+    truth = 0.5 * math.log(math.pi / 2) + math.log(2.0)
+    # below by log 2, the mode that is missed; above is the log of that mode's share of the draws,
+    # one half with an error of .022, so that it lies within 4.5 times .045 of the truth
+    assert estimate.lower < truth - 0.4
+    assert estimate.upper > truth - 0.2
 
 
 def test_a_conditional_energy_in_reverse():

@@ -47,8 +47,8 @@ def test_the_length_of_a_path_between_gaussians():
     p = UnnormalizedEnergy(lambda x: precision * x.square().sum(-1) / 2, event_shape=(dim,))
     _, _, levels = run_pilot(p, proposal=dist.Normal(torch.zeros(dim), 1.0).to_event(1))
     want = math.sqrt(dim / 2) * math.log(precision)
-    # each of its steps has a relative error of about 1 / sqrt(2 * 256), and a bias of some percent
-    assert abs(sum(found.length for found in levels) / want - 1) < 0.1
+    # each of its steps has a relative error of about 1 / sqrt(2 * 256), and a bias of 9 percent
+    assert abs(sum(found.length for found in levels) / want - 1) < 0.15
 
 
 def test_the_kernel_is_tuned_at_each_level():

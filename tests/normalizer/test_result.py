@@ -74,7 +74,7 @@ def test_some_zeros_are_weights():
 
 
 def test_the_tail():
-    log_w = torch.stack([0.3 * torch.randn(1000), 3 * torch.randn(1000), torch.zeros(1000)], -1)
+    log_w = torch.stack([0.3 * torch.randn(4000), 3 * torch.randn(4000), torch.zeros(4000)], -1)
     k = tail_shape(log_w)
     assert k[0] < 0.5
     assert k[1] > 0.7
