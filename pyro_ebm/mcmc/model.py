@@ -213,8 +213,8 @@ class ModelPotential(FunctionPotential):
             if not self.keep_discrete and support.is_discrete:
                 way = "use MHKernel(proposal=IntegerWalk()), in a CompositeKernel beside this one"
                 raise ValueError(
-                    f"site {name!r} is discrete and cannot be summed out, and this kernel moves"
-                    f" continuous latents only: {way if is_integer(support) else OTHER_WAYS}"
+                    f"site {name!r} is discrete and cannot be summed out: this kernel moves"
+                    f" continuous latents only. So {way if is_integer(support) else OTHER_WAYS}"
                 )
             if name in moving and not is_integer(support):
                 latents = sorted(moving[name]) or "another latent"
