@@ -151,7 +151,7 @@ def unvalidated(fn: Any) -> Any:
         tensor(nan)
     """
     new = copy.copy(fn)
-    for part in _PARTS:
+    for part in PARTS:
         inner = vars(new).get(part)
         if inner is not None:
             setattr(new, part, unvalidated(inner))
@@ -160,7 +160,7 @@ def unvalidated(fn: Any) -> Any:
     return new
 
 
-_PARTS = (
+PARTS = (
     "base_dist",
     "base",
     "_component_distribution",

@@ -133,5 +133,9 @@ class EnergyPotential(Potential):
         chains = math.prod(z.shape[:-1]) // self._rows
         return z.reshape((chains,) + self.energy.batch_shape + self.sites[0].shape)
 
+    def random_part(self, z: Tensor) -> str:
+        """What of a random potential is random at positions ``(chains, dim)``, in words."""
+        return f"the energy of site {self.sites[0].name!r}"
+
     def _draw(self, num_chains: int) -> Tensor:
         return self.to_position(self.energy.starting_points((num_chains // self._rows,)))

@@ -119,12 +119,6 @@ class ExchangePotential(ModelPotential):
         )
         with starting_points_only(), poutine.block(), eval_mode(self._modules):
             trace = self._run_in_the_open()
-        # discrete latents that the potential sums out: no auxiliary depends on them
-        self._summed_out = {
-            name: node["value"]
-            for name, node in latents_of(trace).items()
-            if name not in self.names
-        }
         # each energy at some value of the latents, and the data where they lie in its support
         self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
         self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
@@ -302,11 +296,6 @@ class ExchangePotential(ModelPotential):
         points = {name: draw.y for name, draw in sites.items()}
         return AuxiliaryDraws(sites, self._terms_of_one(z, points, trace))
 
-    def _trace_at(self, z: Tensor) -> poutine.Trace:
-        """The model at a position ``(dim,)``."""
-        given = {**self._summed_out, **self.constrain(z)}
-        conditioned = poutine.condition(self._unvalidated, given)
-        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
 
     def _agree(self, z: Tensor, draws: AuxiliaryDraws) -> bool:
         want = self._terms_one_by_one(z[:2], {name: y[:2] for name, y in draws.points.items()})

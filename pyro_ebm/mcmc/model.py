@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
@@ -22,8 +21,9 @@ from pyro_ebm.distributions.calls import EnergyCallError
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.distributions.supports import plain_support
-from pyro_ebm.distributions.util import modules, unvalidated
+from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site_codes
+from pyro_ebm.mcmc.fixed_density import FixedLatents, moving_support, random_part
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.latents import transform_of
 from pyro_ebm.mcmc.masks import FillMasked, idle_elements, masked_elements, with_normal
@@ -32,6 +32,7 @@ from pyro_ebm.mcmc.normalizer_check import check_normalizers
 from pyro_ebm.mcmc.potential import FunctionPotential, Site, to_support
 from pyro_ebm.mcmc.provenance import HostReads, trace_latents
 from pyro_ebm.mcmc.starts import latents_of, started, trace_from_start
+from pyro_ebm.mcmc.validity import Checked, Unvalidated, invalid_parts, what_to_check
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
 MAX_OPEN_TRIES = 10
@@ -91,6 +92,7 @@ class ModelPotential(FunctionPotential):
             model = functools.partial(_sample_site, model)
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self.init_strategy, self.keep_discrete = init_strategy, keep_discrete
+        self._fixed = FixedLatents()
         held = modules(model)
         with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
             fill = FillMasked()
@@ -100,8 +102,12 @@ class ModelPotential(FunctionPotential):
             self.model = model = self.model if fill.names else model
             self._refuse_subsampling(trace)
             self._check_normalizers()
-            all_transforms = self._find_transforms(trace, transforms or {})
-            model = self._unvalidated = _Unvalidated()(model)
+            reads = HostReads()
+            with reads:
+                tracked = self._tracked(trace)
+            all_transforms = self._find_transforms(tracked, transforms or {})
+            self._checked = what_to_check(tracked, trace, reads.latents)
+            model = self._unvalidated = self._fixed(Unvalidated(self._checked)(model))
             latents = {name: node["fn"] for name, node in latents_of(trace).items()}
             codes = {name: site_codes(name, latents[name]) for name in all_transforms}
             for name in self._moving_supports.intersection(codes):
@@ -111,15 +117,21 @@ class ModelPotential(FunctionPotential):
                 _potential, model, args, self.kwargs, all_transforms, whole
             )
             if any(map(_is_discrete, latents.values())) and not keep_discrete:
-                _, potential_fn, _, _ = initialize_model(  # Pyro's sums the discrete sites out
-                    model,
-                    args,
-                    self.kwargs,
-                    transforms=all_transforms,
-                    max_plate_nesting=max_plate_nesting,
-                    init_strategy=started(init_strategy),
-                    initial_params={},
-                )
+                self._fixed.enumerates = True
+                with pyro.validation_enabled(False):  # the run in the open was validated
+                    _, potential_fn, _, _ = initialize_model(  # sums the discrete sites out
+                        model,
+                        args,
+                        self.kwargs,
+                        transforms=all_transforms,
+                        max_plate_nesting=max_plate_nesting,
+                        init_strategy=started(init_strategy),
+                        initial_params={},
+                    )
+        # discrete latents that are summed out, at some value
+        self._summed_out = {
+            name: _value(trace, name) for name in latents_of(trace) if name not in all_transforms
+        }
         sites = []
         for name, transform in all_transforms.items():
             value = _to_reals(transform, _value(trace, name))
@@ -160,7 +172,7 @@ class ModelPotential(FunctionPotential):
         trace, tries = None, 0
         while trace is None:
             try:
-                trace = self._run(self.model)
+                trace = self._run(self._fixed(self.model))
                 _check_shapes(trace)
                 with warnings.catch_warnings():  # a start of no density is another's concern
                     warnings.filterwarnings("ignore", "Encountered", UserWarning)
@@ -179,8 +191,8 @@ class ModelPotential(FunctionPotential):
 
     def _blame_start(self, error: Exception) -> None:
         with pyro.validation_enabled(False):
-            trace = self._run(_Unvalidated()(self.model))
-            bad = _not_finite_sites(trace)
+            trace = self._run(Unvalidated()(self.model))
+            bad = _not_finite_sites(trace, {})
         if bad:
             raise ValueError(
                 f"the model is not valid in {MAX_OPEN_TRIES} tries: {'; '.join(bad)} ({error})"
@@ -196,6 +208,12 @@ class ModelPotential(FunctionPotential):
                     f"plate {name!r} subsamples {subsample_size} of {size}: a chain needs the"
                     " density of all the data; give the plate no subsample_size"
                 )
+
+    def _tracked(self, trace: poutine.Trace) -> poutine.Trace:
+        """A run at the same latents in which tensors know which of them they come from."""
+        values = {name: _value(trace, name) for name in latents_of(trace)}
+        again = init_to_value(values=values)
+        return trace_latents(self.model, self.args, self.kwargs, again)
 
     def _find_transforms(
         self, trace: poutine.Trace, given: Mapping[str, Transform]
@@ -218,11 +236,7 @@ class ModelPotential(FunctionPotential):
                 )
             if name in moving and not is_integer(support):
                 latents = sorted(moving[name]) or "another latent"
-                raise ValueError(
-                    f"the support of site {name!r} depends on {latents}, so no fixed"
-                    " transform maps it to the reals: sample a site on a fixed support, such as"
-                    " Uniform(0, 1), and compute this one from it"
-                )
+                raise ValueError(moving_support(name, str(latents)))
             if name in given:
                 found[name] = given[name]
             elif support.is_discrete:
@@ -257,14 +271,23 @@ class ModelPotential(FunctionPotential):
         parts = zip(self.sites, z.split(self.sizes), strict=True)
         if infinite := [site.name for site, part in parts if part.isinf().any()]:
             return f"site(s) {infinite} start on the boundary of the support, or at infinity"
-        conditioned = poutine.condition(self._unvalidated, self.constrain(z))
         with self._quiet(), starting_points_only(), poutine.block():
             try:
-                trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
+                bad = _not_finite_sites(self._trace_at(z), self._checked)
             except torch.linalg.LinAlgError as error:
                 return f"a matrix in the model is singular ({error})"
-            bad = _not_finite_sites(trace)
         return "; ".join(bad) if bad else super().blame(z)
+
+    def random_part(self, z: Tensor) -> str:
+        """What of a random potential is random at positions ``(chains, dim)``, in words."""
+        with self._quiet(), starting_points_only(), poutine.block():
+            return random_part([functools.partial(self._trace_at, row) for row in z])
+
+    def _trace_at(self, z: Tensor) -> poutine.Trace:
+        """A run of the model at a position ``(dim,)``."""
+        given = {**self._summed_out, **self.constrain(z)}
+        conditioned = poutine.condition(self._unvalidated, given)
+        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
 
 
 def lone_energy(
@@ -335,14 +358,20 @@ def _without_density(trace: poutine.Trace | None, error: Exception) -> str:
     return f"the model cannot be run: {error}"
 
 
-def _not_finite_sites(trace: poutine.Trace) -> list[str]:
-    bad = []
+def _not_finite_sites(trace: poutine.Trace, checked: Mapping[str, Checked]) -> list[str]:
+    bad: list[str] = []
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and not site_is_subsample(node):
             log_prob = node["fn"].log_prob(node["value"])
             if not log_prob.isfinite().all():
                 what = "nan" if log_prob.isnan().any() else "infinite"
-                bad.append(f"the log density of site {name!r} is {what}")
+                invalid = (
+                    invalid_parts(node["fn"], node["value"], checked[name])
+                    if name in checked
+                    else ()
+                )
+                why = "".join(f", as {part}" for part in invalid)
+                bad.append(f"the log density of site {name!r} is {what}{why}")
     return bad
 
 
@@ -368,15 +397,6 @@ def _potential(
         inside = trace.nodes[name]["fn"].support.check(x[name]).all()
         potential = potential.where(inside, torch.inf)
     return potential
-
-
-class _Unvalidated(Messenger):
-    """Lets every site see values outside its support, as proposals are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        # a part of a distribution may have been made, and told to validate, outside the model
-        if isinstance(msg["fn"], Distribution):
-            msg["fn"] = unvalidated(msg["fn"])
 
 
 def _sample_site(distribution: Any) -> Tensor:

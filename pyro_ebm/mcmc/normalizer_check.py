@@ -23,10 +23,12 @@ The first run cannot see that a dependence cancels, as in a location family :mat
 there the user's word ``constant_normalizer=True`` waives the check.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -38,6 +40,7 @@ from torch.distributions import Independent, MixtureSameFamily, TransformedDistr
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import bounds_of, uniform_start
+from pyro_ebm.mcmc.fixed_density import FixedLatents, check_model_repeats
 from pyro_ebm.mcmc.mode import called_in_eval_mode
 from pyro_ebm.mcmc.provenance import (
     HostReads,
@@ -69,6 +72,7 @@ def check_normalizers(
         init_strategy: gives values to the latents, as in Pyro's kernels.
 
     Raises:
+        ValueError: if the model is not one fixed density (:mod:`pyro_ebm.mcmc.fixed_density`).
         NormalizerError: names the site, the latents it depends on, and the ways out.
 
     Example:
@@ -137,7 +141,7 @@ def moving_normalizers(
         >>> [(moving.name, moving.parts) for moving in moving_normalizers(model, (torch.ones(()),))]
         [('x', {'energy': frozenset({'theta'})})]
     """
-    kwargs = dict(kwargs or {})
+    kwargs, fixed = dict(kwargs or {}), FixedLatents()(model)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     reads = HostReads()
     found: dict[_Key, dict[str, frozenset[str]]] = {}
@@ -145,7 +149,7 @@ def moving_normalizers(
     was_read: set[tuple[_Key, str]] = set()
     with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
         with reads, OnlyValuesCount():
-            tracked = trace_latents(model, args, kwargs, init_strategy)
+            tracked = trace_latents(fixed, args, kwargs, init_strategy)
             suspects = _suspects(tracked)
             # evaluated now: the next run may overwrite the weights of a module
             first = {key: suspect.evaluate(suspect.points) for key, suspect in suspects.items()}
@@ -153,6 +157,9 @@ def moving_normalizers(
             for part, values in parts.items():
                 if latents := get_provenance(values) - {key[0]}:
                     found.setdefault(key, {})[part] = latents
+        if not found:  # else the model is refused already, for a better reason
+            model = fixed
+            _check_repeats(model, args, kwargs, tracked)
         again = reads.latents or (suspects and _has_discrete_latents(tracked))
         same_data = poutine.replay(model, trace=_subsamples(tracked))
         for _ in range(NUM_RERUNS_AFTER_READS if again else NUM_RERUNS):
@@ -208,6 +215,24 @@ _WAYS_OUT = (
 
 def _listed(latents: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, latents))) or "a latent"
+
+
+def _check_repeats(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: poutine.Trace
+) -> None:
+    """What differs between runs at the same latents depends on noise, and not on a latent."""
+    values = {
+        name: detach_provenance(site["value"])
+        for name, site in at.nodes.items()
+        if site["type"] == "sample" and (not site["is_observed"] or site_is_subsample(site))
+    }
+    pinned = poutine.trace(poutine.condition(model, values))
+    with (
+        pyro.validation_enabled(False),
+        poutine.block(),
+        contextlib.suppress(torch.linalg.LinAlgError),  # no density at this start
+    ):
+        check_model_repeats(lambda: pinned.get_trace(*args, **kwargs))
 
 
 def _subsamples(trace: poutine.Trace) -> poutine.Trace:

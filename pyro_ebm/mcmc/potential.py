@@ -26,12 +26,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.mcmc.batched import Batched, refuse_slow
 from pyro_ebm.mcmc.engine import first_line
+from pyro_ebm.mcmc.fixed_density import check_repeats
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
 MAX_INIT_TRIES = 100
 # What vmap may raise of a function that does without it.
 _UNMAPPED = (UserWarning, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+NUM_REPEATED = 4  # chains at which the potential is evaluated again
 
 
 class Site(NamedTuple):
@@ -183,12 +185,14 @@ class Potential(ABC):
         """Starting positions ``(num_chains, dim)`` at which the potential and gradient are finite.
 
         Raises:
-            ValueError: if a chain has found none after 100 draws; it names the site to blame.
+            ValueError: if a chain has found none after 100 draws, or the potential is random; it
+                names the site to blame.
         """
         z = self._draw(num_chains).clone()
         bad = self._not_finite(z)
         for _ in range(MAX_INIT_TRIES):
             if not bad.any():
+                self._check_repeats(z[: NUM_REPEATED * self.groups])
                 return z
             # draws come with one chain of each group: ask for those that hold a bad chain
             rows = bad.reshape(-1, self.groups).any(-1)
@@ -206,7 +210,7 @@ class Potential(ABC):
 
         Raises:
             ValueError: if they have other names or shapes than the sites, or lie where the
-                potential is not finite.
+                potential is not finite, or it is random.
         """
         if params.keys() != set(self.names):
             raise ValueError(
@@ -241,6 +245,7 @@ class Potential(ABC):
                 f"initial_params of chain {int(bad.nonzero()[0])} do not do:"
                 f" {self.blame(z[bad][0])}"
             )
+        self._check_repeats(z[: NUM_REPEATED * self.groups])
         return z
 
     def _draw(self, num_chains: int) -> Tensor:
@@ -250,11 +255,24 @@ class Potential(ABC):
         return torch.cat([nothing, *starts], -1)
 
     def _not_finite(self, z: Tensor) -> Tensor:
+        finite = [part.isfinite().reshape(z.shape[0], -1).all(-1) for part in self._evaluated(z)]
+        return ~torch.stack(finite).all(0)
+
+    def _evaluated(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The potential, and its gradient in the continuous sites if there are any."""
         if all(site.codes is not None for site in self.sites):  # there may be no gradient at all
             with torch.no_grad():
-                return ~self(z).isfinite()
+                return (self(z),)
         value, grad = self.value_and_grad(z)
-        return ~(value.isfinite() & self._of_reals(grad).isfinite().all(-1))
+        return value, self._of_reals(grad)
+
+    def _check_repeats(self, z: Tensor, draws: bool = False) -> None:
+        """Raises a ValueError if the potential at some chains' positions is random."""
+        check_repeats(lambda: self._evaluated(z), lambda: self.random_part(z), draws)
+
+    def random_part(self, z: Tensor) -> str:
+        """What of a random potential is random at positions ``(chains, dim)``, in words."""
+        return "the potential"
 
     def _of_reals(self, z: Tensor) -> Tensor:
         """The columns of the continuous sites."""
@@ -305,6 +323,7 @@ class FunctionPotential(Potential):
         self.potential_fn = potential_fn
         self._modules = tuple(modules)
         self._batched = Batched(self._one)
+        self._draws = False  # whether an evaluation drew random numbers, and was the same again
         self._vectorizes: bool | Literal["rewritten"] | None = None  # None: not tried yet
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -331,8 +350,9 @@ class FunctionPotential(Potential):
             if get_proxy_mode() is not None:
                 raise
             value = self._one_by_one(z)
-            self._vectorizes = False
-            self._tell_slow(first_line(error))
+            self._vectorizes, reason = False, first_line(error)
+            self._check_repeats(z, draws="randomness" in reason)
+            self._tell_slow(reason)
             return value
 
     def _mapped(self, way: bool | str | None) -> Callable[[Tensor], Tensor]:
@@ -349,7 +369,12 @@ class FunctionPotential(Potential):
         return value.reshape(()).to(z.dtype)
 
     def _one_by_one(self, z: Tensor) -> Tensor:
-        return torch.stack([self._one(row) for row in z])
+        before = torch.get_rng_state()
+        values = torch.stack([self._one(row) for row in z])
+        if not self._draws and not torch.equal(before, torch.get_rng_state()):
+            self._draws = True
+            self._check_repeats(z.detach(), draws=True)
+        return values
 
     def _can_vectorize(self, z: Tensor) -> bool:
         if self._vectorizes is None:
@@ -374,6 +399,7 @@ class FunctionPotential(Potential):
                 except _UNMAPPED as error:
                     reason = first_line(error)
             self._vectorizes = False
+            self._check_repeats(some, draws="randomness" in reason)
             self._tell_slow(reason)
         return bool(self._vectorizes)
 
