@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
@@ -25,6 +26,7 @@ from pyro_ebm.distributions.util import modules
 from pyro_ebm.mcmc.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site_codes
 from pyro_ebm.mcmc.fixed_density import FixedLatents, moving_support, random_part
 from pyro_ebm.mcmc.fixed_supports import moving_supports
+from pyro_ebm.mcmc.given_transforms import check_transform
 from pyro_ebm.mcmc.latents import transform_of
 from pyro_ebm.mcmc.masks import FillMasked, idle_elements, masked_elements, with_normal
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
@@ -237,16 +239,19 @@ class ModelPotential(FunctionPotential):
             if name in moving and not is_integer(support):
                 latents = sorted(moving[name]) or "another latent"
                 raise ValueError(moving_support(name, str(latents)))
-            if name in given:
+            if name in given and not support.is_discrete:
                 found[name] = given[name]
+                value = detach_provenance(_value(trace, name))
+                check_transform(name, given[name], support, value)
             elif support.is_discrete:
                 found[name] = identity_transform
             else:
                 found[name] = transform_of(name, node["fn"])
-        if unknown := given.keys() - found.keys():
+        reals = [name for name in found if not trace.nodes[name]["fn"].support.is_discrete]
+        if unknown := given.keys() - set(reals):
             raise ValueError(
                 f"transforms= names {sorted(unknown)}, but the continuous latent sites are"
-                f" {sorted(found)}"
+                f" {sorted(reals)}"
             )
         return found
 

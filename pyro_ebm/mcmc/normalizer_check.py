@@ -222,7 +222,7 @@ def _check_repeats(
 ) -> None:
     """What differs between runs at the same latents depends on noise, and not on a latent."""
     values = {
-        name: detach_provenance(site["value"])
+        name: detach_provenance(cast(Tensor, site["value"]))
         for name, site in at.nodes.items()
         if site["type"] == "sample" and (not site["is_observed"] or site_is_subsample(site))
     }

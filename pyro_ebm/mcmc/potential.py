@@ -27,6 +27,7 @@ from pyro_ebm.distributions.discrete import BlockGibbs
 from pyro_ebm.mcmc.batched import Batched, refuse_slow
 from pyro_ebm.mcmc.engine import first_line
 from pyro_ebm.mcmc.fixed_density import check_repeats
+from pyro_ebm.mcmc.given_transforms import check_from_reals
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
@@ -465,6 +466,10 @@ def sites_of(
 ) -> list[Site]:
     """The sites of a dict of one chain's unconstrained values."""
     transforms = transforms or {}
+    if unknown := sorted(transforms.keys() - params.keys()):
+        raise ValueError(f"transforms= names {unknown}, but the sites are {sorted(params)}")
+    for name, transform in transforms.items():
+        check_from_reals(name, transform, params[name].detach())
     return [
         Site(name, value.shape, value.dtype, transforms.get(name, identity_transform), value.device)
         for name, value in params.items()

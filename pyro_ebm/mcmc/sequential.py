@@ -10,6 +10,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.given_transforms import check_codomain
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.record import Bar, Chain, cut_short, fields_of, stack, warmup_fields_of
 from pyro_ebm.mcmc.results import Results
@@ -22,6 +23,8 @@ def check_run(
     """Raises a ValueError unless these arguments of a run are what they should be."""
     if transforms is not None:
         check_mapping("transforms", transforms, Transform, "transforms")
+        for name, transform in transforms.items():
+            check_codomain(name, transform)
     if hook_fn is not None:
         check_callable("hook_fn", hook_fn)
     if save_params is not None and (not isinstance(save_params, list | tuple) or not save_params):
