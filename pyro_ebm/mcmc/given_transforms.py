@@ -134,8 +134,7 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
         point = onto(u)
         if not (_close(onto.inv(point), u) and _inside(support, point)):
             continue  # so far out that it is rounded to the boundary
-        told = domain is not None and not constraints.is_dependent(domain)
-        if told and not bool(domain.check(point).all()):
+        if domain is not None and not _inside(domain, point):
             yield f"it is defined on {domain}, and {_point(point)} is in the support"
         z = to_reals(point)
         if not (z.isinf().any() or _close(inverse(z), point)):
