@@ -178,7 +178,8 @@ class MCMC(ChainByChain):
         with self._over.all_or_none("the check of the run"):
             self._check(args, kwargs)
         run = {"vectorized": self._run_vectorized, "sequential": self._run_sequential}
-        run.get(self.chain_method, self._run_parallel)(args, kwargs)
+        with self._checked_model(args, kwargs):
+            run.get(self.chain_method, self._run_parallel)(args, kwargs)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be run."""

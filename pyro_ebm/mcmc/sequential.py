@@ -10,6 +10,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.mcmc.checked_model import CheckedModel
 from pyro_ebm.mcmc.given_transforms import check_codomain
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.record import Bar, Chain, cut_short, fields_of, stack, warmup_fields_of
@@ -128,6 +129,20 @@ class ChainByChain(Results):
             yield
         finally:
             kernel._given_params = before
+
+    @contextlib.contextmanager
+    def _checked_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Lets a kernel of Pyro see the model with the checks that this package's kernels make."""
+        kernel: Any = self.kernel
+        model = getattr(kernel, "model", None)
+        if isinstance(kernel, Kernel) or model is None:
+            yield
+            return
+        kernel.model = CheckedModel(model, args, kwargs, rejects=self.disable_validation is True)
+        try:
+            yield
+        finally:
+            kernel.model = model
 
     def _validation(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.kernel, Kernel) or self.disable_validation is None:

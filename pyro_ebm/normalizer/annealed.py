@@ -46,10 +46,12 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.parts import support_of
 from pyro_ebm.distributions.supports import same_support
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.mcmc.fixed_density import check_repeats
 from pyro_ebm.mcmc.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.langevin import LangevinKernel
 from pyro_ebm.mcmc.population import Population, population_of
+from pyro_ebm.mcmc.potential import NUM_REPEATED
 from pyro_ebm.mcmc.short_run import short_run
 from pyro_ebm.mcmc.tempering import TemperingKernel
 from pyro_ebm.normalizer.function_path import FunctionPath
@@ -213,7 +215,15 @@ def anneal(
 
     Returns:
         The log weights, shape ``(chains,)``.
+
+    Raises:
+        ValueError: if the energy is random: it gives other values at the same points.
     """
+    path.at(max(betas))
+    path.at(max(betas))
+    some = z[: NUM_REPEATED * path.groups]
+    with torch.no_grad():
+        check_repeats(lambda: (path(some),), lambda: "the energy")
     path.at(betas[0])
     kernel.init(z)
     name = "anneal" if betas[0] < betas[-1] else "anneal in reverse"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyro.infer import MCMC as PyroMCMC
+from pyro.infer import NUTS
 
 from pyro_ebm import MCMC, GibbsKernel, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import (
@@ -22,6 +23,7 @@ from pyro_ebm.mcmc import (
     check_normalizers,
 )
 from pyro_ebm.mcmc.energy_potential import EnergyPotential
+from pyro_ebm.normalizer import estimate_log_normalizer
 
 Y = torch.tensor(1.0)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -107,6 +109,22 @@ def test_under_the_runner_of_pyro():
         mcmc.run()
 
 
+@pytest.mark.parametrize("model", [noise, a_hidden_sample, noise_beside_a_sum, a_counter])
+def test_under_nuts(model):
+    mcmc = MCMC(NUTS(model, max_plate_nesting=0), 10, 10, disable_progbar=True)
+    with pytest.raises(ValueError, match="the log density of site 'y' is random"):
+        mcmc.run()
+
+
+@pytest.mark.parametrize("name", ["in_one_branch", "in_a_rare_branch", "between_other_bounds"])
+def test_latents_that_come_and_go_under_nuts(name):
+    model = globals()[name]
+    mcmc = MCMC(NUTS(model), 100, 100, num_chains=2, disable_progbar=True)
+    with pytest.raises(ValueError, match=BRANCHES[model]):
+        mcmc.run()
+    assert mcmc.kernel.model is model
+
+
 def test_a_random_factor():
     def model():
         pyro.factor("f", -((x_latent() + 0.1 * torch.randn(())) ** 2))
@@ -169,6 +187,12 @@ def test_a_potential_of_ones_own():
 def test_an_energy_that_is_sampled_by_itself():
     with pytest.raises(ValueError, match="the energy of site 'x' is random"):
         UnnormalizedEnergy(noisy).sample()
+
+
+def test_annealing():
+    p = UnnormalizedEnergy(noisy, base=dist.Normal(0.0, 2.0))
+    with pytest.raises(ValueError, match="the energy is random"):
+        estimate_log_normalizer(p, "ais", num_chains=20, betas=[0.0, 0.5, 1.0])
 
 
 def test_an_energy_is_not_blamed_on_latents():

@@ -2,8 +2,10 @@
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer.mcmc.api as pyro_api
 import pytest
 import torch
+from pyro.infer import NUTS
 from torch import tensor
 
 from pyro_ebm import MCMC, GibbsKernel, LangevinKernel, MHKernel
@@ -43,12 +45,16 @@ def of_a_latent():
     pyro.sample("b", dist.Gamma(a_latent(), 1.0))
 
 
+def gamma_model():
+    pyro.sample("y", dist.Gamma(a_latent(), 1.0), obs=Y)
+
+
 def two(a):
     return torch.stack([a, torch.ones_like(a)])
 
 
 MODELS = {
-    "gamma": observed(lambda a: dist.Gamma(a, 1.0)),
+    "gamma": gamma_model,
     "beta": observed(lambda a: dist.Beta(a, 1.0)),
     "dirichlet": observed(lambda a: dist.Dirichlet(two(a)), tensor([0.3, 0.7])),
     "weibull": observed(lambda a: dist.Weibull(1.0, a)),
@@ -129,6 +135,16 @@ def test_posterior(name):
     assert (a > 0).all()
     mean, sd = moments(lambda a: dist.Gamma(a, 1.0).log_prob(Y.double()))
     assert_moments(a, mean, sd**2)
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_under_nuts(method, monkeypatch):
+    monkeypatch.setattr(pyro_api.mp, "cpu_count", lambda: 8)
+    kernel = NUTS(gamma_model)
+    mcmc = MCMC(kernel, 200, 50, num_chains=2, disable_progbar=True, chain_method=method)
+    mcmc.run()
+    assert (mcmc.get_samples()["a"] > 0).all()
+    assert kernel.model is gamma_model
 
 
 def test_constant_arguments_are_not_looked_at():
