@@ -111,7 +111,7 @@ def invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[s
             argument = getattr(part, name)
             if not _check(constraint, argument).all():
                 yield f"the argument {name} of {type(part).__name__} is not in {constraint}"
-    if checked.value and not _check(_support(fn), value).all():
+    if checked.value and not _inside(fn, value).all():
         yield f"the value is not in the support {_support(fn)}"
 
 
@@ -120,11 +120,20 @@ def _log_prob(fn: Any, checked: Checked, value: Tensor, *args: Any, **kwargs: An
     log_prob = fn.log_prob(value, *args, **kwargs)
     valid = _valid(fn, checked.arguments)
     if checked.value:
-        valid = valid & _check(_support(fn), value)
+        valid = valid & _inside(fn, value)
     if valid is True:
         return log_prob
     # added, and not chosen by torch.where, which would cost as much again in the backward sweep
     return log_prob + torch.where(valid, 0.0, -torch.inf).to(log_prob)
+
+
+def _inside(fn: Any, value: Tensor) -> Tensor:
+    """Where a value lies in the support, or is masked."""
+    if isinstance(fn, MaskedDistribution):
+        return _inside(fn.base_dist, value) | ~torch.as_tensor(fn._mask)
+    if isinstance(fn, Independent) and fn.reinterpreted_batch_ndims:
+        return _inside(fn.base_dist, value).flatten(-fn.reinterpreted_batch_ndims).all(-1)
+    return _check(_support(fn), value)
 
 
 def _valid(fn: Any, names: frozenset[str] | None) -> Any:
