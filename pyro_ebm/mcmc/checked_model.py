@@ -66,7 +66,7 @@ class CheckedModel:
             with HostReads() as reads:
                 tracked = trace_latents(*settings)
         self._rejects = rejects
-        self._handlers = [FixedLatents(enumerates=True)]
+        self._handlers: list[Any] = [FixedLatents(enumerates=True)]
         if rejects:
             self._handlers.append(Unvalidated(what_to_check(tracked, validated, reads.latents)))
 
