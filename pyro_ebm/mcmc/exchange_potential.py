@@ -296,7 +296,6 @@ class ExchangePotential(ModelPotential):
         points = {name: draw.y for name, draw in sites.items()}
         return AuxiliaryDraws(sites, self._terms_of_one(z, points, trace))
 
-
     def _agree(self, z: Tensor, draws: AuxiliaryDraws) -> bool:
         want = self._terms_one_by_one(z[:2], {name: y[:2] for name, y in draws.points.items()})
         return all(

@@ -370,12 +370,8 @@ def _not_finite_sites(trace: poutine.Trace, checked: Mapping[str, Checked]) -> l
             log_prob = node["fn"].log_prob(node["value"])
             if not log_prob.isfinite().all():
                 what = "nan" if log_prob.isnan().any() else "infinite"
-                invalid = (
-                    invalid_parts(node["fn"], node["value"], checked[name])
-                    if name in checked
-                    else ()
-                )
-                why = "".join(f", as {part}" for part in invalid)
+                parts = invalid_parts(node["fn"], _value(trace, name), checked.get(name))
+                why = "".join(f", as {part}" for part in parts)
                 bad.append(f"the log density of site {name!r} is {what}{why}")
     return bad
 
