@@ -61,10 +61,11 @@ class CheckedModel:
                 validated = trace_from_start(*settings)
             except ValueError:  # at an unlucky start
                 validated = poutine.Trace()
-            for name, latents in moving_supports(*settings).items():
-                raise ValueError(moving_support(name, str(sorted(latents) or "another latent")))
             with HostReads() as reads:
                 tracked = trace_latents(*settings)
+            for name, latents in moving_supports(*settings).items():
+                if not tracked.nodes[name]["fn"].support.is_discrete:
+                    raise ValueError(moving_support(name, str(sorted(latents) or "another latent")))
         self._rejects = rejects
         self._handlers: list[Any] = [FixedLatents(enumerates=True)]
         if rejects:
