@@ -74,8 +74,8 @@ FAMILIES: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "gamma": (0, lambda m: dist.Gamma(2.0 + m.tanh(), torch.ones_like(m))),
     "halfnormal": (0, lambda m: dist.HalfNormal(1.5 + m.tanh())),
     "beta": (0, lambda m: dist.Beta(2.0 + m.tanh(), 2.0 * torch.ones_like(m))),
-    # bounds that no latent had a part in: one that moved them would be refused
-    "uniform": (0, lambda m: dist.Uniform(torch.full(m.shape, -1.0, dtype=m.dtype), 2.0)),
+    # bounds that latents lend their shape: one that moved them would be refused
+    "uniform": (0, lambda m: dist.Uniform(-torch.ones_like(m), m.new_full(m.shape, 2.0))),
     "vonmises": (0, lambda m: dist.VonMises(m, torch.ones_like(m) * 2)),
     "dirichlet": (
         1,
