@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
@@ -130,7 +131,9 @@ def _bounds(support: constraints.Constraint) -> tuple[Any, Any] | None:
     return -math.inf if low is None else low, math.inf if high is None else high
 
 
-def _at_most(one: Tensor | float, other: Tensor | float) -> bool:
+def _at_most(one: Any, other: Any) -> bool:
+    # a look of ours is no read of the model's
+    one, other = detach_provenance(one), detach_provenance(other)
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return bool((torch.as_tensor(one) <= torch.as_tensor(other)).all())
     return one <= other
