@@ -117,18 +117,19 @@ def _another_shape(
     if x.numel() == 0:
         return None
     flat = x.reshape((-1,) + event_shape)
-    for points in (flat, flat[0]):
-        if points.shape != x.shape and _takes(energy, points):
+    for points, batch in ((flat, flat.shape[:1]), (flat[0], ())):
+        if points.shape != x.shape and _takes(energy, points, torch.Size(batch)):
             return points.shape
     return None
 
 
-def _takes(energy: Callable[[Tensor], Any], x: Tensor) -> bool:
+def _takes(energy: Callable[[Tensor], Any], x: Tensor, want: torch.Size | None = None) -> bool:
+    """Whether it maps these points to anything, or to a tensor of this shape."""
     try:
-        energy(x)
+        value = energy(x)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    return True
+    return want is None or (isinstance(value, Tensor) and value.shape == want)
 
 
 def _wrapped(event_shape: torch.Size) -> str:

@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta, ProjectedNormal, constraints
+from pyro.poutine import Trace
+from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.supports import plain_support
+from pyro_ebm.ops.arguments import is_array, shown
 
 
 def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
@@ -67,6 +70,35 @@ def transform_of(name: str, fn: Any) -> Transform:
             " Transform from the support to the reals (with init_strategy=init_to_value(...), if"
             " the distribution cannot be drawn from)"
         ) from error
+
+
+class DataError(ValueError):
+    """An observed value is no tensor."""
+
+
+def refuse_arrays(trace: Trace) -> None:
+    """Raises a DataError for an observed array or list, which torch's densities do not take."""
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"]:
+            continue
+        x = node["value"]
+        if not isinstance(x, Tensor) and is_array(x) and getattr(x, "ndim", 1) > 0:
+            raise DataError(
+                f"the data at site {name!r} must be a tensor, got {shown(x)}: use torch.as_tensor"
+            )
+
+
+def without_density(trace: Trace | None) -> str | None:
+    """In words, the first site whose log density could not be computed."""
+    for name, node in trace.nodes.items() if trace is not None else ():
+        if node["type"] == "sample" and "log_prob_sum" not in node:
+            fn, x = node["fn"], node["value"]
+            what = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else shown(x)
+            return (
+                f"site {name!r} has no log density: {type(fn).__name__} of shape"
+                f" {tuple(fn.shape())} cannot compute it, or not at a value of {what}"
+            )
+    return None
 
 
 def _innermost(fn: Any) -> Any:

@@ -1,5 +1,6 @@
 """A Pyro model, with its arguments, as a potential."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from pyro_ebm.mcmc.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site
 from pyro_ebm.mcmc.fixed_density import FixedLatents, moving_support, random_part
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.given_transforms import check_transform
-from pyro_ebm.mcmc.latents import transform_of
+from pyro_ebm.mcmc.latents import DataError, refuse_arrays, transform_of, without_density
 from pyro_ebm.mcmc.masks import FillMasked, idle_elements, masked_elements, with_normal
 from pyro_ebm.mcmc.mode import called_in_eval_mode, unique
 from pyro_ebm.mcmc.normalizer_check import check_normalizers
@@ -176,23 +177,30 @@ class ModelPotential(FunctionPotential):
             try:
                 trace = self._run(self._fixed(self.model))
                 _check_shapes(trace)
+                refuse_arrays(trace)
                 with warnings.catch_warnings():  # a start of no density is another's concern
                     warnings.filterwarnings("ignore", "Encountered", UserWarning)
                     trace.log_prob_sum()
-            except NotImplementedError as error:
-                raise ValueError(_without_density(trace, error)) from error
             except (ValueError, torch.linalg.LinAlgError) as error:
                 # a random start may give a distribution arguments that it does not take
                 trace, tries = None, tries + 1
-                if isinstance(error.__cause__, EnergyCallError):  # no start will do
-                    raise
+                if isinstance(error.__cause__ or error, EnergyCallError | DataError):
+                    raise  # it is the same at any start
                 if tries == MAX_OPEN_TRIES:
                     self._blame_start(error)
                     raise
+            except (RuntimeError, TypeError) as error:
+                told, kind = without_density(trace), type(error)
+                if told is None or kind not in (RuntimeError, TypeError, NotImplementedError):
+                    raise
+                if kind is NotImplementedError:
+                    kind, told = ValueError, f"{told}; rewrite it, or see pyro.infer.reparam"
+                raise kind(f"{told}: {error}") from error
         return trace
 
     def _blame_start(self, error: Exception) -> None:
-        with pyro.validation_enabled(False):
+        bad: list[str] = []
+        with pyro.validation_enabled(False), contextlib.suppress(RuntimeError, TypeError):
             trace = self._run(Unvalidated()(self.model))
             bad = _not_finite_sites(trace, {})
         if bad:
@@ -348,19 +356,6 @@ def _check_shapes(trace: poutine.Trace) -> None:
         want, got = tuple(node["fn"].shape()), tuple(_value(trace, name).shape)
         if got != want:
             raise ValueError(f"init_strategy starts site {name!r} at shape {got}, not {want}")
-
-
-def _without_density(trace: poutine.Trace | None, error: Exception) -> str:
-    """In words, which site cannot tell its density."""
-    for name, node in trace.nodes.items() if trace is not None else ():
-        if node["type"] == "sample" and "log_prob_sum" not in node:
-            kind = type(node["fn"]).__name__
-            return (
-                f"the density of site {name!r} ({kind}) is not implemented ({error}): no kernel"
-                " can sample the model without it; rewrite the site, or see the reparametrizers"
-                " of pyro.infer.reparam"
-            )
-    return f"the model cannot be run: {error}"
 
 
 def _not_finite_sites(trace: poutine.Trace, checked: Mapping[str, Checked]) -> list[str]:

@@ -19,7 +19,7 @@ from pyro_ebm import (
     estimate_log_normalizer,
     product,
 )
-from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.nn import ConvEnergy, MLPEnergy
 
 
 def images():
@@ -192,3 +192,10 @@ def test_no_warning_and_no_second_call_where_all_is_well():
         warnings.simplefilter("error")
         p.log_prob(torch.zeros(3))
     assert calls == [(3,)]
+
+
+def test_a_network_of_images_whose_points_lack_the_channel():
+    """One point too few dimensions is no batch of points."""
+    p = UnnormalizedEnergy(ConvEnergy((1, 8, 8)), event_shape=(8, 8))
+    with pytest.raises(ValueError, match=r"ConvEnergy.*event_shape=\(8, 8\).*one point"):
+        p.sample()
