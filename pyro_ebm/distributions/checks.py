@@ -13,9 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.callers import sampler_of_a_posterior
 from pyro_ebm.distributions.supports import plain_support
@@ -125,26 +123,6 @@ def expanded_base(
             f"base {type(base).__name__} has batch_shape={tuple(base.batch_shape)}, which does not"
             f" expand to the energy's {tuple(batch_shape)}"
         ) from error
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the values of a tensor.
-
-    Example:
-        >>> readable(torch.ones(2))
-        True
-        >>> seen = []
-        >>> _ = torch.vmap(lambda x: seen.append(readable(x)) or x)(torch.ones(2))
-        >>> seen
-        [False]
-    """
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and not tensor.is_meta
-        and not is_functorch_wrapped_tensor(tensor)
-        and get_proxy_mode() is None
-        and not torch.jit.is_tracing()
-    )
 
 
 def checked_normalizer(log_normalizer: Tensor | None, batch_shape: torch.Size) -> Tensor | None:

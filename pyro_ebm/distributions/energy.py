@@ -37,10 +37,9 @@ from pyro_ebm.distributions.checks import (
     fixed_weights,
     lift_support,
     normalizers_minded,
-    readable,
     refuse_missing_constant,
 )
-from pyro_ebm.distributions.util import first_tensor, modules, uniform_start
+from pyro_ebm.distributions.util import first_tensor, modules, readable, uniform_start
 from pyro_ebm.ops.arguments import check_number, check_tensor, shown
 from pyro_ebm.ops.score import score
 

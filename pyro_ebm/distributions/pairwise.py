@@ -35,10 +35,10 @@ import torch
 from pyro.distributions import Categorical, constraints
 from torch import Tensor
 
-from pyro_ebm.distributions.checks import readable
 from pyro_ebm.distributions.couplings import check_symmetric, floating, interactions
 from pyro_ebm.distributions.discrete import codewords
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.util import readable
 from pyro_ebm.ops.enumerate import check_enumerable, log_sum_over_states, states, values_of_states
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_ebm.distributions.positive_definite import positive_definite
+from pyro_ebm.distributions.util import readable
 
 
 def plain_support(support: constraints.Constraint) -> constraints.Constraint:
@@ -39,9 +40,16 @@ def plain_support(support: constraints.Constraint) -> constraints.Constraint:
         return positive_definite
     if type(support) is type(constraints.interval(0, 1)):
         low, high = support.lower_bound, support.upper_bound
-        if _at_most(math.inf, high) and not _at_most(low, -math.inf):
+        if _is_infinite(high) and not _is_infinite(low):
             return constraints.greater_than(low)
     return support
+
+
+def _is_infinite(bound: Any) -> bool:
+    """Whether a bound is infinite everywhere, as far as may be read: a latent's may not."""
+    if isinstance(bound, Tensor):
+        return readable(bound) and bool(bound.isinf().all())
+    return math.isinf(bound)
 
 
 def _hull(support: constraints.Constraint, dim: int) -> constraints.Constraint:

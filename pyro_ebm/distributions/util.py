@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.discrete import codewords
 
@@ -115,6 +117,26 @@ def first_tensor(*functions: Any) -> Tensor | None:
                 if tensor.is_floating_point():
                     return tensor
     return None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor.
+
+    Example:
+        >>> readable(torch.ones(2))
+        True
+        >>> seen = []
+        >>> _ = torch.vmap(lambda x: seen.append(readable(x)) or x)(torch.ones(2))
+        >>> seen
+        [False]
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not is_functorch_wrapped_tensor(tensor)
+        and get_proxy_mode() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 def bounds_of(support: Any) -> list[Any]:

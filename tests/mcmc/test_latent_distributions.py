@@ -15,6 +15,8 @@ from torch import tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
+from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.provenance import HostReads, trace_latents
 from tests.statistics import assert_mean
 
 ones, zeros, eye = torch.ones, torch.zeros, torch.eye
@@ -380,3 +382,21 @@ def test_a_distribution_that_needs_no_other_words_starts_as_it_is():
 
     MCMC(LangevinKernel(model, init_strategy=start), 1, disable_progbar=True).run()
     assert set(seen) == {"Independent"}
+
+
+def test_bounds_that_are_computed_from_latents_are_not_read():
+    """A read is a suspicion: it costs sixty further runs, and names the wrong latents."""
+
+    def model():
+        b = pyro.sample("b", dist.HalfNormal(1.0))
+        support = constraints.interval(torch.zeros(()), 1 + b)
+        p = UnnormalizedEnergy(torch.square, support=support, constant_normalizer=True)
+        with poutine.mask(mask=tensor(False)):
+            pyro.sample("x", p, obs=tensor(math.nan))
+
+    with HostReads() as reads:
+        trace_latents(model, (), {}, init_to_sample)
+    assert not reads.latents
+    value, grad = ModelPotential(model).value_and_grad(zeros(3, 1))
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
