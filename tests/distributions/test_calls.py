@@ -140,7 +140,8 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_losses_name_the_site():
-    net = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Linear(16, 1), nn.Flatten(-2))
+    channel = nn.Unflatten(1, (1, 2))
+    net = nn.Sequential(channel, nn.Conv1d(1, 4, 2), nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0))
 
     def model(x):
         pyro.module("net", net)

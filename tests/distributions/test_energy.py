@@ -418,8 +418,8 @@ def test_repr():
             r"event_shape=\(3, 2\) does not fit the support CorrCholesky",
         ),
         (
-            lambda: UnnormalizedEnergy(half_square, (3, 3), constraints.positive_definite),
-            r"no bijection .* PositiveDefinite",
+            lambda: UnnormalizedEnergy(half_square, (3,), dist.constraints.sphere),
+            r"no bijection .* Sphere",
         ),
         (
             lambda: UnnormalizedEnergy(half_square, (3,), base=dist.Normal(0.0, 1.0)),
