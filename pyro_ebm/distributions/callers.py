@@ -57,7 +57,9 @@ class Call(NamedTuple):
     def _key(self) -> tuple[int, ...]:
         # an ELBO sees other data at each step
         given = () if isinstance(self.owner, ELBO) else (*self.args, *self.kwargs.values())
-        return tuple(map(id, (self.model, *given)))
+        # a method is another object whenever it is looked up
+        model = (getattr(self.model, part, self.model) for part in ("__self__", "__func__"))
+        return tuple(map(id, (*model, *given)))
 
 
 def sampler_of_a_posterior() -> Call | None:

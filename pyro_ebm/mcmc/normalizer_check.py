@@ -160,7 +160,8 @@ def moving_normalizers(
         if not found:  # else the model is refused already, for a better reason
             model = fixed
             _check_repeats(model, args, kwargs, tracked)
-        again = reads.latents or (suspects and _has_discrete_latents(tracked))
+        unknown = any(not suspect.is_known for suspect in suspects.values())
+        again = reads.latents or (unknown and _has_discrete_latents(tracked))
         same_data = poutine.replay(model, trace=_subsamples(tracked))
         for _ in range(NUM_RERUNS_AFTER_READS if again else NUM_RERUNS):
             others = _suspects(unvalidated_trace(same_data, args, kwargs, init_strategy))

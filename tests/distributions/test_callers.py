@@ -208,6 +208,21 @@ def test_an_elbo_is_checked_once():
     assert len(calls) < 20 + 15
 
 
+def test_a_method_is_the_same_model_whenever_it_is_looked_up():
+    class Network:
+        calls = 0
+
+        def model(self, x):
+            self.calls += 1
+            fixed(x)
+
+    network, elbo = Network(), Trace_ELBO()
+    auto = AutoNormal(network.model)
+    for i in range(20):
+        elbo.loss(network.model, auto, DATA + i)
+    assert network.calls < 20 + 15
+
+
 def test_our_losses_are_not():
     net = torch.nn.Linear(1, 1)
 
