@@ -21,7 +21,9 @@ from torch.distributions.transforms import Transform
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from pyro_ebm.distributions.boundary import check_inside
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.row_check import check_rows
 from pyro_ebm.mcmc.auxiliary import (
     Auxiliary,
     Draw,
@@ -122,6 +124,8 @@ class ExchangePotential(ModelPotential):
         # each energy at some value of the latents, and the data where they lie in its support
         self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
         self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
+        with self._quiet():
+            self._check_data()
         self._draws_vectorize: dict[bool, bool] = {}  # those for tuning, and the others
 
     def _choose(self, num_steps: int | None, kernel: Kernel | None) -> dict[str, Auxiliary]:
@@ -139,6 +143,17 @@ class ExchangePotential(ModelPotential):
             )
             for name, (energy, _) in self._examples.items()
         }
+
+    def _check_data(self) -> None:
+        """Whether rows influence each other, and whether inner chains can start at the data."""
+        for name, (energy, x) in self._examples.items():
+            check_rows(energy, x, f"the energy of site {name!r} ({energy.energy_name})")
+            if isinstance(self.auxiliaries[name], InnerChain):
+                # masked rows are NaN
+                rows = x.reshape((-1,) + energy.event_shape)
+                hidden = rows.isnan().reshape(len(rows), -1).any(-1)
+                seen = rows[~hidden] if hidden.any() else x
+                check_inside(energy.support, seen, f"the data at site {name!r}")
 
     # -- which sites, and which do not cancel ----------------------------------------------------
 

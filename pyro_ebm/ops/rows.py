@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from pyro_ebm.files import random_state, set_random_state
 from pyro_ebm.ops.compiled import as_written
 
+ROUNDING = 100
+"""Differences of so many units in the last place of the largest value are no influence,"""
 MAX_RELATIVE = 0.05
+"""nor are, in low precision, those of so large a part of it."""
 
 
 def rows_interact(
@@ -68,7 +71,7 @@ def rows_interact(
         floating = [t.dtype for t in (x, value) if t.is_floating_point()]
         eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
         scale = 1 + float(value.double().abs().masked_fill(~value.isfinite(), 0).max())
-        tolerance = min(1000 * eps, MAX_RELATIVE) * scale
+        tolerance = min(ROUNDING * eps, MAX_RELATIVE) * scale
         half = _half(batch, seed).to(x.device)
         for kept in (half, ~half):
             rows = kept.reshape(batch + (1,) * event_dim)
