@@ -235,7 +235,7 @@ def _certain(p: UnnormalizedEnergy, value: Any, method: str) -> NormalizerEstima
 
 
 def _is_closed_form(p: UnnormalizedEnergy) -> bool:
-    return isinstance(p, ExponentialFamily) and p.log_normalizer is p._own_log_normalizer
+    return isinstance(p, ExponentialFamily) and p._normalized_parts is not None
 
 
 def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
