@@ -12,7 +12,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
-from pyro.ops.provenance import detach_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
@@ -108,7 +107,7 @@ class ModelPotential(FunctionPotential):
             reads = HostReads()
             with reads:
                 tracked = self._tracked(trace)
-            all_transforms = self._find_transforms(tracked, transforms or {})
+            all_transforms = self._find_transforms(trace, transforms or {})
             self._checked = what_to_check(tracked, trace, reads.latents)
             model = self._unvalidated = self._fixed(Unvalidated(self._checked)(model))
             latents = {name: node["fn"] for name, node in latents_of(trace).items()}
@@ -249,7 +248,7 @@ class ModelPotential(FunctionPotential):
                 raise ValueError(moving_support(name, str(latents)))
             if name in given and not support.is_discrete:
                 found[name] = given[name]
-                value = detach_provenance(_value(trace, name))
+                value = _value(trace, name)
                 check_transform(name, given[name], support, value)
             elif support.is_discrete:
                 found[name] = identity_transform
