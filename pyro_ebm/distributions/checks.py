@@ -154,6 +154,19 @@ def normalizers_minded() -> Iterator[None]:
         _minded.reset(token)
 
 
+_posterior_checks: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], None]] = []
+
+
+def register_posterior_check(
+    check: Callable[[Any, tuple[Any, ...], dict[str, Any]], None],
+) -> None:
+    """Adds a check of a model, its arguments and keyword arguments, to be made in Pyro's samplers.
+
+    Distributions know no models: the check comes from where models are run.
+    """
+    _posterior_checks.append(check)
+
+
 def refuse_missing_constant(
     energy: Any, lags: Callable[[Tensor], bool], x: Tensor, log_prob: Tensor
 ) -> None:
@@ -179,10 +192,9 @@ def refuse_missing_constant(
     if not _under_svi():
         call = sampler_of_a_posterior()
         if call is not None and not call.is_known:
-            from pyro_ebm.mcmc.normalizer_check import check_normalizers
-
             with normalizers_minded():  # the check asks for densities too
-                check_normalizers(call.model, call.args, call.kwargs)
+                for check in _posterior_checks:
+                    check(call.model, call.args, call.kwargs)
             call.remember()
         return
     if log_prob.requires_grad and lags(x.detach()):

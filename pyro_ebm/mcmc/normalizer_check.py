@@ -38,6 +38,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, TransformedDistribution
 
+from pyro_ebm.distributions.checks import register_posterior_check
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.util import bounds_of, uniform_start
 from pyro_ebm.mcmc.fixed_density import FixedLatents, check_model_repeats
@@ -86,6 +87,9 @@ def check_normalizers(
     """
     for moving in moving_normalizers(model, args, kwargs, init_strategy):
         raise NormalizerError(f"{moving}{_WAYS_OUT}")
+
+
+register_posterior_check(check_normalizers)
 
 
 class MovingNormalizer(NamedTuple):
