@@ -178,11 +178,16 @@ def by_hand(elbo, how, model):
 
 
 @pytest.mark.filterwarnings("ignore:.*ound no sample sites")
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("elbo", ELBOS)
+@pytest.mark.parametrize(
+    ("elbo", "how"),
+    [
+        (elbo, how)
+        for elbo in ELBOS
+        for how in HOW
+        if how not in ("differentiable_loss", "module") or hasattr(elbo, "differentiable_loss")
+    ],
+)
 def test_elbos_by_hand(elbo, how):
-    if how in ("differentiable_loss", "module") and elbo in (TraceGraph_ELBO, RenyiELBO):
-        pytest.skip("it has no such loss")
     with pytest.raises(ValueError, match="site 'x': its energy depends on 't'"):
         by_hand(elbo, how, precision)
     for model in (location, known, fixed):
