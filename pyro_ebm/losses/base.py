@@ -64,8 +64,9 @@ class EnergyLoss(Trace_ELBO):
         **kwargs: as in ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: (when used) for NaN data, an energy network that ``SVI`` would not train, or a
-            site that the method cannot judge; each names the site.
+        ValueError: (when used) for NaN data, an energy network that ``SVI`` would not train, an
+            energy that depends on other rows of the batch, or a site that the method cannot judge;
+            each names the site.
     """
 
     needs_noise = False
