@@ -40,9 +40,11 @@ class MCMC(ChainByChain):
     r"""A drop-in for ``pyro.infer.MCMC`` that runs many chains at once.
 
     A model whose unknown log Z depends on a latent is refused before sampling
-    (:class:`~pyro_ebm.mcmc.NormalizerError`). The model is validated once, when it is traced;
-    proposals outside a support are then rejected, not raised. Ctrl-C keeps the draws made so far
-    (but in parallel, where the worker processes hold them).
+    (:class:`~pyro_ebm.mcmc.NormalizerError`), and so is one that is not a fixed density: random
+    numbers inside it, latents that come and go. The model is validated once, when it is traced;
+    proposals outside a support, or at which an argument of a distribution is not valid, are then
+    rejected, not raised. Ctrl-C keeps the draws made so far (but in parallel, where the worker
+    processes hold them).
 
     Args:
         kernel: any kernel of this package, or of Pyro (one chain at a time).
