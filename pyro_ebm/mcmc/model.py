@@ -59,9 +59,11 @@ class ModelPotential(FunctionPotential):
 
     Raises:
         NormalizerError: if an unknown or learned log Z depends on a latent.
-        ValueError: if the support of a latent depends on another, or the model is not valid (where
-            ``pyro.enable_validation`` has it checked): the run that finds its sites is the only
-            one that is validated.
+        ValueError: if the support of a latent depends on another, the model is not one fixed
+            density (:mod:`pyro_ebm.mcmc.fixed_density`), ``transforms`` do not map supports onto
+            the reals, or the model is not valid (where ``pyro.enable_validation`` has it checked):
+            the run that finds its sites is the only one that is validated. Later states that are
+            not valid have no density (:mod:`pyro_ebm.mcmc.validity`).
 
     Example:
         >>> def model(y):
