@@ -62,13 +62,10 @@ class Batched:
         Raises:
             RuntimeError: where the function cannot be mapped.
         """
-        # Pyro sums in logarithms (enumeration, hidden Markov models) by an autograd.Function that
-        # has no rule for vmap; this one has, and is the same for whoever else calls it
-        special._SafeLog = _SafeLog
         like = tree_leaves(x)[0]
         for _ in range(MAX_RESTARTS):
             try:
-                with as_written():
+                with as_written(), _sums_that_map():
                     return vmap(self._one)(x, like.new_ones(like.shape[:1], dtype=torch.bool))
             except _Written as found:
                 self._written.add(found.place)
@@ -99,6 +96,17 @@ class _Differ(Exception):
     def __init__(self, labels: Tensor):
         super().__init__(labels)
         self.labels = labels
+
+
+@contextlib.contextmanager
+def _sums_that_map() -> Iterator[None]:
+    """Pyro sums in logarithms (enumeration, hidden Markov models) by a function that vmap maps."""
+    before = special._SafeLog
+    special._SafeLog = _SafeLog
+    try:
+        yield
+    finally:
+        special._SafeLog = before
 
 
 @contextlib.contextmanager
