@@ -6,7 +6,8 @@ within ``vmap`` or a graph. Here the same checks are tensor code: :math:`\log p 
 argument, or an observed value that a latent moves, is not allowed, and the state is rejected.
 
 Only what depends on latents is checked, and not what shows by itself: NaN, or a matrix that has no
-Cholesky factor.
+Cholesky factor. Nor is an argument whose numbers are those of a latent, as a view of its tensor,
+where the support of that latent lies within what is allowed: a positive latent may be a scale.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
-from pyro.ops.provenance import get_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -30,7 +31,9 @@ from torch.distributions import (
 )
 from torch.distributions.utils import lazy_property
 
+from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.distributions.util import PARTS, tensors_of, unvalidated
+from pyro_ebm.mcmc.starts import latents_of
 
 
 class Checked(NamedTuple):
@@ -85,14 +88,18 @@ def what_to_check(
         reads: the latents whose values left the tensors; where there are any, all is checked.
     """
     found = {}
+    latents = latents_of(tracked)
     for name, node in tracked.nodes.items():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
         fn: Any = node["fn"]
         if name in validated.nodes and _is_told_not_to(validated.nodes[name]["fn"]):
             continue
-        given = [(arg, getattr(part, arg)) for part, arg, _ in _arguments(fn)]
-        names = {arg for arg, value in given if reads or get_provenance(value)}
+        names = {
+            arg
+            for part, arg, constraint in _arguments(fn)
+            if reads or _may_leave(getattr(part, arg), constraint, latents)
+        }
         support = _support(fn)
         value = node["is_observed"] and not isinstance(fn, Delta) and _shows(support) is False
         if value and not (reads and Distribution._validate_args):
@@ -100,6 +107,16 @@ def what_to_check(
         if names or value:
             found[name] = Checked(None if reads else frozenset(names), value)
     return found
+
+
+def _may_leave(argument: Tensor, constraint: Any, latents: Mapping[str, Any]) -> bool:
+    """Whether an argument moves, and is not the own value of a latent that is always allowed."""
+    sources = get_provenance(argument)
+    return bool(sources) and not any(
+        _storage(argument) == _storage(latents[name]["value"])
+        and _is_within(_support(latents[name]["fn"]), constraint)
+        for name in sources & latents.keys()
+    )
 
 
 def invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[str]:
@@ -120,7 +137,8 @@ def _log_prob(fn: Any, checked: Checked, value: Tensor, *args: Any, **kwargs: An
     log_prob = fn.log_prob(value, *args, **kwargs)
     valid = _valid(fn, checked.arguments)
     if checked.value:
-        valid = valid & _inside(fn, value)
+        inside = _inside(fn, value)
+        valid = inside if valid is True else valid & inside
     if valid is True:
         return log_prob
     # added, and not chosen by torch.where, which would cost as much again in the backward sweep
@@ -146,12 +164,13 @@ def _valid(fn: Any, names: frozenset[str] | None) -> Any:
         if ok is not True and extra > 0:
             ok = ok.expand(torch.broadcast_shapes(ok.shape, (1,) * extra))
             ok = ok.flatten(-extra).all(-1)
-        valid = valid & ok
+        valid = ok if valid is True else valid & ok
     if isinstance(fn, MaskedDistribution) and valid is not True:
         valid = valid | ~torch.as_tensor(fn._mask)
     for _, name, constraint in _own_arguments(fn):
         if names is None or name in names:
-            valid = _check(constraint, getattr(fn, name)) & valid
+            ok = _check(constraint, getattr(fn, name))
+            valid = ok if valid is True else valid & ok
     return valid
 
 
@@ -195,6 +214,38 @@ def _shows(constraint: Any) -> bool | None:
 
 
 _SHOW = (constraints.real, constraints.real_vector, constraints.positive_definite)
+
+
+def _is_within(support: Any, constraint: Any) -> bool:
+    """Whether a constraint holds on all of a support, as far as their bounds tell."""
+    parts = []
+    for part in (plain_support(support), constraint):
+        while isinstance(part, constraints.independent):
+            part = part.base_constraint
+        parts.append(part)
+    if constraints.simplex in parts:
+        return parts[0] is parts[1]
+    if not all(isinstance(part, _BOUNDED) for part in parts):
+        return False
+    (low, high), (least, most) = (
+        [torch.as_tensor(getattr(part, name, end)) for name, end in _ENDS] for part in parts
+    )
+    return bool((low >= least).all() and (high <= most).all())
+
+
+_BOUNDED = tuple(
+    type(each)
+    for each in (
+        constraints.greater_than(0),
+        constraints.greater_than_eq(0),
+        constraints.interval(0, 1),
+    )
+)
+_ENDS = (("lower_bound", -torch.inf), ("upper_bound", torch.inf))
+
+
+def _storage(x: Any) -> int:
+    return detach_provenance(x).untyped_storage().data_ptr()
 
 
 def _check(constraint: Any, value: Any) -> Tensor:

@@ -157,10 +157,30 @@ def test_constant_arguments_are_not_looked_at():
     def model():
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
         pyro.sample("x", dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
-        pyro.sample("y", dist.Normal(0.0, scale), obs=Y)
+        pyro.sample("y", dist.Normal(0.0, scale - 1), obs=Y)
 
     checked = ModelPotential(model)._checked
     assert {name: sorted(c.arguments or ()) for name, c in checked.items()} == {"y": ["scale"]}
+
+
+def test_a_positive_latent_may_be_a_scale():
+    """What has the latent's own values needs no check; what is computed from them does."""
+
+    def model(scale_of, prior=None):
+        scale = scale_of(pyro.sample("scale", prior or dist.HalfCauchy(1.0)))
+        pyro.sample("y", dist.LogNormal(torch.zeros(3), scale).to_event(1), obs=torch.ones(3))
+
+    def checked(*args):
+        return sorted(ModelPotential(model, args)._checked)
+
+    assert checked(lambda scale: scale) == []
+    assert checked(lambda scale: scale[None].expand(3)) == []
+    assert checked(lambda scale: scale, dist.Gamma(2.0, 1.0).expand([3]).to_event(1)) == []
+    assert checked(lambda scale: scale, dist.Uniform(0.0, 1.0)) == []
+    assert checked(lambda scale: scale, dist.Uniform(-1.0, 1.0)) == ["y"]
+    assert checked(lambda scale: scale, dist.Normal(2.0, 1.0)) == ["y"]
+    assert checked(lambda scale: scale - 1) == ["y"]
+    assert checked(lambda scale: torch.where(scale > 3, scale - 4, scale)) == ["y"]
 
 
 def test_what_is_told_not_to_validate_is_left_alone():
