@@ -175,7 +175,7 @@ def test_a_positive_latent_may_be_a_scale():
 
     assert checked(lambda scale: scale) == []
     assert checked(lambda scale: scale[None].expand(3)) == []
-    assert checked(lambda scale: scale, dist.Gamma(2.0, 1.0).expand([3]).to_event(1)) == []
+    assert checked(lambda scale: scale, three_of(dist.Gamma(2.0, 1.0))) == []
     assert checked(lambda scale: scale, dist.Uniform(0.0, 1.0)) == []
     assert checked(lambda scale: scale, dist.Uniform(-1.0, 1.0)) == ["y"]
     assert checked(lambda scale: scale, dist.Normal(2.0, 1.0)) == ["y"]
