@@ -416,6 +416,8 @@ def test_float64():
 
 
 def test_compiled_draws_are_the_eager_ones():
+    torch.set_default_dtype(torch.float64)  # in single precision rounding may turn one acceptance
+
     def run(jit_compile):
         pyro.set_rng_seed(2)
         p = UnnormalizedEnergy(double_well, (2,))
@@ -425,7 +427,7 @@ def test_compiled_draws_are_the_eager_ones():
         assert bool(kernel._inner._engine._graphs) == jit_compile
         return mcmc.get_samples()["x"]
 
-    torch.testing.assert_close(run(True), run(False), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(run(True), run(False), rtol=1e-7, atol=1e-7)
 
 
 # -- the tempered potential, bad input -------------------------------------------------------------
@@ -476,7 +478,7 @@ def test_bad_kernels():
         with pytest.raises(ValueError, match="kernel must be a kernel of pyro_ebm that moves one"):
             TemperingKernel(bad, BETAS)
     warm = LangevinKernel(temperature=2.0)
-    for bad in (warm, CompositeKernel(kernels=[GibbsKernel(), warm])):
+    for bad in (warm, CompositeKernel(kernels=[warm, LangevinKernel(temperature=2.0)])):
         with pytest.raises(ValueError, match=r"temperature=2.0, but exchanges are between"):
             TemperingKernel(bad, BETAS)
     with pytest.raises(ValueError, match="neither a model nor a potential_fn"):
