@@ -19,6 +19,7 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_ebm.distributions.boundary import inside
 from pyro_ebm.distributions.calls import EnergyCallError
+from pyro_ebm.distributions.checks import normalizers_minded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.distributions.supports import plain_support
@@ -122,7 +123,8 @@ class ModelPotential(FunctionPotential):
             )
             if any(map(_is_discrete, latents.values())) and not keep_discrete:
                 self._fixed.enumerates = True
-                with pyro.validation_enabled(False):  # the run in the open was validated
+                # the run in the open was validated, and the normalizers have been checked
+                with pyro.validation_enabled(False), normalizers_minded():
                     _, potential_fn, _, _ = initialize_model(  # sums the discrete sites out
                         model,
                         args,
