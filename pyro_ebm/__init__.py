@@ -84,7 +84,6 @@ __all__ = [
     "fisher_divergence",
     "load_training",
     "mixture",
-    "nn",
     "product",
     "save_training",
     "score",

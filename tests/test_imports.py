@@ -286,6 +286,10 @@ def test_importing_the_package_brings_nothing_heavy():
 
 
 def test_the_front_door_shows_every_room():
-    code = "import pyro_ebm; print(pyro_ebm.nn.MLPEnergy, pyro_ebm.ops, pyro_ebm.normalizer)"
+    # ... and a star import leaves `from torch import nn` alone
+    code = (
+        "import pyro_ebm; print(pyro_ebm.nn.MLPEnergy, pyro_ebm.ops, pyro_ebm.normalizer);"
+        "from torch import nn; from pyro_ebm import *; nn.Module"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
