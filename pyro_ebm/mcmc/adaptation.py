@@ -205,9 +205,6 @@ class Adaptation:
         max_step_size: no step size is larger, if given.
 
     Attributes:
-        step_size: shape ``(groups,)``; from :meth:`start` to the fast end of the warmup
-            ``(chains,)``. It changes by another tensor in its place: what is computed of one is
-            kept, so never write into it.
         factor: :math:`L`, shape ``(groups, dim)`` or ``(groups, dim, dim)``; None is the identity.
     """
 
@@ -244,7 +241,11 @@ class Adaptation:
 
     @property
     def step_size(self) -> Tensor:
-        """See above."""
+        """Shape ``(groups,)``; from :meth:`start` to the fast end of the warmup ``(chains,)``.
+
+        It changes by another tensor in its place: what is computed of one is kept, so never write
+        into it.
+        """
         return self._step_size
 
     @step_size.setter
