@@ -24,6 +24,9 @@ from pyro_ebm.distributions.energy import starting_points_only
 from pyro_ebm.mcmc.discrete_sites import site_codes
 from pyro_ebm.mcmc.potential import Site
 
+# what arithmetic, indices and a user's own assertions may raise at values that no chain has
+_FAR_OUT = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
+
 
 def scattered_trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], i: int
@@ -41,7 +44,7 @@ def scattered_trace(
     with pyro.validation_enabled(False), poutine.block(), starting_points_only():
         try:
             return poutine.trace(started).get_trace(*args, **kwargs)
-        except Exception:  # noqa: BLE001
+        except _FAR_OUT:
             return None
 
 

@@ -66,7 +66,9 @@ def scripted(net):
 
 
 def sharded(net):
-    return pytest.importorskip("torch.distributed.fsdp").fully_shard(net)
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(net)
 
 
 WRAPPERS = {
