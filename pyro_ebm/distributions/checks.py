@@ -147,6 +147,9 @@ _minded: ContextVar[bool] = ContextVar("_minded", default=False)
 @contextlib.contextmanager
 def normalizers_minded() -> Iterator[None]:
     """Within this context somebody minds the log Z of energies: a loss, or the user's own word."""
+    if torch.compiler.is_compiling():  # nothing is checked there, and no context can be traced
+        yield
+        return
     token = _minded.set(True)
     try:
         yield
@@ -187,7 +190,7 @@ def refuse_missing_constant(
         ValueError: under ``SVI.step`` with any loss but ours.
         NormalizerError: in another algorithm of Pyro, see :mod:`pyro_ebm.distributions.callers`.
     """
-    if _minded.get():
+    if torch.compiler.is_compiling() or _minded.get():  # a compiler traces no check of who calls
         return
     if not _under_svi():
         call = sampler_of_a_posterior()

@@ -253,3 +253,12 @@ def test_laplace_after_training_elsewhere():
 def test_no_posterior_no_check():
     Predictive(precision, num_samples=3)(DATA)
     assert UnnormalizedEnergy(torch.square).log_prob(torch.ones(())) == -1
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_log_densities_compile_whole(constant):
+    p = UnnormalizedEnergy(lambda x: x**2 / 2, constant_normalizer=constant, validate_args=False)
+    x = torch.randn(3)
+    want = p.log_prob(x)  # looks for the modules of the energy, once
+    compiled = torch.compile(p.log_prob, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), want)
