@@ -48,7 +48,7 @@ API_PAGES = Path(__file__).parent / "api"
 
 
 def resolve_public_name(app, env, node, contnode):
-    """Link `pyro_ebm.MCMC`, as users write it, to `pyro_ebm.mcmc.runner.MCMC`, where it lives."""
+    """Link `pyro_ebm.MCMC`, as users write it, to the module where it lives."""
     target = node.get("reftarget", "")
     parts = target.split(".")
     if node.get("refdomain") != "py" or parts[0] != "pyro_ebm":

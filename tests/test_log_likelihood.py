@@ -13,8 +13,8 @@ from pyro.infer import NUTS
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy, to_arviz
-from pyro_ebm.mcmc import replay
-from pyro_ebm.mcmc.replay import Replay, energies_of
+from pyro_ebm.diagnostics import replay
+from pyro_ebm.diagnostics.replay import Replay, energies_of
 
 Y = torch.tensor([2.0, -1.0, 0.5])
 MU = torch.linspace(-2.0, 2.0, 6)

@@ -1,19 +1,19 @@
 """What you write in a model: energies as Pyro distributions."""
 
-from pyro_ebm.distributions.belief_network import DeepBeliefNetwork
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.combine import IntegrabilityWarning, contrast, product
-from pyro_ebm.distributions.discrete import BlockGibbs, spin
+from pyro_ebm.distributions.boltzmann.belief_network import DeepBeliefNetwork
+from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.potts import Potts
+from pyro_ebm.distributions.boltzmann.rbm import RBM, JointRBM
+from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.distributions.core.discrete import BlockGibbs, spin
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.families import Family
-from pyro_ebm.distributions.gaussian_rbm import GaussianRBM
-from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature
-from pyro_ebm.distributions.lattice import lattice_edges
-from pyro_ebm.distributions.mixtures import mixture
-from pyro_ebm.distributions.potts import Potts
-from pyro_ebm.distributions.rbm import RBM, JointRBM
-from pyro_ebm.distributions.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.exponential.families import Family
+from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
+from pyro_ebm.distributions.mixture import mixture
+from pyro_ebm.distributions.product import IntegrabilityWarning, contrast, product
 
 __all__ = [
     "RBM",

@@ -27,8 +27,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_ebm.distributions.calls import NARROW, EnergyCallError, explain
-from pyro_ebm.distributions.checks import (
+from pyro_ebm.distributions.checks.arguments import (
     check_bijection,
     checked_normalizer,
     checked_shape,
@@ -39,14 +38,15 @@ from pyro_ebm.distributions.checks import (
     normalizers_minded,
     refuse_missing_constant,
 )
-from pyro_ebm.distributions.util import first_tensor, modules, readable, uniform_start
+from pyro_ebm.distributions.checks.energy_calls import NARROW, EnergyCallError, explain
+from pyro_ebm.distributions.core.introspection import first_tensor, modules, readable, uniform_start
 from pyro_ebm.ops.arguments import check_number, check_tensor, shown
 from pyro_ebm.ops.score import score
 
 if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernel import Kernel
+    from pyro_ebm.mcmc.kernels.base import Kernel
     from pyro_ebm.mcmc.short_run import ChainDiagnostics
-    from pyro_ebm.normalizer.result import NormalizerEstimate
+    from pyro_ebm.normalizer.estimate_result import NormalizerEstimate
 
 _only_starts: ContextVar[bool] = ContextVar("_only_starts", default=False)
 
@@ -274,7 +274,7 @@ class UnnormalizedEnergy(TorchDistribution):
         Raises:
             ValueError: under ``SVI.step`` with a plain ELBO that would train the energy without
                 its log Z, and in other algorithms of Pyro that can be seen
-                (:mod:`pyro_ebm.distributions.callers`) if a latent moves it.
+                (:mod:`pyro_ebm.distributions.checks.callers`) if a latent moves it.
         """
         check_tensor("value", value)
         if self._validate_args and value.numel():  # torch's checks choke on none at all
@@ -431,7 +431,7 @@ class UnnormalizedEnergy(TorchDistribution):
             >>> cold.log_prob(torch.tensor(1.0))
             tensor(-2.)
         """
-        from pyro_ebm.distributions.combine import tempered  # which combines energies
+        from pyro_ebm.distributions.product import tempered  # which combines energies
 
         return tempered(self, beta)
 

@@ -1,12 +1,12 @@
 """How you fit: losses for ``SVI`` in which energy sites need no log Z."""
 
 from pyro_ebm.losses.base import EnergyLoss
-from pyro_ebm.losses.checkpoint import load_training, save_training
-from pyro_ebm.losses.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.losses.contrastive.fit_rbm import fit_layers, fit_rbm
 from pyro_ebm.losses.flow_contrastive import FlowNCE
-from pyro_ebm.losses.layers import fit_layers, fit_rbm
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
+from pyro_ebm.losses.saving.training import load_training, save_training
 from pyro_ebm.losses.score_matching import (
     DenoisingScoreMatching,
     ScoreMatching,

@@ -24,11 +24,11 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from pyro_ebm.distributions.calls import at_site
-from pyro_ebm.distributions.checks import normalizers_minded
+from pyro_ebm.distributions.checks.arguments import normalizers_minded
+from pyro_ebm.distributions.checks.energy_calls import at_site
+from pyro_ebm.distributions.checks.rows import check_rows
+from pyro_ebm.distributions.core.introspection import modules
 from pyro_ebm.distributions.energy import find_energy
-from pyro_ebm.distributions.row_check import check_rows
-from pyro_ebm.distributions.util import modules
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite, find_site, leaves
 from pyro_ebm.ops.arguments import check_count, shown

@@ -29,8 +29,8 @@ from torch.nn.functional import logsigmoid
 
 from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
 from pyro_ebm.losses.sites import EnergySite, leaves
-from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.arguments import check_number, shown
+from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.score import value_and_grad
 
 

@@ -32,7 +32,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_ebm.distributions.util import sources
+from pyro_ebm.distributions.core.introspection import sources
 from pyro_ebm.losses.sites import leaves
 from pyro_ebm.ops.distributed import gathered
 

@@ -28,9 +28,9 @@ from torch.nn.functional import logsigmoid
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
-from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.ops.arguments import check_number, check_tensor, shown
 from pyro_ebm.ops.distributed import gathered
+from pyro_ebm.ops.eval_mode import eval_mode
 
 
 class NCE(EnergyLoss):

@@ -26,7 +26,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_ebm.distributions.boundary import (
+from pyro_ebm.distributions.checks.boundary import (
     boundary_error,
     elementwise,
     ends_of,

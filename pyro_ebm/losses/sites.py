@@ -9,8 +9,8 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_ebm.distributions.core.masks import unmasked
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.ops.arguments import check_tensor
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.losses.sites import leaves
-from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.ops.line_integral import gradient_tells_all
+from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.integration.line_integral import gradient_tells_all
 from pyro_ebm.ops.score import value_and_grad
 
 

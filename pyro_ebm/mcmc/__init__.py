@@ -5,25 +5,35 @@ Pyro's own ``HMC`` and ``NUTS`` stand beside this package's kernels.
 
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 
-from pyro_ebm.mcmc.barker import BarkerKernel
-from pyro_ebm.mcmc.chees import ChEESKernel
-from pyro_ebm.mcmc.composite import CompositeKernel
-from pyro_ebm.mcmc.discrete_gradient import DiscreteLangevinKernel, GibbsWithGradientsKernel
-from pyro_ebm.mcmc.discrete_proposals import Flip, Swap
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.mcmc.exchange import ExchangeKernel
-from pyro_ebm.mcmc.gibbs import GibbsKernel
-from pyro_ebm.mcmc.inner_steps import InnerStepsReport, inner_steps_report
-from pyro_ebm.mcmc.integer_walk import IntegerWalk
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
-from pyro_ebm.mcmc.langevin import LangevinKernel
-from pyro_ebm.mcmc.metropolis import Independence, MHKernel, Proposal, RandomWalk
-from pyro_ebm.mcmc.model import ModelPotential
-from pyro_ebm.mcmc.normalizer_check import NormalizerError, check_normalizers
-from pyro_ebm.mcmc.potential import FunctionPotential, Potential, Site
-from pyro_ebm.mcmc.runner import MCMC
+from pyro_ebm.mcmc.exchange.inner_steps import InnerStepsReport, inner_steps_report
+from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
+from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel, geometric_betas
+from pyro_ebm.mcmc.kernels.discrete.discrete_gradient import (
+    DiscreteLangevinKernel,
+    GibbsWithGradientsKernel,
+)
+from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
+from pyro_ebm.mcmc.kernels.discrete.proposals import Flip, Swap
+from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
+from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
+from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import (
+    Independence,
+    MHKernel,
+    Proposal,
+    RandomWalk,
+)
+from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.potentials.model import ModelPotential
+from pyro_ebm.mcmc.running.mcmc import MCMC
 from pyro_ebm.mcmc.short_run import ChainDiagnostics
-from pyro_ebm.mcmc.tempering import TemperingKernel, geometric_betas
+from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.models.checks.intractability import NormalizerError, check_normalizers
+from pyro_ebm.models.sites.site import Site
 
 __all__ = [
     "HMC",

@@ -6,13 +6,13 @@ import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from pyro_ebm.distributions.discrete import BlockGibbs
+from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.chees import ChEESKernel
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.mcmc.gibbs import GibbsKernel
-from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.langevin import LangevinKernel, refuse_temperature
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
+from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel, refuse_temperature
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.ops.arguments import shown
 
 MAX_STEPS = 30  # of a trajectory; 15 in the mean

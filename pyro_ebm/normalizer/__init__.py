@@ -1,10 +1,10 @@
 """How much mass there is: estimates of log Z, and likelihoods."""
 
+from pyro_ebm.normalizer.annealing.path import GeometricPath, Path, TemperedPath
+from pyro_ebm.normalizer.annealing.rbm_path import LayersPath
 from pyro_ebm.normalizer.estimate import estimate_log_normalizer
-from pyro_ebm.normalizer.evaluate import LogLikelihood, evaluate
-from pyro_ebm.normalizer.layers import LayersPath
-from pyro_ebm.normalizer.path import GeometricPath, Path, TemperedPath
-from pyro_ebm.normalizer.result import NormalizerEstimate, UnreliableEstimateWarning
+from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, UnreliableEstimateWarning
+from pyro_ebm.normalizer.likelihood import LogLikelihood, evaluate
 
 __all__ = [
     "GeometricPath",

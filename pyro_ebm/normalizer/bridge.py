@@ -30,8 +30,8 @@ from pyro.ops.stats import effective_sample_size as chain_sample_size
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.normalizer.result import (
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.normalizer.estimate_result import (
     NormalizerEstimate,
     check_weights,
     effective_sample_size,
@@ -39,7 +39,7 @@ from pyro_ebm.normalizer.result import (
     warn,
     warn_if_unreliable,
 )
-from pyro_ebm.normalizer.starts import (
+from pyro_ebm.normalizer.proposals import (
     DistributionStart,
     GaussianStart,
     ProductStart,

@@ -19,20 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions.discrete import codewords
+from pyro_ebm.distributions.checks.rows import check_rows
+from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.introspection import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature, unconstrained_shape
-from pyro_ebm.distributions.row_check import check_rows
-from pyro_ebm.distributions.util import unvalidated
-from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.normalizer.annealed import annealed
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.exponential.quadrature import (
+    log_normalizer_by_quadrature,
+    unconstrained_shape,
+)
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.normalizer.annealing.ais import annealed
 from pyro_ebm.normalizer.bridge import bridge
+from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, warn
 from pyro_ebm.normalizer.importance import importance
-from pyro_ebm.normalizer.result import NormalizerEstimate, warn
 from pyro_ebm.ops.arguments import check_number, shown
-from pyro_ebm.ops.enumerate import log_sum_over_states
+from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.integration.enumerate import log_sum_over_states
 from pyro_ebm.ops.rows import random_state_put_back
 
 SMALL = 20

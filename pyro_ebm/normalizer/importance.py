@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.core.introspection import modules, unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.distributions.util import modules, unvalidated
-from pyro_ebm.mcmc.mode import eval_mode
-from pyro_ebm.normalizer.result import (
+from pyro_ebm.normalizer.estimate_result import (
     NormalizerEstimate,
     check_weights,
     effective_sample_size,
@@ -23,7 +22,8 @@ from pyro_ebm.normalizer.result import (
     tail_shape,
     warn_if_unreliable,
 )
-from pyro_ebm.normalizer.starts import checked_proposal, exact_draws
+from pyro_ebm.normalizer.proposals import checked_proposal, exact_draws
+from pyro_ebm.ops.eval_mode import eval_mode
 
 
 def importance(

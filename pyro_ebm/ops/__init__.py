@@ -4,12 +4,12 @@ Every function here maps tensors to tensors and is the one place where its formu
 Samplers, losses and estimators of the other rooms all call these.
 """
 
-from pyro_ebm.ops.langevin import langevin_log_accept_ratio, langevin_proposal
-from pyro_ebm.ops.leapfrog import drift, energy_change, kick
-from pyro_ebm.ops.metropolis import log_uniform, metropolis_accept, select
-from pyro_ebm.ops.precondition import precondition, precondition_transposed
-from pyro_ebm.ops.quadrature import log_integral
+from pyro_ebm.ops.integration.quadrature import log_integral
 from pyro_ebm.ops.score import fisher_divergence, score, value_and_grad
+from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
+from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
+from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept, select
+from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
 
 __all__ = [
     "drift",

@@ -47,6 +47,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def first_line(error: Exception) -> str:
+    """What an error is and says, in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _as_tensor(value: Any) -> str:
     """The way out for numbers that are no tensor."""
     return "" if isinstance(value, Tensor) or not is_array(value) else ": use torch.as_tensor"

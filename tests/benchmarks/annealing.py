@@ -30,9 +30,9 @@ from pyro_ebm.distributions import RBM
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.normalizer import estimate_log_normalizer
-from pyro_ebm.normalizer.annealed import anneal, kernel_of, path_of
-from pyro_ebm.normalizer.ladder import Ladder, ladder_of, pilot
-from pyro_ebm.normalizer.path import Path
+from pyro_ebm.normalizer.annealing.ais import anneal, kernel_of, path_of
+from pyro_ebm.normalizer.annealing.path import Path
+from pyro_ebm.normalizer.annealing.schedule import Ladder, ladder_of, pilot
 from tests.benchmarks import report
 from tests.benchmarks.harness import Options, Question, Row, progress, seconds_of, versions
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm import LangevinKernel
-from pyro_ebm.mcmc.potential import Potential
+from pyro_ebm.mcmc.potentials.base import Potential
 from tests.benchmarks import report
 from tests.benchmarks.harness import (
     Options,

@@ -13,11 +13,11 @@ from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from pyro_ebm.distributions import lattice
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.discrete import BlockGibbs
-from pyro_ebm.distributions.lattice import lattice_edges
-from pyro_ebm.distributions.potts import Potts
+from pyro_ebm.distributions.boltzmann import interaction_graph as lattice
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.potts import Potts
+from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.mcmc import MCMC, LangevinKernel
 from tests.statistics import SIGMAS, assert_mean
 

@@ -14,9 +14,9 @@ from pyro_ebm import (
     LangevinKernel,
     UnnormalizedEnergy,
 )
-from pyro_ebm.distributions.combine import IntegrabilityWarning, contrast, product
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.supports import same_support
+from pyro_ebm.distributions.core.supports import same_support
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.product import IntegrabilityWarning, contrast, product
 from tests.statistics import assert_moments
 
 

@@ -21,11 +21,11 @@ from pyro_ebm import (
     NormalizerError,
     UnnormalizedEnergy,
 )
-from pyro_ebm.distributions.combine import product
-from pyro_ebm.distributions.mixtures import mixture
-from pyro_ebm.distributions.util import modules
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.mcmc.normalizer_check import check_normalizers
+from pyro_ebm.distributions.core.introspection import modules
+from pyro_ebm.distributions.mixture import mixture
+from pyro_ebm.distributions.product import product
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.models.checks.intractability import check_normalizers
 from tests.statistics import assert_moments
 
 

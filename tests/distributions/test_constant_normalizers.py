@@ -31,7 +31,7 @@ from pyro_ebm.distributions import (
     product,
 )
 from pyro_ebm.losses import ContrastiveDivergence
-from pyro_ebm.mcmc.normalizer_check import check_normalizers
+from pyro_ebm.models.checks.intractability import check_normalizers
 
 LOG_Z = math.log(2 * math.pi) / 2
 ONCE = estimate_log_normalizer(UnnormalizedEnergy(lambda x: x**2 / 2), "quadrature")

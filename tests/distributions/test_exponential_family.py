@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.families import Family
-from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.exponential.families import Family
+from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
 from tests.statistics import assert_mean
 
 of = ExponentialFamily.from_distribution

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import MCMC, LangevinKernel
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from tests.statistics import assert_mean
 
 # torch draws a Wishart again when rounding has made it singular, and says so

@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.families import FORMULAS, Repeated
-from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.exponential.families import FORMULAS, Repeated
+from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
 from tests.statistics import SIGMAS
 
 of = ExponentialFamily.from_distribution

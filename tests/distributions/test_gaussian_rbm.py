@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_ebm.distributions.discrete import BlockGibbs
-from pyro_ebm.distributions.gaussian_rbm import GaussianRBM
+from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
+from pyro_ebm.distributions.core.discrete import BlockGibbs
 from tests.statistics import SIGMAS, assert_mean
 
 

@@ -10,8 +10,11 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature
-from pyro_ebm.distributions.positive_definite import FromLowerTriangle, positive_definite
+from pyro_ebm.distributions.exponential.positive_definite import (
+    FromLowerTriangle,
+    positive_definite,
+)
+from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
 
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 

@@ -7,8 +7,12 @@ import networkx
 import pytest
 import torch
 
-from pyro_ebm.distributions import lattice
-from pyro_ebm.distributions.lattice import complete_graph, graph_of, lattice_edges
+from pyro_ebm.distributions.boltzmann import interaction_graph as lattice
+from pyro_ebm.distributions.boltzmann.interaction_graph import (
+    complete_graph,
+    graph_of,
+    lattice_edges,
+)
 
 
 def as_pairs(edges):

@@ -13,8 +13,8 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
-from pyro_ebm.distributions.combine import product
-from pyro_ebm.distributions.mixtures import mixture
+from pyro_ebm.distributions.mixture import mixture
+from pyro_ebm.distributions.product import product
 from tests.statistics import SIGMAS, assert_mean, assert_moments
 
 X = torch.linspace(-8, 8, 4001, dtype=torch.double)

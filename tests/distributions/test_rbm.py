@@ -16,7 +16,7 @@ from pyro import poutine
 from torch.testing import assert_close
 
 from pyro_ebm import MCMC, LangevinKernel, NormalizerError
-from pyro_ebm.distributions.rbm import RBM, JointRBM
+from pyro_ebm.distributions.boltzmann.rbm import RBM, JointRBM
 from tests.statistics import assert_mean
 
 
@@ -156,7 +156,7 @@ def test_bits_of_any_dtype():
 LARGE = """
     import pathlib, resource, sys
     import torch
-    from pyro_ebm.distributions.rbm import RBM
+    from pyro_ebm.distributions.boltzmann.rbm import RBM
 
     def peak():
         status = pathlib.Path("/proc/self/status")

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import chi2, norm
 from torch.testing import assert_close
 
-from pyro_ebm.distributions.discrete import BlockGibbs
-from pyro_ebm.distributions.rbm import RBM, JointRBM
+from pyro_ebm.distributions.boltzmann.rbm import RBM, JointRBM
+from pyro_ebm.distributions.core.discrete import BlockGibbs
 from tests.distributions.test_rbm import all_bits, machine, table
 from tests.statistics import SIGMAS, assert_mean_of_rows
 

@@ -11,9 +11,9 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.testing import assert_close
 
 from pyro_ebm import ContrastiveDivergence
-from pyro_ebm.distributions.gaussian_rbm import GaussianRBM
-from pyro_ebm.distributions.rbm import RBM
-from pyro_ebm.distributions.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
+from pyro_ebm.distributions.boltzmann.rbm import RBM
+from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
 
 
 def all_bits(n):

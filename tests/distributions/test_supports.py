@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_ebm.distributions.supports import contains, same_support
+from pyro_ebm.distributions.core.supports import contains, same_support
 
 
 @pytest.mark.parametrize(

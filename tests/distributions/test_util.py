@@ -10,8 +10,8 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions.checks import lift_support
-from pyro_ebm.distributions.util import (
+from pyro_ebm.distributions.checks.arguments import lift_support
+from pyro_ebm.distributions.core.introspection import (
     bounds_of,
     first_tensor,
     modules,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
-from pyro_ebm.losses.fingerprint import Fingerprint
+from pyro_ebm.losses.contrastive.code_identity import Fingerprint
 from pyro_ebm.nn import MLPEnergy
 
 W = torch.ones(())

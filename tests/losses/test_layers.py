@@ -8,9 +8,10 @@ import torch
 
 from pyro_ebm import ContrastiveDivergence
 from pyro_ebm.distributions import RBM, DeepBeliefNetwork, GaussianRBM
-from pyro_ebm.distributions.rbm_module import RBMModule
-from pyro_ebm.losses import fit_layers, fit_rbm, layers
-from pyro_ebm.losses.closed_form import ClosedFormStep
+from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
+from pyro_ebm.losses import fit_layers, fit_rbm
+from pyro_ebm.losses.contrastive import fit_rbm as layers
+from pyro_ebm.losses.contrastive.rbm_gradient import ClosedFormStep
 from pyro_ebm.mcmc import GibbsKernel, LangevinKernel
 
 

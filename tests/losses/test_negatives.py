@@ -14,10 +14,10 @@ from torch import nn
 
 from pyro_ebm import ContrastiveDivergence, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM
-from pyro_ebm.losses import negatives
-from pyro_ebm.losses.negatives import MAX_KEPT, STRANGERS
+from pyro_ebm.losses.contrastive import negatives
+from pyro_ebm.losses.contrastive.negatives import MAX_KEPT, STRANGERS
 from pyro_ebm.mcmc import CompositeKernel, GibbsKernel
-from pyro_ebm.mcmc.engine import Engine
+from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
 
 

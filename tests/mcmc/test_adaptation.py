@@ -7,7 +7,7 @@ from pyro.ops.dual_averaging import DualAveraging
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
-from pyro_ebm.mcmc.adaptation import (
+from pyro_ebm.mcmc.adaptation.warmup import (
     Adaptation,
     PooledCovariance,
     TensorAveraging,
@@ -238,7 +238,7 @@ def test_positions_that_are_pooled_at_once_are_those_one_by_one(dense, monkeypat
     z[:, 1::2] += 100.0  # the second group lies elsewhere
     factors = []
     for at_once in (1, 50, 100, 2**16):
-        monkeypatch.setattr("pyro_ebm.mcmc.adaptation.POOLED_AT_ONCE", at_once)
+        monkeypatch.setattr("pyro_ebm.mcmc.adaptation.warmup.POOLED_AT_ONCE", at_once)
         like = torch.empty(0, dtype=z.dtype)
         learned = adaptation(30, groups=2, dim=3, like=like, full_mass=dense)
         for positions in z:

@@ -7,7 +7,7 @@ from pyro.ops.stats import split_gelman_rubin
 
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential
-from pyro_ebm.mcmc.barker import BarkerKernel
+from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
 from tests.mcmc.test_posteriors import assert_same_posterior, draw, eight_schools
 from tests.statistics import assert_mean, assert_moments, run_kernel
 

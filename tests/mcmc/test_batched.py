@@ -13,8 +13,8 @@ from pyro.ops import special
 from torch.func import grad, vmap
 
 from pyro_ebm import MCMC, LangevinKernel
-from pyro_ebm.mcmc.batched import Batched
-from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.potentials.model import ModelPotential
+from pyro_ebm.models.batched import Batched
 from pyro_ebm.ops.score import value_and_grad
 
 W = torch.linspace(-1.0, 2.0, 5)

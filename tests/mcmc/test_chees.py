@@ -10,8 +10,8 @@ from pyro.ops.stats import split_gelman_rubin
 
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, TemperingKernel
-from pyro_ebm.mcmc.chees import ChEESKernel
-from pyro_ebm.mcmc.trajectory import TrajectoryAdaptation, slopes, van_der_corput
+from pyro_ebm.mcmc.adaptation.chees import TrajectoryAdaptation, slopes, van_der_corput
+from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from tests.mcmc.test_posteriors import assert_same_posterior, breast_cancer, draw, eight_schools
 from tests.statistics import assert_mean, assert_moments, normal_scores, run_kernel
 

@@ -26,7 +26,7 @@ from pyro_ebm.mcmc import (
     MHKernel,
     TemperingKernel,
 )
-from pyro_ebm.mcmc.composite import BlockPotential
+from pyro_ebm.mcmc.kernels.composed.composite import BlockPotential
 from tests.enumeration import assert_counts
 from tests.statistics import SIGMAS, assert_mean, run_kernel
 

@@ -33,7 +33,7 @@ from pyro_ebm.mcmc import (
     MHKernel,
     Swap,
 )
-from pyro_ebm.mcmc.variables import Variables
+from pyro_ebm.mcmc.kernels.discrete.variables import Variables
 from tests.enumeration import (
     assert_counts,
     assert_draws,

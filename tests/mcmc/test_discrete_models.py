@@ -17,7 +17,7 @@ from pyro.infer.mcmc import api as pyro_api
 
 from pyro_ebm import MCMC, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, spin
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.mcmc import (
     DiscreteLangevinKernel,
     EnergyPotential,
@@ -28,8 +28,8 @@ from pyro_ebm.mcmc import (
     MHKernel,
     ModelPotential,
 )
-from pyro_ebm.mcmc.discrete_sites import site_codes
-from pyro_ebm.mcmc.model import lone_energy
+from pyro_ebm.mcmc.potentials.model import lone_energy
+from pyro_ebm.models.sites.discrete_sites import site_codes
 from tests.enumeration import assert_draws, assert_invariant, states_of
 from tests.statistics import assert_mean
 

@@ -13,7 +13,7 @@ import torch
 
 from pyro_ebm import files
 from pyro_ebm.files import CheckpointError
-from pyro_ebm.mcmc import ranked_run
+from pyro_ebm.mcmc.running import distributed as ranked_run
 from pyro_ebm.ops.distributed import RankError, naming_ranks, rank
 from tests.mcmc.test_distributed_run import Y, everything, same, sampler
 from tests.ranks import Ranks, free_port, processes

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm import MCMC, RBM, ChEESKernel, GibbsKernel, LangevinKernel, MHKernel
-from pyro_ebm.mcmc import ModelPotential, engine, graph
-from pyro_ebm.mcmc.composite import BlockPotential
-from pyro_ebm.mcmc.dependencies import Dependencies
-from pyro_ebm.mcmc.engine import MAX_GRAPHS, WORTH_CAPTURING, WORTH_COMPILING, Engine
+from pyro_ebm.mcmc import ModelPotential
+from pyro_ebm.mcmc.engine import engine, graph
+from pyro_ebm.mcmc.engine.engine import MAX_GRAPHS, WORTH_CAPTURING, WORTH_COMPILING, Engine
+from pyro_ebm.mcmc.engine.graph_guards import Dependencies
+from pyro_ebm.mcmc.kernels.composed.composite import BlockPotential
 
 CANNOT = "cannot be captured as a graph"
 

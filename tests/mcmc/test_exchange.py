@@ -17,8 +17,8 @@ from pyro_ebm.mcmc import (
     GibbsKernel,
     RandomWalk,
 )
-from pyro_ebm.mcmc.exchange import ExchangeKernel
-from pyro_ebm.mcmc.exchange_potential import ExchangePotential
+from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.exchange.potential import ExchangePotential
 from tests.mcmc.exchange_models import (
     CONJUGATE,
     DATA,

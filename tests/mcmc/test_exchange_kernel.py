@@ -13,8 +13,8 @@ from torch.distributions import constraints
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import BoltzmannMachine, Potts, lattice_edges, spin
-from pyro_ebm.distributions.combine import product
-from pyro_ebm.distributions.mixtures import mixture
+from pyro_ebm.distributions.mixture import mixture
+from pyro_ebm.distributions.product import product
 from pyro_ebm.mcmc import (
     NUTS,
     CompositeKernel,
@@ -23,10 +23,10 @@ from pyro_ebm.mcmc import (
     RandomWalk,
     TemperingKernel,
 )
-from pyro_ebm.mcmc.auxiliary import Draw, draw_inside
-from pyro_ebm.mcmc.exchange import ExchangeKernel
-from pyro_ebm.mcmc.exchange_potential import ExchangePotential
-from pyro_ebm.mcmc.inner_steps import inner_steps_report
+from pyro_ebm.mcmc.exchange.auxiliary import Draw, draw_inside
+from pyro_ebm.mcmc.exchange.inner_steps import inner_steps_report
+from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.exchange.potential import ExchangePotential
 from tests.mcmc.exchange_models import (
     CONJUGATE,
     DATA,

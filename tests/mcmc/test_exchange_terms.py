@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro_ebm import BarkerKernel, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import BoltzmannMachine
 from pyro_ebm.mcmc import CompositeKernel, GibbsKernel, Proposal, TemperingKernel, exchange_terms
-from pyro_ebm.mcmc.exchange import ExchangeKernel
-from pyro_ebm.mcmc.exchange_watch import Watch
-from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.exchange.watch import Watch
+from pyro_ebm.mcmc.state import State
 from tests.mcmc.exchange_models import (
     CONJUGATE,
     DATA,

@@ -11,7 +11,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
 from pyro_ebm.mcmc import CompositeKernel
-from pyro_ebm.mcmc.given_transforms import check_transform
+from pyro_ebm.models.sites.given_transforms import check_transform
 
 
 class Undeclared(T.Transform):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel
-from pyro_ebm.mcmc.energy_potential import EnergyPotential
-from pyro_ebm.mcmc.engine import Engine
-from pyro_ebm.mcmc.graph import Graph, SolvesTogether
+from pyro_ebm.mcmc.engine.engine import Engine
+from pyro_ebm.mcmc.engine.graph import Graph, SolvesTogether
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 
 WAYS = pytest.mark.parametrize("jit_compile", [False, "capture", True])
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
 from pyro_ebm.mcmc import FunctionPotential, Independence, Proposal, RandomWalk, TemperingKernel
-from pyro_ebm.mcmc.barker import BarkerKernel
-from pyro_ebm.mcmc.chees import ChEESKernel
-from pyro_ebm.mcmc.potential import sites_of
+from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
+from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.models.sites.site import sites_of
 
 
 def model(y=None):

@@ -5,7 +5,7 @@ import torch
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, LangevinKernel
-from pyro_ebm.mcmc.adaptation import Adaptation
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from tests.statistics import assert_mean, assert_moments, run_kernel
 
 

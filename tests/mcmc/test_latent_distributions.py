@@ -15,8 +15,8 @@ from torch import tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
-from pyro_ebm.mcmc.model import ModelPotential
-from pyro_ebm.mcmc.provenance import HostReads, trace_latents
+from pyro_ebm.mcmc.potentials.model import ModelPotential
+from pyro_ebm.models.provenance import HostReads, trace_latents
 from tests.statistics import assert_mean
 
 ones, zeros, eye = torch.ones, torch.zeros, torch.eye

@@ -21,7 +21,7 @@ from pyro_ebm import (
     TemperingKernel,
     UnnormalizedEnergy,
 )
-from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.potentials.model import ModelPotential
 from tests.statistics import assert_mean, assert_moments
 
 NAN = math.nan

@@ -28,7 +28,7 @@ from pyro_ebm.distributions import (
     product,
 )
 from pyro_ebm.mcmc import NormalizerError, check_normalizers
-from pyro_ebm.mcmc.normalizer_check import moving_normalizers
+from pyro_ebm.models.checks.intractability import moving_normalizers
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 

@@ -5,8 +5,8 @@ import torch
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, TemperingKernel
-from pyro_ebm.mcmc.adaptation import PooledCovariance
-from pyro_ebm.mcmc.population import ALONE, binding_to, current, population_of, shares
+from pyro_ebm.mcmc.adaptation.warmup import PooledCovariance
+from pyro_ebm.mcmc.ranks import ALONE, binding_to, current, population_of, shares
 from pyro_ebm.ops.distributed import RankError, rank
 from tests.ranks import Ranks
 

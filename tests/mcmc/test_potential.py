@@ -21,8 +21,8 @@ from torch.distributions.transforms import AffineTransform, ExpTransform
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, FunctionPotential, ModelPotential, Site
-from pyro_ebm.mcmc.mode import called_in_eval_mode, eval_mode
 from pyro_ebm.ops import value_and_grad
+from pyro_ebm.ops.eval_mode import called_in_eval_mode, eval_mode
 
 FALLBACK = "cannot be vectorized over chains"
 

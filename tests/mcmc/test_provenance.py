@@ -8,7 +8,7 @@ from torch.distributions import constraints
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.mcmc import NormalizerError, check_normalizers
-from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.potentials.model import ModelPotential
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 ONE = torch.tensor(1.0)

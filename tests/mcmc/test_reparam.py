@@ -32,7 +32,7 @@ from pyro.infer.reparam import (
 )
 
 from pyro_ebm import MCMC, ChEESKernel, LangevinKernel, MHKernel
-from pyro_ebm.mcmc.model import ModelPotential
+from pyro_ebm.mcmc.potentials.model import ModelPotential
 from tests.statistics import assert_mean
 
 Y = torch.tensor([3.0, 2.5, 8.0])

@@ -12,8 +12,8 @@ from pyro.infer.mcmc import HMC, NUTS
 from torch.distributions.transforms import ExpTransform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, NormalizerError, UnnormalizedEnergy
-from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.record import Bar, fields_of
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.running.draws import Bar, fields_of
 
 FIELDS = ["acceptance_rate", "diverging", "lp", "step_size"]
 

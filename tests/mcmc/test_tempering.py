@@ -13,8 +13,8 @@ from pyro.infer.mcmc import MCMC as PyroMCMC
 
 from pyro_ebm import MCMC, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM, spin
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.lattice import lattice_edges
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.mcmc import (
     CompositeKernel,
     DiscreteLangevinKernel,
@@ -27,7 +27,7 @@ from pyro_ebm.mcmc import (
     TemperingKernel,
     geometric_betas,
 )
-from pyro_ebm.mcmc.tempering import TemperedPotential
+from pyro_ebm.mcmc.kernels.composed.tempering import TemperedPotential
 from tests.enumeration import assert_counts, assert_draws, draws_of, number_of, states_of
 from tests.statistics import SIGMAS, assert_mean
 

@@ -24,7 +24,7 @@ from pyro_ebm import (
     SlicedScoreMatching,
     UnnormalizedEnergy,
 )
-from pyro_ebm.mcmc.mode import called_in_eval_mode
+from pyro_ebm.ops.eval_mode import called_in_eval_mode
 
 # torch warns of its own doing while it compiles
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

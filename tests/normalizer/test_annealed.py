@@ -9,8 +9,8 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import LangevinKernel, MHKernel, UnnormalizedEnergy
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.lattice import lattice_edges
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.mcmc import (
     CompositeKernel,
     DiscreteLangevinKernel,
@@ -22,7 +22,7 @@ from pyro_ebm.mcmc import (
     TemperingKernel,
 )
 from pyro_ebm.normalizer import Path, UnreliableEstimateWarning, estimate_log_normalizer
-from pyro_ebm.normalizer.annealed import kernel_of, path_of
+from pyro_ebm.normalizer.annealing.ais import kernel_of, path_of
 from tests.normalizer.targets import assert_agrees, funnel, gaussian, wells
 from tests.statistics import SIGMAS
 

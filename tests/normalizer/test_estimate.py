@@ -11,10 +11,10 @@ from pyro.distributions import constraints
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM, spin
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.lattice import lattice_edges
-from pyro_ebm.distributions.potts import Potts
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.potts import Potts
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.normalizer import estimate as module
 from pyro_ebm.normalizer import estimate_log_normalizer
 from pyro_ebm.normalizer.estimate import TAKES

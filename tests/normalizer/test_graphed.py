@@ -10,12 +10,12 @@ import torch
 from pyro_ebm import LangevinKernel, MHKernel, UnnormalizedEnergy, estimate_log_normalizer
 from pyro_ebm.distributions import RBM, BoltzmannMachine, GaussianRBM
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, Info
-from pyro_ebm.mcmc.engine import Engine
+from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
-from pyro_ebm.normalizer.annealed import anneal, path_of
-from pyro_ebm.normalizer.graphed import GraphedAnnealing
-from pyro_ebm.normalizer.ladder import Ladder
-from pyro_ebm.normalizer.path import GeometricPath, Path
+from pyro_ebm.normalizer.annealing.ais import anneal, path_of
+from pyro_ebm.normalizer.annealing.graphed import GraphedAnnealing
+from pyro_ebm.normalizer.annealing.path import GeometricPath, Path
+from pyro_ebm.normalizer.annealing.schedule import Ladder
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 0.8, 1.0]
 

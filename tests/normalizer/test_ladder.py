@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.lattice import lattice_edges
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.mcmc import GibbsKernel, MHKernel
-from pyro_ebm.normalizer import ladder
-from pyro_ebm.normalizer.annealed import checked_betas, path_of
-from pyro_ebm.normalizer.ladder import DROP, Ladder, Level, _resampled, ladder_of, pilot
+from pyro_ebm.normalizer.annealing import schedule as ladder
+from pyro_ebm.normalizer.annealing.ais import checked_betas, path_of
+from pyro_ebm.normalizer.annealing.schedule import DROP, Ladder, Level, _resampled, ladder_of, pilot
 from tests.normalizer.targets import gaussian, wells
 
 ONE = torch.ones(1)

@@ -4,7 +4,7 @@ import arviz
 import pytest
 import torch
 
-from pyro_ebm.diagnostics import MIN_WEIGHTS, pareto_k
+from pyro_ebm.ops.pareto import MIN_WEIGHTS, pareto_k
 
 INF = float("inf")
 INSTALLED = int(arviz.__version__.split(".")[0])

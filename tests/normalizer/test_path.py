@@ -9,13 +9,13 @@ from pyro.distributions import constraints
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.lattice import lattice_edges
-from pyro_ebm.distributions.potts import Potts
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.potts import Potts
 from pyro_ebm.mcmc import EnergyPotential, GibbsKernel, MHKernel
 from pyro_ebm.normalizer import GeometricPath, LayersPath, TemperedPath
-from pyro_ebm.normalizer.annealed import path_of
-from pyro_ebm.normalizer.function_path import FunctionPath
+from pyro_ebm.normalizer.annealing.ais import path_of
+from pyro_ebm.normalizer.annealing.function_path import FunctionPath
 
 DOUBLE = torch.float64
 

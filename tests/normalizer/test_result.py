@@ -9,7 +9,7 @@ import torch
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.normalizer import NormalizerEstimate, UnreliableEstimateWarning
-from pyro_ebm.normalizer.result import (
+from pyro_ebm.normalizer.estimate_result import (
     check_weights,
     effective_sample_size,
     log_mean_error,

@@ -10,11 +10,11 @@ from pyro.distributions import constraints
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import GaussianRBM
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.exponential_family import ExponentialFamily
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.flow import FlowDistribution, neural_spline_flow
 from pyro_ebm.mcmc import EnergyPotential
-from pyro_ebm.normalizer.starts import (
+from pyro_ebm.normalizer.proposals import (
     DistributionStart,
     GaussianStart,
     ProductStart,

@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM
-from pyro_ebm.distributions.boltzmann import BoltzmannMachine
-from pyro_ebm.distributions.lattice import lattice_edges
-from pyro_ebm.distributions.potts import Potts
+from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
+from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
+from pyro_ebm.distributions.boltzmann.potts import Potts
 from pyro_ebm.losses import fit_rbm
 from pyro_ebm.normalizer import UnreliableEstimateWarning, estimate_log_normalizer, evaluate
 from tests.normalizer.targets import DOUBLE_WELL, assert_agrees, funnel, gaussian, wells

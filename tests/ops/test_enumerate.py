@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_ebm.ops.enumerate import (
+from pyro_ebm.ops.integration.enumerate import (
     check_enumerable,
     log_sum_over_states,
     states,
@@ -111,7 +111,7 @@ def test_float32_and_float64():
 MEMORY = """
     import pathlib, resource, sys
     import torch
-    from pyro_ebm.ops.enumerate import log_sum_over_states
+    from pyro_ebm.ops.integration.enumerate import log_sum_over_states
 
     def peak():
         status = pathlib.Path("/proc/self/status")

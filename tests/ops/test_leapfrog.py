@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pyro_ebm.ops import langevin_log_accept_ratio, langevin_proposal, value_and_grad
-from pyro_ebm.ops.leapfrog import drift, energy_change, kick
+from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
 
 CHAINS, DIM = 6, 3
 

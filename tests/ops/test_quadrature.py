@@ -8,7 +8,7 @@ from scipy import integrate
 from torch.testing import assert_close
 
 from pyro_ebm.ops import quadrature_grid
-from pyro_ebm.ops.quadrature import log_integral
+from pyro_ebm.ops.integration.quadrature import log_integral
 
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 LOC = torch.tensor([0.0, 1e3, -1e6, 3.3, 1e-8], dtype=torch.float64)

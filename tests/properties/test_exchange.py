@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.mcmc.exchange import ExchangeKernel
-from pyro_ebm.mcmc.exchange_terms import UNDECIDED
+from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.exchange.terms import UNDECIDED
 from tests.properties.inputs import SIZES, holds
 
 PRIORS = {

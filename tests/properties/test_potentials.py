@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_ebm.mcmc import ModelPotential
-from pyro_ebm.mcmc.engine import Engine
+from pyro_ebm.mcmc.engine.engine import Engine
 from tests.properties.inputs import SIZES, holds
 from tests.properties.models import ModelSpec, models
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import biject_to
 
 from pyro_ebm import UnnormalizedEnergy, losses
-from pyro_ebm.distributions.boundary import check_inside
+from pyro_ebm.distributions.checks.boundary import check_inside
 from pyro_ebm.ops.rows import rows_interact
 from tests.properties.inputs import SIZES, holds
 

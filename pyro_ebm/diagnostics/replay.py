@@ -1,0 +1,205 @@
+r"""A model run again at draws of its latents: what it observes, and how likely that was.
+
+The pointwise log-likelihood of draws :math:`\theta_1, \dots, \theta_S` is
+
+.. math:: \log p(y_i \mid \theta_s), \qquad s = 1, \dots, S,
+
+with :math:`i` an element of the data. Three kinds of observed sites have none: a ``pyro.factor``;
+a site whose observed value is computed from latents, which is a factor on these; and an energy
+without a known :math:`\log Z`, whose log density is off by a constant.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.func import vmap
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.models.batched import Batched
+from pyro_ebm.models.checks.intractability import lags
+from pyro_ebm.ops.eval_mode import called_in_eval_mode
+
+CHUNK_SIZE = 256  # draws evaluated at once
+
+
+class Replay:
+    r"""A model at draws of its latents.
+
+    Args:
+        model: a Pyro model, or None: nothing is then known of any site.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        draws: values of its latents, each of shape ``(num, *site)``.
+        num: how many draws there are, where the model has no latents.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> replay = Replay(model, (torch.zeros(3),), {}, {"mu": torch.tensor([0.0, 1.0])})
+        >>> replay.log_density(["y"])["y"]
+        tensor([[-0.9189, -0.9189, -0.9189],
+                [-1.4189, -1.4189, -1.4189]])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        draws: Mapping[str, Tensor],
+        num: int = 1,
+    ):
+        self.model, self.args, self.kwargs, self.draws = model, args, kwargs, draws
+        self.num = len(next(iter(draws.values()))) if draws else num
+        self.sites: dict[str, Any] = {}
+        """The sample sites of the model at the first draw, latents and all."""
+        if model is None:
+            return
+        with self._quiet():
+            self.sites = self._run(0)
+            self._last = self._run(-1)
+
+    @property
+    def observed(self) -> list[str]:
+        """The observed sites, but for ``pyro.factor``, ``pyro.deterministic`` and their like."""
+        return [
+            name
+            for name, site in self.sites.items()
+            if site["is_observed"]
+            and name not in self.draws  # else conditioned on a draw
+            and not isinstance(_innermost(site["fn"]), Unit | Delta)
+        ]
+
+    @property
+    def undrawn(self) -> list[str]:
+        """The latents of which there are no draws."""
+        return [name for name, site in self.sites.items() if not site["is_observed"]]
+
+    def is_data(self, name: str) -> bool:
+        """Whether an observed value is the same at the first and the last draw."""
+        first, last = (torch.as_tensor(s[name]["value"]) for s in (self.sites, self._last))
+        same = (first == last) | (first.isnan() & last.isnan())  # masked data may be NaN
+        return bool(same.all())
+
+    def is_normalized(self, name: str) -> bool:
+        """Whether the density of a site integrates to 1 at all draws: its energies know log Z."""
+        known = all(energy.is_normalized for energy in energies_of(self.sites[name]["fn"]))
+        with self._quiet():
+            return known and not lags(self.sites[name], self._last[name])
+
+    def log_density(self, names: list[str]) -> dict[str, Tensor]:
+        """The log density of each element of some sites at each draw, without ``poutine.scale``.
+
+        All draws are evaluated at once by ``vmap``, as the model is or with the operations replaced
+        that it refuses, and one by one where the model forbids that.
+
+        Args:
+            names: the sites.
+
+        Returns:
+            Shapes ``(num, *batch)``; 0 where masked.
+        """
+
+        def at(sites: Mapping[str, Any]) -> dict[str, Tensor]:
+            return {name: _log_density(sites[name]) for name in names}
+
+        def one(draw: dict[str, Tensor]) -> dict[str, Tensor]:
+            return at(self._trace(draw))
+
+        if not self.draws:
+            with self._quiet():
+                return {k: v.expand(self.num, *v.shape) for k, v in at(self.sites).items()}
+
+        def rewritten(draws: dict[str, Tensor]) -> dict[str, Tensor]:
+            chunks = zip(*(draw.split(CHUNK_SIZE) for draw in draws.values()), strict=True)
+            batched = Batched(one)
+            parts = [batched(dict(zip(draws, chunk, strict=True))) for chunk in chunks]
+            return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+        with self._quiet():
+            for mapped in (vmap(one, chunk_size=CHUNK_SIZE), rewritten):
+                # where the model looks at values, it may do so one draw at a time
+                with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError):
+                    result = mapped(dict(self.draws))
+                    ends = ((0, at(self._run(0))), (-1, at(self._run(-1))))
+                    if all(_close(result[k][i], end[k]) for i, end in ends for k in names):
+                        return result
+            rows = [at(self._run(i)) for i in range(self.num)]
+        return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+    def _run(self, index: int) -> dict[str, Any]:
+        return self._trace({name: value[index] for name, value in self.draws.items()})
+
+    def _trace(self, draw: dict[str, Tensor]) -> dict[str, Any]:
+        """The sample sites of the model, given one draw."""
+        assert self.model is not None
+        given = poutine.condition(self.model, data=draw)
+        nodes = poutine.trace(given).get_trace(*self.args, **self.kwargs).nodes
+        return {
+            name: node
+            for name, node in nodes.items()
+            if node["type"] == "sample" and not site_is_subsample(node)
+        }
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _quiet() -> Iterator[None]:
+        """Runs of the model change nothing and leave no trace."""
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            pyro.validation_enabled(False),
+            poutine.block(),
+            starting_points_only(),
+            called_in_eval_mode(),
+        ):
+            yield
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Whether a site is a ``pyro.factor``."""
+    return isinstance(_innermost(site["fn"]), Unit)
+
+
+def energies_of(fn: Any) -> Iterator[UnnormalizedEnergy]:
+    """The energies that a distribution is made of: wrapped, or the components of a mixture.
+
+    Example:
+        >>> p = UnnormalizedEnergy(torch.square).expand([3]).to_event(1)
+        >>> [energy.is_normalized for energy in energies_of(p)]
+        [False]
+    """
+    if isinstance(fn, UnnormalizedEnergy):
+        yield fn
+        return
+    for part in ("base_dist", "_component_distribution", "component0", "component1"):
+        if (inner := getattr(fn, part, None)) is not None:
+            yield from energies_of(inner)
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _log_density(site: Mapping[str, Any]) -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, mask=site["mask"])
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+__all__ = ["Replay", "energies_of", "is_factor"]

@@ -1,0 +1,1 @@
+"""Energies of discrete units that interact: Boltzmann machines, Potts models, RBMs, stacks."""

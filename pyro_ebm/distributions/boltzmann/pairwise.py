@@ -1,0 +1,403 @@
+r"""Pairwise energies of discrete sites: what Boltzmann machines and Potts models share.
+
+Each of :math:`n` sites takes one of :math:`K` codewords :math:`c \in \mathbb R^b`, and sites
+interact in pairs, through the inner products of their codewords:
+
+.. math:: p(s) \propto e^{-E(s)}, \qquad
+          -E(s) = \sum_{i<j} J_{ij} \langle s_i, s_j \rangle + \sum_i \langle b_i, s_i \rangle .
+
+With the codewords -1 and 1 this is the Ising model, with 0 and 1 the Boltzmann machine as Hinton
+writes it, with the unit vectors of :math:`\mathbb R^q` the Potts model. The energy is linear in
+each site: all that a site knows of the others is its *local field*,
+
+.. math:: f_i = \sum_j J_{ij} s_j + b_i, \qquad
+          p(s_i = c \mid \text{rest}) \propto e^{\langle c, f_i \rangle},
+
+and all of the following is made of local fields.
+
+* A *sweep* draws each site anew given the others. Sites without a coupling between them are drawn
+  at once, colour after colour (see :mod:`pyro_ebm.distributions.boltzmann.interaction_graph`).
+* The sites :math:`B` of one colour are independent given those of the others, :math:`A`, so that
+  an enumeration need not visit their states:
+  :math:`Z = \sum_{s_A} e^{-E(s_A, 0)} \prod_{i \in B} \sum_c e^{\langle c, f_i(s_A) \rangle}`.
+
+Reference:
+    Ackley, Hinton and Sejnowski (1985), A learning algorithm for Boltzmann machines. Geman and
+    Geman (1984), Stochastic relaxation, Gibbs distributions, and the Bayesian restoration of
+    images.
+"""
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pyro.distributions import Categorical, constraints
+from torch import Tensor
+
+from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating, interactions
+from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.introspection import readable
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.ops.integration.enumerate import (
+    check_enumerable,
+    log_sum_over_states,
+    states,
+    values_of_states,
+)
+
+if TYPE_CHECKING:
+    from pyro_ebm.mcmc.kernels.base import Kernel
+
+NUMBERS_PER_CHUNK = 2**20
+"""How many numbers an enumeration holds at once."""
+
+
+class PairwiseEnergy(UnnormalizedEnergy):
+    r"""Discrete sites that interact in pairs, the base of Boltzmann machines and Potts models.
+
+    A member says which codewords its sites take. Everything else, sweeps and sums over states
+    included, is here.
+
+    Args:
+        couplings: :math:`J`, in one of these forms.
+
+            * With ``edges``, one for each edge, shape ``(*batch, E)``; or one for all, a number, a
+              scalar, or shape ``(*batch, 1)``. Memory is proportional to the edges.
+            * Without, a symmetric matrix, shape ``(*batch, n, n)``, its diagonal 0; its gradient is
+              symmetric too. Or such a matrix as a sparse COO tensor, shape ``(n, n)``.
+        bias: :math:`b`, shape ``(*batch, n, b)``, or ``(*batch, 1, b)`` for one at all sites; 0 by
+            default.
+        edges: pairs of sites, shape ``(E, 2)``, each pair once, such as ``lattice_edges(10, 10)``.
+        num_sites: n, by default the bias's, else one more than the largest site of an edge.
+        values: the constraint of one site: its codewords are those of
+            :func:`~pyro_ebm.distributions.core.discrete.codewords`.
+        num_states: K where ``values`` are one-hot rows, which alone do not tell.
+        log_normalizer: as in :class:`~pyro_ebm.UnnormalizedEnergy`, as are the rest.
+        kernel: makes the draws of ``sample``; block Gibbs sweeps by default.
+        num_steps: its transitions for each draw.
+        learned_normalizer: whether ``log_normalizer`` is a parameter under training.
+        validate_args: as in every distribution. The values of couplings and bias are checked unless
+            this is False, or they cannot be read, as under ``vmap``.
+
+    Raises:
+        ValueError: for couplings, bias or edges of shapes that do not fit, matrices that are not
+            symmetric or have a diagonal, values that are not finite, edges out of range, from a
+            site to itself, or given twice.
+
+    Example:
+        >>> class SpinOne(PairwiseEnergy):  # sites -1, 0 and 1
+        ...     def __init__(self, couplings, **kwargs):
+        ...         values = dist.constraints.integer_interval(-1, 1)
+        ...         super().__init__(couplings, values=values, **kwargs)
+        >>> p = SpinOne(0.5, edges=torch.tensor([[0, 1], [1, 2]]))
+        >>> p.energy(torch.tensor([1.0, -1.0, 0.0]))
+        tensor(0.5000)
+        >>> p.exact_log_normalizer()
+        tensor(3.4076)
+        >>> p.sample((2,)).shape
+        torch.Size([2, 3])
+    """
+
+    tempers = True
+
+    def __init__(
+        self,
+        couplings: Tensor | float,
+        bias: Tensor | None = None,
+        edges: Tensor | None = None,
+        num_sites: int | None = None,
+        *,
+        values: constraints.Constraint,
+        num_states: int | None = None,
+        log_normalizer: Tensor | float | None = None,
+        kernel: "Kernel | None" = None,
+        num_steps: int = 100,
+        learned_normalizer: bool | None = None,
+        validate_args: bool | None = None,
+    ):
+        couplings = floating("couplings", couplings, (bias, edges))
+        if bias is not None:
+            if bias.dim() < 2:
+                raise ValueError(f"a bias of vectors has 2 dimensions, got {tuple(bias.shape)}")
+            couplings = couplings.to(torch.promote_types(couplings.dtype, bias.dtype))
+            if num_sites is None and bias.shape[-2] > 1:
+                num_sites = bias.shape[-2]
+        self.couplings, self.pairs = interactions(couplings, edges, num_sites)
+        n = self.pairs.num_sites
+        event_shape = torch.Size((n,) if num_states is None else (n, num_states))
+        codes = codewords(values, event_shape)
+        if codes is None:
+            raise ValueError(f"values must be a discrete constraint, got {values}")
+        self._codes = codes.to(self.couplings.device, self.couplings.dtype)
+        bias = torch.zeros_like(self._codes[:1]) if bias is None else bias
+        if bias.shape[-2] not in (1, n) or bias.shape[-1] != codes.shape[1]:
+            raise ValueError(
+                f"the bias or field has {bias.shape[-1]} number(s) for each of {bias.shape[-2]}"
+                f" site(s), but there are {n} sites of {codes.shape[1]} number(s)"
+            )
+        self._bias = bias.to(self.couplings.dtype)
+        batches = [self.couplings.shape[: -self.pairs.coupling_dim], bias.shape[:-2]]
+        try:
+            batch = torch.broadcast_shapes(*batches)
+        except RuntimeError as error:
+            raise ValueError(
+                f"couplings of batch shape {tuple(batches[0])} and bias of batch shape"
+                f" {tuple(batches[1])} do not broadcast"
+            ) from error
+        super().__init__(
+            None,
+            event_shape,
+            values,
+            batch,
+            log_normalizer=log_normalizer,
+            kernel=kernel,
+            num_steps=num_steps,
+            learned_normalizer=learned_normalizer,
+            validate_args=validate_args,
+        )
+        if self._validate_args:
+            self._check_values()
+
+    @property
+    def num_sites(self) -> int:
+        """The number n of sites."""
+        return self.pairs.num_sites
+
+    @property
+    def edges(self) -> Tensor:
+        """The pairs of sites that interact, shape ``(E, 2)``."""
+        return self.pairs.edges
+
+    def _energy(self, x: Tensor) -> Tensor:
+        s = self._vectors(x)
+        return -self.pairs.pair_sum(self.couplings, s) - (self._bias * s).sum((-1, -2))
+
+    # -- a site given the others ---------------------------------------------------------------
+
+    def local_field(self, x: Tensor) -> Tensor:
+        r"""What each site feels of the others, :math:`f_i = \sum_j J_{ij} s_j + b_i`.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+
+        Returns:
+            The shape of ``x`` (broadcast against the batch).
+        """
+        s, pairs = self._vectors(self._broadcast(x)), self.pairs
+        weights = pairs.weights(self.couplings)
+        fields = torch.cat([pairs.field(w, s, k) for k, w in enumerate(weights)], -2)
+        return self._points(fields.index_select(-2, pairs.order.argsort()) + self._bias)
+
+    def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The uniforms of a sweep, one for each site.
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+        """
+        shape = self._vectors(self._broadcast(x)).shape[:-1]
+        # at least float32: the uniforms of bfloat16 are multiples of 2^-8
+        dtype = torch.promote_types(self.couplings.dtype, torch.float32)
+        return (torch.rand(shape, dtype=dtype, device=self.couplings.device),)
+
+    @torch.no_grad()
+    def gibbs_sweep(
+        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        r"""Every site drawn anew given the others, one colour after the other.
+
+        .. math:: p(s_i = c \mid \text{rest}) \propto e^{\beta \langle c, f_i \rangle}
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+            noise: what :meth:`gibbs_noise` gave.
+            beta: inverse temperatures that broadcast with ``(*sample, *batch)``; None is 1.
+
+        Returns:
+            Points, of the shape of ``x``.
+        """
+        s, pairs = self._vectors(self._broadcast(x)), self.pairs
+        sizes = [len(sites) for sites in pairs.blocks]
+        bias = self._bias.expand(self._bias.shape[:-2] + (self.num_sites, s.shape[-1]))
+        biases = bias.index_select(-2, pairs.order).split(sizes, -2)
+        uniforms = noise[0].split(sizes, -1)
+        for k, weight in enumerate(pairs.weights(self.couplings)):
+            field = pairs.field(weight, s, k) + biases[k]
+            if beta is not None:
+                field = beta[..., None, None] * field
+            new = self._draw_given(field, uniforms[k]).to(s.dtype)
+            s = s.index_copy(-2, pairs.blocks[k], new)
+        return self._points(s).to(x.dtype)
+
+    def _draw_given(self, field: Tensor, uniform: Tensor) -> Tensor:
+        """Codewords ``(..., c, b)`` of sites in local fields ``(..., c, b)``, by inverse cdf."""
+        logits = field @ self._codes.mT.to(field.dtype)
+        cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)  # times a constant
+        which = (uniform[..., None] * cdf[..., -1:] >= cdf[..., :-1]).sum(-1)
+        return self._codes.index_select(0, which.flatten()).reshape(field.shape)
+
+    # -- sums over all states ------------------------------------------------------------------
+
+    def exact_log_normalizer(self, max_units: int = 25) -> Tensor:
+        r""":math:`\log Z` by enumeration, the sites of one colour summed in closed form.
+
+        Differentiable in couplings and bias, in bounded memory. Given back to the distribution, as
+        in ``p.normalized(p.exact_log_normalizer())``, it normalizes the density.
+
+        Args:
+            max_units: at most :math:`2^{\text{max\_units}}` states may be enumerated: on a
+                checkerboard of bits or spins these many sites of one colour.
+
+        Returns:
+            A shape that broadcasts to ``batch_shape``: that of the parameters' batch.
+
+        Raises:
+            ValueError: if there are more states.
+        """
+        log_f, count, chunk_size = self._enumeration(max_units)
+        if count == 0:
+            return log_f(self._codes.new_zeros(1, 0))[0]
+        return log_sum_over_states(log_f, self._codes, count, chunk_size, 2**max_units)
+
+    @torch.no_grad()
+    def exact_sample(
+        self, sample_shape: torch.Size | tuple[int, ...] = (), max_units: int = 20
+    ) -> Tensor:
+        """Independent exact draws, through a table of all states but those of one colour.
+
+        Args:
+            sample_shape: how many.
+            max_units: as in :meth:`exact_log_normalizer`.
+
+        Returns:
+            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``.
+
+        Raises:
+            ValueError: if there are more states.
+        """
+        log_f, count, chunk_size = self._enumeration(max_units)
+        shape = torch.Size(sample_shape) + self.batch_shape
+        if count:
+            table = values_of_states(log_f, self._codes, count, chunk_size, 2**max_units)
+            if table[0].numel() == 1:  # one table for all rows of a plate
+                which = Categorical(logits=table.flatten()).sample(shape)
+            else:
+                logits = table.movedim(0, -1).expand(self.batch_shape + (len(table),))
+                which = Categorical(logits=logits).sample(torch.Size(sample_shape))
+            enumerated = states(self._codes, count)[which]
+        else:
+            enumerated = self._codes.new_zeros(shape + (0,))
+        s = self._embedded(enumerated)
+        weights = self.pairs.weights(self.couplings)
+        for k in self.pairs.independent:
+            field = self._block_field(weights[k], s, k)
+            new = self._draw_given(field, torch.rand_like(field[..., 0]))
+            s = s.index_copy(-2, self.pairs.blocks[k], new)
+        return self._points(s)
+
+    def _enumeration(self, max_units: int) -> tuple[Any, int, int]:
+        count, batch = len(self.pairs.rest), self.unexpanded.batch_shape
+        check_enumerable(len(self._codes), count, 2**max_units)
+        chunk_size = max(NUMBERS_PER_CHUNK // (self._numbers * max(batch.numel(), 1)), 64)
+
+        def log_f(enumerated: Tensor) -> Tensor:  # (chunk, count * b) -> (chunk, *batch)
+            s = self._embedded(enumerated.reshape(enumerated.shape[:1] + (1,) * len(batch) + (-1,)))
+            #   -E(s_A, 0) + sum_{i in B} log sum_c exp(<c, f_i>)
+            total = self.pairs.pair_sum(self.couplings, s) + (self._bias * s).sum((-1, -2))
+            weights = self.pairs.weights(self.couplings)
+            for k in self.pairs.independent:
+                logits = self._block_field(weights[k], s, k) @ self._codes.mT
+                total = total + logits.logsumexp(-1).sum(-1)
+            return total
+
+        return log_f, count, chunk_size
+
+    @property
+    def _numbers(self) -> int:
+        """How many numbers the energy of one point holds at once, about."""
+        return (self.pairs.num_edges + self.num_sites) * self._codes.shape[1]
+
+    def _embedded(self, enumerated: Tensor) -> Tensor:
+        """States ``(..., n, b)`` that have these at all sites but the independent ones, 0 there."""
+        rest, b = self.pairs.rest, self._codes.shape[1]
+        s = enumerated.new_zeros(enumerated.shape[:-1] + (self.num_sites, b))
+        return s.index_copy(-2, rest, enumerated.reshape(enumerated.shape[:-1] + (len(rest), b)))
+
+    def _block_field(self, weight: Tensor, s: Tensor, k: int) -> Tensor:
+        bias = self._bias
+        if bias.shape[-2] > 1:
+            bias = bias.index_select(-2, self.pairs.blocks[k])
+        return self.pairs.field(weight, s, k) + bias
+
+    # -- other temperatures --------------------------------------------------------------------
+
+    def tempered(self, beta: Tensor | float) -> Self:
+        r"""The density at the inverse temperature :math:`\beta`: all parameters times that.
+
+        .. math:: p_\beta(s) \propto e^{-\beta E(s)}
+
+        Args:
+            beta: a number, or a tensor that broadcasts with the batch. At 0 all states are alike,
+                below it the most likely become the least. :math:`\log Z` is known at the numbers 0
+                and, if it is known here, 1.
+
+        Raises:
+            ValueError: if it is not finite, or does not broadcast.
+        """
+        if not isinstance(beta, Tensor) and not math.isfinite(beta):
+            raise ValueError(f"beta must be finite, got {beta}")
+        if not isinstance(beta, Tensor) and beta == 1:
+            return self
+        scale = torch.as_tensor(beta, dtype=self.couplings.dtype, device=self.couplings.device)
+        if self._validate_args and readable(scale) and not scale.isfinite().all():
+            raise ValueError(f"beta must be finite, got {beta}")
+        try:
+            batch = torch.broadcast_shapes(scale.shape, self.batch_shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"beta has shape {tuple(scale.shape)}, which does not broadcast with batch_shape="
+                f"{tuple(self.batch_shape)}"
+            ) from error
+        new = copy.copy(self.unexpanded)
+        new.couplings = scale[(...,) + (None,) * self.pairs.coupling_dim] * self.couplings
+        new._bias = scale[..., None, None] * self._bias
+        new._batch_shape = torch.broadcast_shapes(scale.shape, new.batch_shape)
+        new._log_normalizer = new._learned_normalizer = None
+        if not isinstance(beta, Tensor) and beta == 0:
+            new._log_normalizer = scale.new_tensor(self.num_sites * math.log(len(self._codes)))
+            new._normalized_parts = ()
+        return new if new._batch_shape == batch else new.expand(batch)
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """Points ``(..., *event)`` as vectors ``(..., n, b)``, in floating numbers."""
+        x = x.to(torch.promote_types(x.dtype, self.couplings.dtype))
+        return x if self.event_dim == 2 else x[..., None]
+
+    def _points(self, s: Tensor) -> Tensor:
+        """Vectors ``(..., n, b)`` as points ``(..., *event)``."""
+        return s if self.event_dim == 2 else s[..., 0]
+
+    def _like(self) -> Tensor:
+        return self.couplings.detach()
+
+    def _check_values(self) -> None:
+        if readable(self._bias) and not self._bias.isfinite().all():
+            raise ValueError("the bias must be finite")
+        if not readable(self.couplings):
+            return
+        if not self.couplings.isfinite().all():
+            raise ValueError("couplings must be finite")
+        if self.pairs.coupling_dim == 2:
+            check_symmetric(self.couplings.detach())
+
+    def __repr__(self) -> str:
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
+        return (
+            f"{type(self).__name__}(event_shape={tuple(self.event_shape)}{batch},"
+            f" pairs={self.pairs.num_edges}, log_normalizer={self.normalizer_state})"
+        )
+
+
+__all__ = ["PairwiseEnergy"]

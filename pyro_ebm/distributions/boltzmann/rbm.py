@@ -1,0 +1,328 @@
+r"""Restricted Boltzmann machines: two layers of units, each independent given the other.
+
+Visible units :math:`x \in \{0, 1\}^n` and hidden units :math:`z \in \{0, 1\}^m` have the density
+
+.. math:: p(x, z) \propto e^{-E(x, z)}, \qquad E(x, z) = -x^\top W z - b^\top x - c^\top z.
+
+:class:`JointRBM` is this density, and :class:`RBM` its marginal over :math:`x`, whose energy is the
+*free energy*
+
+.. math:: F(x) = -\log \sum_z e^{-E(x, z)} = -b^\top x
+          - \sum_j \operatorname{softplus}\big(c_j + (W^\top x)_j\big).
+
+Both have the same :math:`Z = \sum_{x, z} e^{-E(x, z)}`: a sum over the states of the smaller layer
+alone, with the other summed in closed form. Nothing connects the units of one layer, so that
+
+.. math:: p(z_j = 1 \mid x) = \sigma\big(c_j + (W^\top x)_j\big), \qquad
+          p(x_i = 1 \mid z) = \sigma\big(b_i + (W z)_i\big),
+
+and the sweep :math:`x \to z \to x` of these two draws is a Gibbs sampler in two blocks.
+
+Reference:
+    Smolensky (1986), Information processing in dynamical systems: foundations of harmony theory.
+    Hinton (2012), A practical guide to training restricted Boltzmann machines.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import (
+    Bernoulli,  # pyright: ignore[reportAttributeAccessIssue]
+    Independent,
+    constraints,
+)
+from torch import Tensor
+
+from pyro_ebm.distributions.boltzmann.bipartite import (
+    TwoLayers,
+    affine,
+    check_weights,
+    common_batch,
+    dot,
+    softplus,
+)
+
+if TYPE_CHECKING:
+    from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
+
+
+class BinaryLayers(TwoLayers):
+    """Two layers of bits: what :class:`RBM` and :class:`JointRBM` share."""
+
+    def visible_given(self, z: Tensor) -> Independent:
+        r"""The visible units given the hidden ones, :math:`p(x \mid z)`: independent bits.
+
+        Args:
+            z: hidden units, shape ``(*sample, *batch, m)``.
+
+        Returns:
+            A Bernoulli distribution over events of shape ``(n,)``.
+        """
+        logits = self.visible_logits(self._layer("hidden", z, self.num_hidden))
+        return Bernoulli(logits=logits, validate_args=self._validate_args).to_event(1)
+
+    def hidden_logits(self, x: Tensor) -> Tensor:
+        """The log-odds of the hidden units, ``(*sample, *batch, n) -> (*sample, *batch, m)``."""
+        return affine(x, self.weights, self.hidden_bias)
+
+    def visible_logits(self, z: Tensor) -> Tensor:
+        """The log-odds of the visible units, ``(*sample, *batch, m) -> (*sample, *batch, n)``."""
+        return affine(z, self.weights.mT, self.visible_bias)
+
+    def log_hidden(self, z: Tensor) -> Tensor:
+        r""":math:`\log p(z) + \log Z`, ``(*sample, *batch, m) -> (*sample, *batch)``."""
+        return dot(z, self.hidden_bias) + softplus(self.visible_logits(z)).sum(-1)
+
+    def _enumerated(self) -> "BinaryLayers":
+        """The smaller layer is enumerated: where that is the visible one, exchange the two."""
+        if self.num_hidden <= self.num_visible:
+            return self
+        mirror = RBM(self.weights.mT, self.hidden_bias, self.visible_bias, validate_args=False)
+        return _expanded(mirror, self.batch_shape)
+
+    def _sibling(self, cls: type, beta: Tensor | None = None) -> Any:
+        """A density of the same parameters, or of those times ``beta``."""
+        new = cls(
+            self.weights if beta is None else beta[..., None, None] * self.weights,
+            self.visible_bias if beta is None else beta[..., None] * self.visible_bias,
+            self.hidden_bias if beta is None else beta[..., None] * self.hidden_bias,
+            kernel=self.kernel,
+            num_steps=self.num_steps,
+            validate_args=self._validate_args,
+        )
+        batch = () if beta is None else beta.shape
+        new = _expanded(new, common_batch("beta and batch", batch, self.batch_shape))
+        if beta is None and self.is_normalized and self._log_normalizer is not None:
+            return new.normalized(self._log_normalizer)
+        return new
+
+    def _sweep(
+        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # z ~ p(z | x), then x ~ p(x | z), at weights and biases times beta
+        u_hidden, u_visible = noise
+        hidden = self.hidden_logits(x)
+        hidden = hidden if beta is None else beta[..., None] * hidden
+        z = (u_hidden < hidden.sigmoid()).to(x.dtype)
+        visible = self.visible_logits(z)
+        visible = visible if beta is None else beta[..., None] * visible
+        return (u_visible < visible.sigmoid()).to(x.dtype), z
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if isinstance(value, Tensor) and not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(
+                f"the units of {self!r} are 0 or 1, and the value holds others, between"
+                f" {value.min().item():.4g} and {value.max().item():.4g}: binarize the data, as in"
+                " torch.bernoulli(x) or (x > 0.5).float(), or use GaussianRBM for real values"
+            )
+        super()._validate_sample(value)
+
+
+class RBM(BinaryLayers):
+    r"""A restricted Boltzmann machine over its visible bits, the hidden ones summed out.
+
+    .. math:: p(x) \propto e^{b^\top x} \prod_j \big(1 + e^{c_j + (W^\top x)_j}\big)
+
+    Parameters with a batch make a batch of machines, as for a conditional machine whose biases are
+    computed from a context.
+
+    Args:
+        weights: :math:`W`, shape ``(*batch, n, m)``.
+        visible_bias: :math:`b`, shape ``(*batch, n)``.
+        hidden_bias: :math:`c`, shape ``(*batch, m)``.
+        **kwargs: ``log_normalizer``, ``kernel``, ``num_steps``, ``learned_normalizer`` and
+            ``validate_args`` of :class:`~pyro_ebm.UnnormalizedEnergy`.
+
+    Raises:
+        ValueError: for parameters of the wrong type or shape, or (in ``log_prob``) values that are
+            not 0 or 1.
+
+    Reference:
+        Freund and Haussler (1992), Unsupervised learning of distributions on binary vectors using
+        two layer networks.
+
+    Example:
+        >>> p = RBM(torch.randn(6, 3), torch.zeros(6), torch.zeros(3))
+        >>> p
+        RBM(visible=6, hidden=3, log_normalizer=unknown)
+        >>> p = p.normalized(p.exact_log_normalizer())
+        >>> x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # all 64 states
+        >>> torch.allclose(p.log_prob(x).exp().sum(), torch.tensor(1.0))
+        True
+        >>> p.hidden_given(x).mean.shape
+        torch.Size([64, 3])
+    """
+
+    tempers = False  # of e^{-beta F} the layers are not independent given each other
+
+    def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
+        n, _ = check_weights(weights)
+        super().__init__(weights, visible_bias, hidden_bias, (n,), constraints.boolean, **kwargs)
+
+    def free_energy(self, x: Tensor) -> Tensor:
+        r"""The energy :math:`F(x) = -\log \sum_z e^{-E(x, z)}`.
+
+        Args:
+            x: visible units, shape ``(*sample, *batch, n)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        return self.energy(x)
+
+    def _energy(self, x: Tensor) -> Tensor:
+        x = x.to(self.weights.dtype)
+        return -dot(x, self.visible_bias) - softplus(self.hidden_logits(x)).sum(-1)
+
+    def joint(self) -> "JointRBM":
+        r"""The density of visible and hidden units together: a known :math:`\log Z` is its too."""
+        return self._sibling(JointRBM)
+
+    def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The uniforms of a sweep, for the hidden and the visible units."""
+        return self._uniform(x.shape[:-1] + (self.num_hidden,)), self._uniform(x.shape)
+
+    def gibbs_sweep(
+        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        r"""New visible units: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
+
+        Args:
+            x: visible units, shape ``(*sample, *batch, n)``.
+            noise: what :meth:`gibbs_noise` gave.
+            beta: must be None.
+
+        Raises:
+            ValueError: for any other ``beta``.
+        """
+        if beta is not None:
+            raise ValueError(
+                "a sweep of RBM leaves e^{-F} invariant, not e^{-beta F}, whose layers are not"
+                " independent given each other: temper joint()"
+            )
+        return self._sweep(x.to(self.weights.dtype), noise)[0].to(x.dtype)
+
+    @staticmethod
+    def module(
+        num_visible: int, num_hidden: int, data: Tensor | None = None, **kwargs: Any
+    ) -> "RBMModule":
+        """An ``nn.Module`` whose call gives the machine of its current parameters.
+
+        Args:
+            num_visible: n, how many visible units.
+            num_hidden: m, how many hidden units.
+            data: bits, shape ``(num, n)``, whose log-odds the visible bias starts at.
+            **kwargs: ``centered`` and further arguments of
+                :class:`~pyro_ebm.distributions.boltzmann.rbm_module.RBMModule`.
+        """
+        from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
+
+        return RBMModule(num_visible, num_hidden, data, **kwargs)
+
+
+class JointRBM(BinaryLayers):
+    r"""A restricted Boltzmann machine over all its bits, visible and hidden.
+
+    .. math:: p(x, z) \propto e^{x^\top W z + b^\top x + c^\top z}
+
+    A point is the vector :math:`(x, z)` of :math:`n + m` bits.
+
+    Args:
+        weights: :math:`W`, shape ``(*batch, n, m)``.
+        visible_bias: :math:`b`, shape ``(*batch, n)``.
+        hidden_bias: :math:`c`, shape ``(*batch, m)``.
+        **kwargs: as in :class:`RBM`.
+
+    Raises:
+        ValueError: as :class:`RBM` does.
+
+    Example:
+        >>> p = RBM(torch.randn(6, 3), torch.zeros(6), torch.zeros(3)).joint()
+        >>> p
+        JointRBM(visible=6, hidden=3, log_normalizer=unknown)
+        >>> xz = p.exact_sample((10,))
+        >>> x, z = p.split(xz)
+        >>> x.shape, z.shape
+        (torch.Size([10, 6]), torch.Size([10, 3]))
+        >>> torch.allclose(p.tempered(0.5).energy(xz), p.energy(xz) / 2)
+        True
+    """
+
+    tempers = True
+
+    def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
+        units = (sum(check_weights(weights)),)
+        super().__init__(weights, visible_bias, hidden_bias, units, constraints.boolean, **kwargs)
+
+    def split(self, xz: Tensor) -> tuple[Tensor, Tensor]:
+        """The visible and the hidden units of points.
+
+        Args:
+            xz: points, shape ``(*sample, *batch, n + m)``.
+
+        Returns:
+            Shapes ``(*sample, *batch, n)`` and ``(*sample, *batch, m)``.
+        """
+        x, z = xz.split([self.num_visible, self.num_hidden], -1)
+        return x, z
+
+    def _energy(self, x: Tensor) -> Tensor:
+        x, z = self.split(x.to(self.weights.dtype))
+        return -dot(x, self.visible_bias) - (self.hidden_logits(x) * z).sum(-1)
+
+    def marginal(self) -> RBM:
+        r"""The density of the visible units alone: a known :math:`\log Z` is its too."""
+        return self._sibling(RBM)
+
+    def tempered(self, beta: Tensor | float) -> "JointRBM":
+        r"""The density :math:`\propto p(x, z)^\beta`: the same machine with parameters scaled.
+
+        :math:`\log Z` is known at the numbers 0 and, if it is known here, 1.
+
+        Args:
+            beta: inverse temperature, or several that broadcast with the batch.
+
+        Raises:
+            ValueError: if it is not finite, or does not broadcast.
+        """
+        if not isinstance(beta, Tensor):
+            if not math.isfinite(beta):
+                raise ValueError(f"beta must be finite, got {beta}")
+            if beta == 1:
+                return self
+            if beta == 0:  # all states are alike
+                log_z = math.log(2) * (self.num_visible + self.num_hidden)
+                uniform = self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
+                uniform._normalized_parts = ()
+                return uniform
+        beta = torch.as_tensor(beta, dtype=self.weights.dtype, device=self.weights.device)
+        return self._sibling(JointRBM, beta)
+
+    def _point(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([x, z], -1)
+
+    def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The uniforms of a sweep, for the hidden and the visible units."""
+        u_visible, u_hidden = self.split(self._uniform(x.shape))
+        return u_hidden, u_visible
+
+    def gibbs_sweep(
+        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        r"""New points: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
+
+        Args:
+            x: points, shape ``(*sample, *batch, n + m)``; of their hidden units none is used.
+            noise: what :meth:`gibbs_noise` gave.
+            beta: inverse temperatures that broadcast with ``(*sample, *batch)``; None is 1.
+        """
+        visible, _ = self.split(x.to(self.weights.dtype))
+        return torch.cat(self._sweep(visible, noise, beta), -1).to(x.dtype)
+
+
+def _expanded(energy: Any, batch_shape: torch.Size) -> Any:
+    return energy if energy.batch_shape == batch_shape else energy.expand(batch_shape)
+
+
+__all__ = ["RBM", "BinaryLayers", "JointRBM"]

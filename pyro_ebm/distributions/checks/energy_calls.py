@@ -1,0 +1,139 @@
+"""What went wrong when an energy was called: which energy, at which points, and what it owes them.
+
+An energy takes points with any number of batch dimensions, none included: MCMC, ``sample`` and the
+losses call it at points of different shapes. A network that takes one batch dimension, or numbers
+of its own dtype alone, fails in the middle of its layers, with an error that knows nothing of the
+energy. Whether it would have taken the same points in another shape or dtype is found out by
+calling it so.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+NARROW = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16})
+"""Dtypes of pixels and flags, in which the arithmetic of an energy overflows in silence."""
+
+_OF_SHAPES = re.compile(r"\bshapes?\b|\bsizes?\b|\bdim(ension)?s?\b|\belements?\b|\bchannels?\b")
+
+
+class EnergyCallError(ValueError):
+    """An energy cannot be called at points of this shape, dtype or device."""
+
+
+@contextlib.contextmanager
+def at_site(name: str) -> Iterator[None]:
+    """Errors of an energy that is called within this context name the site.
+
+    Example:
+        >>> with at_site("x"):
+        ...     raise EnergyCallError("the energy failed")
+        Traceback (most recent call last):
+        ...
+        pyro_ebm.distributions.checks.energy_calls.EnergyCallError: site 'x': the energy failed
+    """
+    try:
+        yield
+    except EnergyCallError as error:
+        error.args = (f"site {name!r}: {error}",)
+        raise
+    except Exception as error:
+        error.add_note(f"(at site {name!r})")
+        raise
+
+
+def explain(
+    error: Exception,
+    energy: Callable[[Tensor], Any],
+    name: str,
+    x: Tensor,
+    event_shape: torch.Size,
+    like: Tensor,
+) -> None:
+    """Says more of an error that an energy raised; the caller raises it where this returns.
+
+    Args:
+        error: what it raised.
+        energy: the function.
+        name: what to call it.
+        x: the points, shape ``(*sample, *batch, *event)``.
+        event_shape: of the energy.
+        like: a tensor that tells the energy's dtype and device.
+
+    Raises:
+        EnergyCallError: if the shape, dtype or device of the points is to blame.
+    """
+    if isinstance(error, EnergyCallError | torch.linalg.LinAlgError | torch.OutOfMemoryError):
+        return
+    if get_proxy_mode() is not None:  # a graph is being captured
+        return
+    failed = f"the energy {name} failed at points of shape {tuple(x.shape)}"
+    if isinstance(error, RuntimeError | ValueError | TypeError | IndexError):
+        said = first_line(error)
+        if other := _of_another_kind(energy, x, like):
+            raise EnergyCallError(f"{failed} ({said}): {other}") from error
+        if (shape := _another_shape(energy, x, event_shape)) is not None:
+            raise EnergyCallError(
+                f"{failed} ({said}), though not at shape {tuple(shape)}: an energy must take any"
+                " number of batch dimensions, none included, and sum over those of the event."
+                f" Use MLPEnergy or ConvEnergy of pyro_ebm.nn, or wrap it: {_wrapped(event_shape)}"
+            ) from error
+        if type(error) in (RuntimeError, ValueError, IndexError) and _OF_SHAPES.search(said):
+            raise EnergyCallError(
+                f"{failed}, with event_shape={tuple(event_shape)} ({said}): event_shape is the"
+                " shape of one point, and an energy must map points (*batch, *event), with any"
+                " number of batch dimensions, none included, to energies (*batch)"
+            ) from error
+    error.add_note(f"({failed}, with event_shape={tuple(event_shape)})")
+
+
+def _of_another_kind(energy: Callable[[Tensor], Any], x: Tensor, like: Tensor) -> str | None:
+    """In words, whether it takes these points with its own dtype or on its own device."""
+    if x.device != like.device and _takes(energy, x.to(like.device, like.dtype)):
+        return f"the points are on {x.device}, the energy is on {like.device}: move one of them"
+    if x.dtype == like.dtype or not _takes(energy, x.to(like.dtype)):
+        return None
+    if not x.is_floating_point():
+        return f"the points are of {x.dtype}, no real numbers: use {_cast(like.dtype)}"
+    return (
+        f"the points are of {x.dtype}, the energy computes in {like.dtype}: use"
+        f" {_cast(like.dtype)}, or turn the network by net.to({x.dtype})"
+    )
+
+
+def _cast(dtype: torch.dtype) -> str:
+    return "x.float()" if dtype == torch.float32 else f"x.to({dtype})"
+
+
+def _another_shape(
+    energy: Callable[[Tensor], Any], x: Tensor, event_shape: torch.Size
+) -> torch.Size | None:
+    """The shape, with one batch dimension or with none, at which it takes the same points."""
+    if x.numel() == 0:
+        return None
+    flat = x.reshape((-1,) + event_shape)
+    for points, batch in ((flat, flat.shape[:1]), (flat[0], ())):
+        if points.shape != x.shape and _takes(energy, points, torch.Size(batch)):
+            return points.shape
+    return None
+
+
+def _takes(energy: Callable[[Tensor], Any], x: Tensor, want: torch.Size | None = None) -> bool:
+    """Whether it maps these points to anything, or to a tensor of this shape."""
+    try:
+        value = energy(x)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return want is None or (isinstance(value, Tensor) and value.shape == want)
+
+
+def _wrapped(event_shape: torch.Size) -> str:
+    """Code that flattens the batch before a network and puts it back behind."""
+    inner = "".join(f", {size}" for size in event_shape)
+    outer = f"[:-{len(event_shape)}]" if event_shape else ""
+    return f"lambda x: net(x.reshape(-1{inner})).reshape(x.shape{outer})"

@@ -1,0 +1,1 @@
+"""What the distributions stand on: supports, their parts, points of discrete spaces, masks."""

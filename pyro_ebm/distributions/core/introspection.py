@@ -1,0 +1,193 @@
+"""Small helpers for energy sites: their tensors, their wrappers, their starting points."""
+
+import contextlib
+import copy
+import dis
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ebm.distributions.core.discrete import codewords
+
+
+def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
+    """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
+
+    Args:
+        support: the support of a whole event.
+        shape: ``(*sample, *batch, *event)``.
+        like: a tensor that tells dtype and device.
+
+    Raises:
+        ValueError: for a discrete support that is not a finite set.
+
+    Example:
+        >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
+        tensor([True, True, True])
+    """
+    if not support.is_discrete:
+        bijection = biject_to(support)
+        z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
+        return bijection(z.uniform_(-2.0, 2.0))
+    codes = codewords(support, shape)
+    assert codes is not None
+    codes = codes.to(like)
+    variables = shape[: len(shape) - (codes.shape[1] > 1)]
+    return codes[torch.randint(len(codes), variables, device=like.device)].reshape(shape)
+
+
+def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
+    """The modules and tensors that a callable holds: as a module, in a closure, partial or method.
+
+    Globals that a function names are among them, and those of the functions of its own file that
+    it calls. The answer is used to follow an energy's device and dtype, and to find its modules.
+
+    Example:
+        >>> scale = torch.tensor(2.0)
+        >>> list(sources(lambda x: scale * x))
+        [tensor(2.)]
+    """
+    if isinstance(function, nn.Module | Tensor):
+        yield function
+    elif _depth > 0:
+        for part in _parts(function):
+            yield from sources(part, _depth - 1)
+
+
+def _parts(function: Any) -> Iterator[Any]:
+    """What a callable, a container or a constraint refers to."""
+    if isinstance(function, list | tuple):
+        yield from function
+    elif isinstance(function, dict):
+        yield from function.values()
+    elif isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+    elif isinstance(function, types.MethodType):
+        yield from (function.__self__, function.__func__)
+    elif isinstance(function, types.FunctionType):
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+                yield cell.cell_contents
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        yield getattr(function, "__wrapped__", None)
+        for name in _globals_read(function.__code__):
+            value = function.__globals__.get(name)
+            own = getattr(value, "__globals__", None) is function.__globals__
+            if own or isinstance(value, nn.Module | Tensor):
+                yield value
+    elif callable(function) or isinstance(function, constraints.Constraint):
+        yield from getattr(function, "__dict__", {}).values()
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_read(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that a function's code loads, its inner functions' included."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.extend(_globals_read(constant))
+    return tuple(dict.fromkeys(names))
+
+
+def modules(function: Callable[..., Any]) -> tuple[nn.Module, ...]:
+    """Every module reachable from a callable, submodules included."""
+    found = {id(m): m for s in sources(function) if isinstance(s, nn.Module) for m in s.modules()}
+    return tuple(found.values())
+
+
+def first_tensor(*functions: Any) -> Tensor | None:
+    """The first floating tensor among the sources of the arguments: it tells dtype and device."""
+    for function in functions:
+        for source in sources(function):
+            tensors = (
+                [source]
+                if isinstance(source, Tensor)
+                else [*source.parameters(), *source.buffers()]
+            )
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    return tensor
+    return None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor.
+
+    Example:
+        >>> readable(torch.ones(2))
+        True
+        >>> seen = []
+        >>> _ = torch.vmap(lambda x: seen.append(readable(x)) or x)(torch.ones(2))
+        >>> seen
+        [False]
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not is_functorch_wrapped_tensor(tensor)
+        and get_proxy_mode() is None
+        and not torch.jit.is_tracing()
+    )
+
+
+def bounds_of(support: Any) -> list[Any]:
+    """The tensors and numbers that a constraint is made of.
+
+    Example:
+        >>> from pyro.distributions.constraints import greater_than, independent
+        >>> bounds_of(independent(greater_than(torch.ones(1)), 1))
+        [tensor([1.]), 1]
+    """
+    if isinstance(support, Tensor | int | float):
+        return [support]
+    if isinstance(support, constraints.Constraint):
+        support = vars(support).values()
+    elif not isinstance(support, list | tuple):
+        return []
+    return [bound for part in support for bound in bounds_of(part)]
+
+
+def tensors_of(support: Any) -> list[Tensor]:
+    """The tensors that a constraint is made of: its bounds."""
+    return [bound for bound in bounds_of(support) if isinstance(bound, Tensor)]
+
+
+def unvalidated(fn: Any) -> Any:
+    """A distribution that checks no values: a point outside the support has no density, no error.
+
+    Samplers propose such points and must see the density there, not an exception; and checks
+    branch on values, which ``vmap`` forbids.
+
+    Example:
+        >>> p = dist.Normal(0.0, 1.0, validate_args=True).expand([2]).to_event(1)
+        >>> unvalidated(p).log_prob(torch.full((2,), float("nan")))
+        tensor(nan)
+    """
+    new = copy.copy(fn)
+    for part in PARTS:
+        inner = vars(new).get(part)
+        if inner is not None:
+            setattr(new, part, unvalidated(inner))
+    if hasattr(new, "_validate_args"):  # after the parts: Independent passes it on to its base
+        new._validate_args = False
+    return new
+
+
+PARTS = (
+    "base_dist",
+    "base",
+    "_component_distribution",
+    "_mixture_distribution",
+    "component0",
+    "component1",
+    "_dirichlet",  # of Beta
+)

@@ -1,0 +1,1 @@
+"""Contrastive divergence: its negatives, its closed form for RBMs, and layerwise training."""

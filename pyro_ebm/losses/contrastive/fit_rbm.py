@@ -1,0 +1,194 @@
+r"""Training restricted Boltzmann machines, and networks of them layer by layer.
+
+Short loops around :class:`~pyro_ebm.ContrastiveDivergence`, for those who want a trained machine
+and no loop of their own. They touch no parameter store. Where the loss is the default, or another
+setting of contrastive divergence by Gibbs sweeps, its steps are those of
+:mod:`~pyro_ebm.losses.contrastive.rbm_gradient`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.distributions.boltzmann.belief_network import DeepBeliefNetwork
+from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.losses.contrastive.rbm_gradient import SITE, ClosedFormStep
+from pyro_ebm.ops.arguments import shown
+
+FINAL_RATE = 0.05
+"""What the rate has fallen to at the end, as a part of that at the start."""
+
+FUSED = ("cpu", "cuda")
+"""The devices on which torch has Adam as one kernel."""
+
+
+def fit_rbm(
+    net: RBMModule,
+    data: Tensor,
+    num_epochs: int = 60,
+    batch_size: int = 100,
+    lr: float = 0.03,
+    loss: EnergyLoss | None = None,
+    center_rate: float = 0.01,
+    callback: Callable[[int, dict[str, float]], Any] | None = None,
+    disable_progbar: bool = False,
+) -> list[dict[str, float]]:
+    r"""Fits a restricted Boltzmann machine to data.
+
+    Adam, with a rate that falls exponentially to a twentieth, on minibatches drawn without
+    replacement; the negatives are persistent chains. Offsets of a centered machine follow the data.
+
+    Args:
+        net: ``RBM.module(n, m, data, centered=True)``, ``GaussianRBM.module(...)``; trained in
+            place.
+        data: points, shape ``(num, n)``. Numbers between 0 and 1 for binary units are
+            probabilities: bits are drawn from them anew for each batch.
+        num_epochs: passes over the data.
+        batch_size: points for each step; a last, smaller batch is left out of its epoch.
+        lr: Adam's rate at the start, for the mean log-likelihood of a point. In few epochs 0.1
+            comes furthest, in many 0.03.
+        loss: by default ``ContrastiveDivergence(persistent=True, num_chains=batch_size)``.
+        center_rate: how fast the offsets of a centered machine move, see
+            :meth:`~pyro_ebm.distributions.boltzmann.rbm_module.RBMModule.recenter`.
+        callback: called as ``callback(epoch, diagnostics)`` after each, say to watch an exact or
+            estimated log-likelihood: that of a machine trained too fast rises, then falls.
+        disable_progbar: whether to show no progress.
+
+    Returns:
+        The loss's diagnostics at the end of each epoch.
+
+    Raises:
+        ValueError: for data of another shape or that are no visible units, or numbers out of range.
+
+    Reference:
+        Tieleman (2008), Training restricted Boltzmann machines using approximations to the
+        likelihood gradient.
+
+    Example:
+        >>> from pyro_ebm.distributions import RBM
+        >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
+        >>> net = RBM.module(4, 3, data)
+        >>> told = fit_rbm(net, data, num_epochs=5, disable_progbar=True)
+        >>> sorted(told[-1])
+        ['acceptance_rate', 'energy_data', 'energy_negatives', 'step_size']
+    """
+    for name, value in {"num_epochs": num_epochs, "batch_size": batch_size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if not 0 <= center_rate <= 1:
+        raise ValueError(f"center_rate must lie in [0, 1], got {center_rate}")
+    num_visible = net.weights.shape[0]
+    if data.dim() != 2 or data.shape[1] != num_visible or not len(data):
+        raise ValueError(f"data must have shape (num, {num_visible}), got {tuple(data.shape)}")
+    bits = not isinstance(net, GaussianRBMModule)
+    if bits and not ((data >= 0) & (data <= 1)).all():
+        raise ValueError(
+            "data of binary units must be bits, or probabilities of bits, and some leave [0, 1]:"
+            " scale or binarize them, or use GaussianRBM.module"
+        )
+    if not data.isfinite().all():
+        raise ValueError("the data hold NaN or infinite values: drop those rows")
+    bits = bits and not ((data == 0) | (data == 1)).all()
+    batch_size = min(batch_size, len(data))
+    if loss is None:
+        loss = ContrastiveDivergence(persistent=True, num_chains=batch_size)
+    in_epoch = len(data) // batch_size
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=data.device.type in FUSED)
+    decay = FINAL_RATE ** (1 / (num_epochs * in_epoch))
+    step = ClosedFormStep.of(net, loss) or _TracedStep(net, loss)
+    told = []
+    with tqdm(range(num_epochs), disable=disable_progbar, desc=f"fit {net()!r}") as bar:
+        for epoch in bar:
+            shuffled = data[torch.randperm(len(data))]
+            for index, batch in enumerate(shuffled[: in_epoch * batch_size].split(batch_size)):
+                batch = torch.bernoulli(batch) if bits else batch
+                step(batch, center_rate, tell=index + 1 == in_epoch)
+                optimizer.step()
+                for group in optimizer.param_groups:
+                    group["lr"] *= decay
+            told.append(loss.diagnostics)
+            if callback is not None:
+                callback(epoch, told[-1])
+    optimizer.zero_grad()  # SVI adds to the gradients that it finds
+    return told
+
+
+def fit_layers(
+    network: DeepBeliefNetwork,
+    data: Tensor,
+    means: bool = True,
+    callback: Callable[[int, int, dict[str, float]], Any] | None = None,
+    **kwargs: Any,
+) -> list[list[dict[str, float]]]:
+    r"""Fits a deep belief network greedily, from the bottom up, each machine by :func:`fit_rbm`.
+
+    The data of each machine are the hidden units of those below, given the data.
+
+    Args:
+        network: trained in place.
+        data: points, shape ``(num, n)``.
+        means: whether layers below hand up their means (bits of the layer being trained are drawn
+            from them anew for each batch), or one draw of bits for each point.
+        callback: called as ``callback(machine, epoch, diagnostics)`` after each epoch.
+        **kwargs: settings of :func:`fit_rbm`; not ``loss``, which belongs to one machine.
+
+    Returns:
+        For each machine, the diagnostics of its epochs.
+
+    Raises:
+        ValueError: as :func:`fit_rbm` does.
+
+    Reference:
+        Hinton, Osindero and Teh (2006), A fast learning algorithm for deep belief nets.
+
+    Example:
+        >>> from pyro_ebm.distributions import RBM, DeepBeliefNetwork
+        >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
+        >>> network = DeepBeliefNetwork([RBM.module(4, 3, data), RBM.module(3, 2)])
+        >>> told = fit_layers(network, data, num_epochs=2, disable_progbar=True)
+        >>> [len(epochs) for epochs in told]
+        [2, 2]
+    """
+    if "loss" in kwargs:
+        raise ValueError(
+            "a loss holds the chains of one machine: call fit_rbm for each with its own"
+        )
+    told, inner = [], None
+    for index, net in enumerate(network.machines):
+        assert isinstance(net, RBMModule)
+        below = network.transform if means else network.propagate
+        if callback is not None:
+            inner = functools.partial(callback, index)
+        told.append(fit_rbm(net, below(data, index), callback=inner, **kwargs))
+    return told
+
+
+class _TracedStep:
+    """Sets the gradients of a machine by any loss, at the site of a model."""
+
+    def __init__(self, net: RBMModule, loss: EnergyLoss):
+        self.net, self.loss = net, loss
+
+    def __call__(self, x: Tensor, center_rate: float, tell: bool) -> None:
+        if self.net.centered:
+            self.net.recenter(x, center_rate)
+        self.net.zero_grad()
+        (self.loss.differentiable_loss(self._model, _no_guide, x) / len(x)).backward()
+
+    def _model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample(SITE, self.net(), obs=x)
+
+
+def _no_guide(x: Tensor) -> None:
+    """A guide with nothing in it: all sites are observed."""

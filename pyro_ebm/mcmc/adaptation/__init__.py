@@ -1,0 +1,1 @@
+"""What warmup learns: step size, mass matrix, length of trajectories."""

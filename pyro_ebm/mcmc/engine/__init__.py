@@ -1,0 +1,1 @@
+"""How transitions run: eagerly, or as one compiled graph that is guarded against change."""

@@ -1,0 +1,276 @@
+r"""Runs a pure batched function as it is, as a captured graph, or as a compiled one.
+
+A transition of a kernel is tensors in, tensors out. It can be run in three ways, which give the
+same draws to rounding, since random numbers are drawn outside:
+
+- as it is (``jit_compile=False``);
+- *captured* (``"capture"``): the operations on tensors, Pyro model and gradient included, are
+  written down once as a plain graph (``make_fx``), which is then run without Pyro and without
+  autograd. Capturing takes as long as a few hundred transitions;
+- *compiled* (``True``): that graph, turned into machine code by PyTorch's own compiler
+  (``inductor``), and on a GPU replayed as one CUDA graph. Compiling takes seconds.
+
+``"auto"`` chooses by how many calls are planned: a short run is not worth a graph, and only a long
+one is worth compiling.
+
+What a graph may rest on beside its inputs is looked at before each call, or before the first of
+those that are made in a row. It refers to the parameters that it was captured with, and so sees
+them change in place. It is captured anew when shapes, strides, dtypes or devices of its inputs
+change, when a parameter, a buffer or a module of a network is replaced, or when one changes between
+training and evaluation. A function that cannot be written down, because it branches on a value,
+reads one on the host or makes tensors whose shapes depend on values, is run as it is, after one
+warning that names the line. For the rest, the second call of a graph is made with the function too,
+and where they differ the graph is given up.
+
+What nothing can see is a Python number, or a tensor or network in a closure or a global variable,
+that is *rebound* to another one later. Change tensors in place, or build the kernel anew.
+"""
+
+import contextlib
+import shutil
+import traceback
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.engine.graph import Graph, SolvesTogether, describe, tensors_of
+from pyro_ebm.ops.arguments import first_line
+
+JitCompile = bool | Literal["capture", "auto"]
+MAX_GRAPHS = 8  # kept at a time, of one function
+MAX_SINGULAR = 8  # calls in which a matrix is singular, before capturing is given up
+WORTH_CAPTURING, WORTH_COMPILING = 500, 20_000  # planned calls
+
+
+class Engine:
+    """A pure function of tensors, run eagerly or through captured and compiled graphs.
+
+    Args:
+        function: a pure function of tensors (or nested tuples of them) to tensors.
+        jit_compile: False, ``"capture"``, True or ``"auto"``.
+        state: a hashable description of what else the function reads: parameter identities,
+            training flags. A graph serves one such state.
+        ignore_jit_warnings: whether to silence warnings raised while capturing.
+        planned: how many calls to expect, for ``"auto"``; None if that is not known.
+
+    Raises:
+        ValueError: for another ``jit_compile``.
+
+    Example:
+        >>> weight = torch.tensor(2.0)
+        >>> double = Engine(lambda x: (weight * x,), jit_compile="capture")
+        >>> double(torch.ones(2))
+        (tensor([2., 2.]),)
+        >>> _ = weight.mul_(2)  # the graph refers to the tensor, not to its value
+        >>> double(torch.ones(2))
+        (tensor([4., 4.]),)
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        jit_compile: JitCompile = False,
+        state: Callable[[], Hashable] | None = None,
+        ignore_jit_warnings: bool = False,
+        planned: int | None = None,
+    ):
+        check_jit_compile(jit_compile)
+        self.asked = jit_compile
+        if jit_compile == "auto":
+            calls = WORTH_CAPTURING if planned is None else planned
+            jit_compile = calls >= WORTH_COMPILING or (calls >= WORTH_CAPTURING and "capture")
+        self.function, self.state = function, state
+        self.jit_compile: JitCompile = jit_compile
+        self.ignore_jit_warnings = ignore_jit_warnings
+        self._graphs: dict[Hashable, Graph] = {}
+        self._singular = 0
+        self._told: list[str] = []
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The function's value at the inputs."""
+        return self._run(*self._find(inputs), inputs)
+
+    def iterate(self, n: int, carried: tuple[Any, ...], *fixed: Any) -> Any:
+        """The last value when the function is called ``n`` times with what it returned.
+
+        Its graph is looked up once; nothing that it rests on may change on the way.
+
+        Args:
+            n: how many times, at least once.
+            carried: the first arguments, each time the first values of the last time.
+            fixed: the other arguments.
+
+        Example:
+            >>> fibonacci = Engine(lambda a, b: (b, a + b))
+            >>> fibonacci.iterate(5, (torch.tensor(0), torch.tensor(1)))
+            (tensor(5), tensor(8))
+        """
+        inputs = (*carried, *fixed)
+        graph, tensors = self._find(inputs)
+        if graph is not None and graph.checked:
+            with contextlib.suppress(torch.linalg.LinAlgError):
+                found = graph.iterate(n, tensors, len(tensors_of(carried)))
+                if found is not None:
+                    return found
+        found = self._run(graph, tensors, inputs)
+        for _ in range(n - 1):
+            found = self(*found[: len(carried)], *fixed)
+        return found
+
+    def _run(self, graph: "Graph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
+        if graph is not None:
+            with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
+                return graph(tensors)
+        return self.function(*inputs)
+
+    def _find(self, inputs: tuple[Any, ...]) -> "tuple[Graph | None, list[Tensor]]":
+        """The graph for such inputs, if they can have one, and the tensors in them."""
+        if not self.jit_compile:
+            return None, []
+        described: list[Any] = [None if self.state is None else self.state()]
+        tensors: list[Tensor] = []
+        describe(inputs, described, tensors)
+        described.append(bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type))
+        key = tuple(described)
+        graph = self._graphs.get(key)
+        if graph is None or graph.is_stale():
+            graph = self._add_graph(key, inputs, tensors)
+        elif not graph.checked and not self._agrees(graph, inputs, tensors):
+            graph = None
+        return graph, tensors
+
+    def _add_graph(self, key: Hashable, inputs: Any, tensors: list[Tensor]) -> "Graph | None":
+        self.function(*inputs)  # an error of the model itself is raised as it is
+        while len(self._graphs) >= MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        try:
+            with self._silenced():
+                graph = Graph(self.function, inputs, tensors)
+        except torch.linalg.LinAlgError:  # a bad moment: the next call may be a better one
+            self._singular += 1
+            if self._singular >= MAX_SINGULAR:
+                self._give_up("a matrix is singular whenever it is tried")
+            return None
+        except _FAILURES as error:
+            self._give_up(f"{first_line(error)}{_place(error)}")
+            return None
+        if self.jit_compile is True:
+            self._compile(graph, tensors)
+        self._graphs[key] = graph
+        return graph
+
+    def _compile(self, graph: "Graph", tensors: list[Tensor]) -> None:
+        """Compiles a graph if it can be, and else leaves it as it is."""
+        why = None
+        if not any(x.is_cuda for x in tensors) and not any(map(shutil.which, _COMPILERS)):
+            why = "there is no C++ compiler on the path"
+        else:
+            try:
+                with self._silenced(DeprecationWarning, FutureWarning):  # torch's own
+                    graph.compile(tensors)
+            except torch.linalg.LinAlgError:
+                pass  # it is compiled, and the function is for this call
+            except _FAILURES as error:
+                why = first_line(error)
+        if why is not None:
+            self.jit_compile = "capture"
+            self._tell(f"the model is captured as a graph, not compiled: {why}")
+
+    def _agrees(self, graph: "Graph", inputs: Any, tensors: list[Tensor]) -> bool:
+        """Compares the graph with the function at other inputs than it was captured at."""
+        try:
+            found = graph.captured_value(tensors)
+            agrees = self._gives(found, inputs)
+            if not agrees and graph.solves:  # an ill-conditioned matrix makes much of rounding
+                with SolvesTogether():
+                    agrees = self._gives(found, inputs)
+        except torch.linalg.LinAlgError:  # at a later call then
+            return True
+        if agrees:
+            graph.checked = not all(map(torch.equal, tensors, graph.captured_at))
+            if graph.checked:
+                graph.captured_at = []
+            return True
+        self._give_up(
+            "the graph gives other values than the model, which reads something that changes and"
+            " that no graph can see"
+        )
+        return False
+
+    def _gives(self, found: Sequence[Tensor], inputs: Any) -> bool:
+        """Whether the function's value is this one."""
+        wanted = tensors_of([self.function(*inputs)])
+        return all(_close(*pair) for pair in zip(found, wanted, strict=True))
+
+    def _give_up(self, why: str) -> None:
+        self.jit_compile = False
+        self._graphs.clear()
+        self._tell(
+            f"the model cannot be captured as a graph, so jit_compile={self.asked!r} has no"
+            f" effect ({why})"
+        )
+
+    def _tell(self, what: str) -> None:
+        if self.asked != "auto" and what not in self._told:  # "auto" promises no graph
+            self._told.append(what)
+            warnings.warn(what, stacklevel=6)
+
+    @contextlib.contextmanager
+    def _silenced(self, *always: type[Warning]) -> Iterator[None]:
+        with warnings.catch_warnings():
+            for category in (Warning,) if self.ignore_jit_warnings else always:
+                warnings.simplefilter("ignore", category)
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": {}}
+
+
+# What may be raised while a function is traced that has just succeeded as it is.
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+_COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def check_jit_compile(value: Any) -> None:
+    """Raises a ValueError unless ``value`` is a way to run a function."""
+    if not isinstance(value, bool) and value not in ("capture", "auto"):
+        raise ValueError(f'jit_compile must be False, "capture", True or "auto", got {value!r}')
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, wanted)
+    finite = wanted[wanted.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    tolerance = 100 * torch.finfo(wanted.dtype).eps * scale
+    return torch.allclose(found, wanted, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+_LIBRARIES = tuple(
+    str(Path(str(file)).parent)
+    for file in (torch.__file__, pyro.__file__, contextlib.__file__, Path(__file__).parents[1])
+)
+
+
+def _place(error: Exception) -> str:
+    """The innermost line that is neither ours nor torch's nor Pyro's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*_LIBRARIES, "<")) and frame.line:
+            return f', raised by line {frame.lineno} of {frame.filename}: "{frame.line}"'
+    return ""

@@ -1,0 +1,114 @@
+"""What may go wrong with exchange moves without a trace in the draws, counted as they are made."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.adaptation.warmup import to_device
+
+ENOUGH, FEW = 10, 4
+"""Fewer moves than this prove nothing, or only if they are most of all."""
+MAX_STILL, MAX_STILL_OF_ONE = 0.02, 0.5
+"""Of the accepted moves of all chains together, and of those of one."""
+MAX_LOST = 0.01
+"""Of all moves."""
+
+
+class Watch:
+    """Counts moves chain by chain, and warns once of each fault.
+
+    A move that was accepted while its inner chains stood still knows nothing of the data: it is one
+    of the prior. A mean over all chains would not show the one that is lost far out. A move is
+    *lost* if it was rejected as undecided (:mod:`~pyro_ebm.mcmc.exchange.terms`) and would else
+    perhaps have been accepted.
+
+    Args:
+        warmup_steps: of the run. The second half of the warmup counts, and warnings come at its
+            end and after 1, 3, 7, ... transitions more.
+    """
+
+    def __init__(self, warmup_steps: int):
+        self.first, self.end = warmup_steps // 2, max(warmup_steps, 1)
+        self.steps = 0
+        self.counts: Tensor | None = None
+        """Moves, accepted, of these while inner chains stood still, lost: shape ``(4, chains)``."""
+        self.told: list[str] = []
+
+    def add(
+        self, accepted: Tensor, still: Tensor, lost: Tensor, chains: Mapping[str, Any], dtype: Any
+    ) -> None:
+        """Counts a move of every chain.
+
+        Args:
+            accepted: shape ``(chains,)``.
+            still: the share of its inner chains that stood still, shape ``(chains,)``.
+            lost: shape ``(chains,)``.
+            chains: the inner chains, by site.
+            dtype: of the energies.
+        """
+        self.steps += 1
+        if self.steps <= self.first:
+            return
+        one = torch.ones_like(still)
+        counts = torch.stack([one, accepted * one, accepted * still, lost * one])
+        self.counts = counts if self.counts is None else self.counts + counts
+        after = self.steps - self.end + 1
+        if after > 0 and after & (after - 1) == 0:
+            self._look(self.counts, chains, dtype)
+
+    @property
+    def num_lost(self) -> int:
+        """How many moves were lost."""
+        return 0 if self.counts is None else int(self.counts[3].sum())
+
+    def _look(self, counts: Tensor, chains: Mapping[str, Any], dtype: Any) -> None:
+        moves, accepted, still, lost = counts.double().cpu()
+        total = still.sum() / accepted.sum()
+        of_one = (still >= ENOUGH) & (still > MAX_STILL_OF_ONE * accepted)
+        most = still.sum() >= FEW and total > MAX_STILL_OF_ONE
+        if most or (still.sum() >= ENOUGH and total > MAX_STILL) or of_one.any():
+            where = f"chain {int(of_one.int().argmax())}" if of_one.any() else "all chains"
+            share = (still / accepted)[of_one][0] if of_one.any() else total
+            self._warn(
+                "still",
+                f"in {100 * float(share):.3g}% of the accepted moves of {where} the inner chain of"
+                f" site {_listed(chains)} stands still ({_listed(chains.values())}): its"
+                " auxiliaries are the data, so that the draws fall back to the prior. Leave"
+                " inner_kernel at its default, or give one that moves at every value of the"
+                " latents, or a longer warmup for it to adapt",
+            )
+        if lost.sum() >= ENOUGH and lost.sum() > MAX_LOST * moves.sum():
+            name = str(dtype).removeprefix("torch.")
+            way = (
+                "give the data and the parameters in double precision (x.double(),"
+                " torch.set_default_dtype(torch.float64))"
+                if dtype != torch.float64
+                else "subtract from the energy what is the same for all data"
+            )
+            self._warn(
+                "lost",
+                f"{100 * float(lost.sum() / moves.sum()):.3g}% of the moves are rejected because"
+                f" the energies are so large that their rounding in {name} would decide. The draws"
+                f" may miss where these lead: {way}",
+            )
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self.told:
+            self.told.append(what)
+            warnings.warn(message, stacklevel=7)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted."""
+        return {"steps": self.steps, "counts": self.counts, "told": list(self.told)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from where another one was."""
+        self.steps, self.told = state["steps"], list(state["told"])
+        self.counts = to_device(state["counts"], device)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(repr, values))

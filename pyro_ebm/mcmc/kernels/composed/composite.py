@@ -1,0 +1,280 @@
+r"""Metropolis within Gibbs: kernels that take turns, each on some of the sites.
+
+Let a position be :math:`z = (a, b)`. A transition that leaves :math:`p(a \mid b)` invariant leaves
+:math:`p(a, b)` invariant too, and so does one after another. The potential of a block given the
+rest is the whole potential, seen as a function of the block.
+
+Reference:
+    Tierney (1994), Markov chains for exploring posterior distributions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.mcmc.adaptation.warmup import to_device
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State, nothing_moved
+from pyro_ebm.ops.arguments import shown
+
+
+class BlockPotential(Potential):
+    """A potential as a function of some of its sites, the others held where they are.
+
+    Args:
+        whole: the potential.
+        names: the sites of the block.
+
+    Attributes:
+        rest: whole positions ``(chains, dim)``; the block's own columns in it are not read.
+    """
+
+    def __init__(self, whole: Potential, names: Sequence[str]):
+        super().__init__([site for site in whole.sites if site.name in names], whole.groups)
+        self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
+        columns = torch.arange(whole.dim, device=whole.device).split(whole.sizes)
+        self.columns = torch.cat(
+            [part for site, part in zip(whole.sites, columns, strict=True) if site.name in names]
+        )
+        self.rest = torch.empty(0, whole.dim)
+        self._modules = getattr(whole, "_modules", ())
+
+    def hold(self, z: Tensor) -> None:
+        """Takes whole positions; in place, since a captured graph refers to this very tensor."""
+        if self.rest.shape == z.shape and self.rest.dtype == z.dtype:
+            self.rest.copy_(z)
+        else:
+            self.rest = z.clone()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each chain, ``(chains, block dim) -> (chains,)``, differentiable."""
+        return self.whole(self.insert(z))
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential ``(chains,)`` and its gradient in the block, detached."""
+        value, grad = self.whole.value_and_grad(self.insert(z))
+        return value, grad[:, self.columns]
+
+    def insert(self, z: Tensor) -> Tensor:
+        """Whole positions with the block's columns replaced; ``z`` may be several for each."""
+        rest = self.rest.repeat(z.shape[0] // self.rest.shape[0], 1)
+        return rest.index_copy(1, self.columns, z)
+
+
+class CompositeKernel(Kernel):
+    """Kernels that take turns: discrete ones on discrete sites, the others on continuous ones.
+
+    One transition is one of each, in the order given. A model with a ``Categorical`` and a
+    ``Normal`` is moved by Gibbs and Langevin in turn:
+
+    Args:
+        model: a Pyro model.
+        kernels: kernels without a model, as ``[GibbsKernel(), LangevinKernel()]`` (the default).
+            All discrete sites are moved by each discrete kernel, all continuous sites by each
+            other. With an :class:`~pyro_ebm.mcmc.ExchangeKernel` among them, it alone moves the
+            sites on which an unknown log Z depends, and no others.
+        transforms: from the supports to the reals, where they should not be Pyro's.
+        max_plate_nesting: as in Pyro's kernels.
+        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+
+    The statistics ``acceptance_rate`` and ``step_size`` are those of the last kernel.
+
+    Raises:
+        ValueError: for a kernel with a model or transforms of its own, one that is itself made of
+            others, kernels of different temperatures, or (when run) sites that no kernel moves.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC
+        >>> def model(y):
+        ...     k = pyro.sample("k", dist.Bernoulli(0.3))
+        ...     x = pyro.sample("x", dist.Normal(4 * k, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> mcmc = MCMC(CompositeKernel(model), 500, num_chains=20, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(2.5))
+        >>> sorted(mcmc.get_samples())
+        ['k', 'x']
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        kernels: Sequence[Kernel] | None = None,
+        transforms: dict[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        if kernels is None:
+            from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
+            from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
+
+            kernels = [GibbsKernel(), LangevinKernel()]
+        if not isinstance(kernels, Sequence) or not kernels:
+            raise ValueError("kernels must hold at least one kernel, as [GibbsKernel()]")
+        for kernel in kernels:
+            if not isinstance(kernel, Kernel):
+                raise ValueError(
+                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(),"
+                    f" got {shown(kernel)}"
+                )
+            if isinstance(kernel, TemperingKernel):  # its replicas need the rest at their own place
+                raise ValueError(
+                    "replicas are of all sites: write TemperingKernel(CompositeKernel(model, ...),"
+                    f" betas), not {kernel!r} inside a CompositeKernel"
+                )
+            if isinstance(kernel, CompositeKernel):
+                raise ValueError(f"give the kernels of {kernel!r} in one list")
+            own = (kernel.model, kernel.potential_fn, kernel._given_transforms)
+            if any(x is not None for x in own):
+                raise ValueError(
+                    f"give model and transforms to CompositeKernel, not to {kernel!r}:"
+                    " CompositeKernel(model, [GibbsKernel(), LangevinKernel()])"
+                )
+        super().__init__(
+            model=model,
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            init_strategy=init_strategy,
+        )
+        temperatures = [getattr(kernel, "temperature", 1.0) for kernel in kernels]
+        if len(set(temperatures)) > 1:
+            raise ValueError(
+                f"{list(kernels)} have the temperatures {temperatures}: kernels that take turns"
+                " must have one, else they leave neither p nor p^(1/T) invariant (GibbsKernel has"
+                " 1)"
+            )
+        self.kernels = list(kernels)
+        exchanges = [kernel for kernel in kernels if kernel.cancels_normalizers]
+        if len(exchanges) > 1:
+            raise ValueError("one ExchangeKernel moves all sites on which an unknown log Z depends")
+        self.cancels_normalizers = bool(exchanges)
+
+    @property
+    def _exchange(self) -> Kernel | None:
+        return next((kernel for kernel in self.kernels if kernel.cancels_normalizers), None)
+
+    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+        """The potential of the model at its arguments."""
+        if (exchange := self._exchange) is None:
+            return super().make_potential(*args, **kwargs)
+        settings = ("model", "_given_transforms", "max_plate_nesting", "init_strategy")
+        kernel: Any = exchange.copy()
+        vars(kernel).update({name: getattr(self, name) for name in settings}, keep_discrete=True)
+        return kernel.make_potential(*args, **kwargs)
+
+    def check(self, potential: Potential) -> None:
+        """Every site needs a kernel that moves it."""
+        if self._exchange is not None and not potential.moving:
+            raise ValueError(
+                f"{self._exchange!r} draws auxiliaries from the model, and the kernel that it is"
+                " a part of cannot be a part of another"
+            )
+        moved = {name for kernel in self.kernels for name in self._names(potential, kernel)}
+        for discrete in (True, False):
+            sites = [site for site in potential.sites if (site.codes is not None) == discrete]
+            if names := [site.name for site in sites if site.name not in moved]:
+                kind = "discrete" if discrete else "continuous"
+                kernel = "GibbsKernel()" if discrete else "LangevinKernel()"
+                if any(site.is_unbounded for site in sites if site.name in names):
+                    kernel = "MHKernel(proposal=IntegerWalk())"
+                raise ValueError(
+                    f"no kernel of this CompositeKernel moves the {kind} sites {names}: add a"
+                    f" {kernel}"
+                )
+
+    @staticmethod
+    def _names(potential: Potential, kernel: Kernel) -> list[str]:
+        return [
+            site.name
+            for site in potential.sites
+            if kernel.moves(site) and (site.name in potential.moving) == kernel.cancels_normalizers
+        ]
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel, and binds its own."""
+        super().bind(potential, warmup_steps)
+        self._bound: list[tuple[Kernel, BlockPotential]] = []
+        for kernel in self.kernels:
+            names = self._names(potential, kernel)
+            if names:
+                kernel, block = kernel.copy(), BlockPotential(potential, names)
+                kernel.bind(block, warmup_steps)
+                self._bound.append((kernel, block))
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; each kernel finds its first step size."""
+        for kernel, block in self._bound:
+            block.hold(z)
+            kernel.checks_potential = self.checks_potential
+            kernel.init(z[:, block.columns])
+        return self.evaluate(z)
+
+    def evaluate(self, z: Tensor) -> State:
+        """The state at the positions ``z``, without a gradient: the rest moves in between."""
+        with torch.no_grad():
+            return State(z, self.potential(z), None)
+
+    def move(self, state: State) -> tuple[State, Info]:
+        """A transition of each kernel in turn."""
+        info = None if self._bound else nothing_moved(state)
+        for kernel, block in self._bound:
+            block.hold(state.z)
+            z = state.z[:, block.columns]
+            inner = kernel.evaluate(z) if kernel.needs_grad else State(z, state.potential, None)
+            inner, now = kernel.step(inner)
+            state = State(state.z.index_copy(1, block.columns, inner.z), inner.potential, None)
+            diverging = now.diverging if info is None else now.diverging | info.diverging
+            info = Info(now.accept_prob, diverging)
+        assert info is not None
+        return state, info
+
+    def step(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains; each kernel learns from its own."""
+        state, info = self.move(state)
+        self._steps += 1
+        return state, info
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with those of its own."""
+        parts = [{"kernel": k.state_dict(), "rest": block.rest.clone()} for k, block in self._bound]
+        return {**super().state_dict(), "parts": parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        for (kernel, block), part in zip(self._bound, state["parts"], strict=True):
+            kernel.load_state_dict(part["kernel"])
+            block.hold(to_device(part["rest"], block.columns.device))
+
+    @property
+    def adaptation(self) -> Any:
+        """The step size and mass matrix of the last kernel."""
+        return self._bound[-1][0].adaptation if self._bound else super().adaptation
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """Each kernel draws for itself, see :meth:`move`."""
+        raise NotImplementedError
+
+    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
+        """Each kernel has its own, see :meth:`move`."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        super()._release()
+        self._bound = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bound": []}
+
+    def __repr__(self) -> str:
+        comma = "" if self.model is None else ", "
+        return f"{super().__repr__()[:-1]}{comma}kernels={self.kernels!r})"

@@ -1,0 +1,344 @@
+r"""Replica exchange: chains at several temperatures that trade places.
+
+A chain at a low temperature sits in its mode, one at a high temperature crosses between modes.
+Replica exchange runs :math:`R` *replicas* of each chain at the inverse temperatures
+:math:`1 = \beta_1 > \dots > \beta_R`, replica :math:`r` on :math:`e^{-\beta_r U}`, and after each
+transition proposes to exchange neighbours, with the acceptance probability
+
+.. math:: \min\left(1,\ e^{(\beta_r - \beta_{r+1}) (U(z_r) - U(z_{r+1}))}\right).
+
+The product of all :math:`e^{-\beta_r U(z_r)}` stays invariant, and so the first replica has the
+target itself. Even and odd pairs take turns, which carries a replica from end to end in a number
+of rounds of the order of :math:`R` where a random choice needs :math:`R^2`.
+
+Reference:
+    Swendsen and Wang (1986), Replica Monte Carlo simulation of spin glasses. Geyer (1991), Markov
+    chain Monte Carlo maximum likelihood. Syed, Bouchard-Cote, Deligiannidis and Doucet (2022),
+    Non-reversible parallel tempering.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.adaptation.warmup import to_device
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.gradient.langevin import refuse_temperature
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.ops.arguments import check_number, shown
+from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+
+
+class TemperedPotential(Potential):
+    r"""A potential at several inverse temperatures: row ``c`` is :math:`\beta_r U`.
+
+    Rows are ``(chains, R, groups)``, flattened: each replica is a group of its own, and adapts by
+    itself.
+
+    Args:
+        whole: the potential :math:`U`.
+        betas: inverse temperatures, shape ``(R,)``.
+    """
+
+    def __init__(self, whole: Potential, betas: Tensor):
+        super().__init__(whole.sites, whole.groups * len(betas))
+        self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
+        self.betas = betas
+        self._modules = getattr(whole, "_modules", ())
+        if whole.blocks is not None and whole.blocks.tempers:
+            self.blocks = whole.blocks
+
+    def of_rows(self, num_rows: int) -> Tensor:
+        r"""The :math:`\beta` of each row, shape ``(num_rows,)``."""
+        betas = self.betas.repeat_interleave(self.whole.groups)
+        return betas.repeat(num_rows // len(betas))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The potential of each row, ``(rows, dim) -> (rows,)``, differentiable."""
+        return self.of_rows(z.shape[0]) * self.whole(z)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential ``(rows,)`` and its gradient ``(rows, dim)``, detached."""
+        beta = self.of_rows(z.shape[0])
+        value, grad = self.whole.value_and_grad(z)
+        return beta * value, beta[:, None] * grad
+
+    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The random numbers of a block sweep of positions ``(rows, dim)``."""
+        return self.whole.gibbs_noise(z)
+
+    def gibbs_sweep(
+        self, z: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        """Positions ``(rows, dim)`` after each block was resampled given the rest."""
+        own = self.of_rows(z.shape[0])
+        return self.whole.gibbs_sweep(z, noise, own if beta is None else own * beta)
+
+
+class TemperedState(NamedTuple):
+    """Where the chains are, and their replicas."""
+
+    z: Tensor
+    """Positions of the first replicas, shape ``(chains, dim)``."""
+    potential: Tensor
+    """Potentials of the first replicas, shape ``(chains,)``."""
+    grad: Tensor | None
+    """Their gradients, if the kernel has any."""
+    replicas: State
+    """All replicas, ``(chains x R, dim)``, with the potentials that they see."""
+
+
+class TemperingKernel(Kernel):
+    r"""Replica exchange around another kernel, all replicas of all chains in one batch.
+
+    It crosses between modes where the kernel alone does not. The draws are those of
+    :math:`\beta = 1`. A transition costs as much as that of ``len(betas)`` chains. Replicas start
+    together at the first position, and need some transitions to spread; ``ContrastiveDivergence``,
+    which would start them anew for each gradient, refuses it.
+
+    Args:
+        kernel: what moves the replicas, with its model: ``LangevinKernel(model)``,
+            ``GibbsKernel(ising)``, ...; each replica adapts its own step size and mass matrix.
+        betas: inverse temperatures from 1 downwards, in (0, 1]. Neighbours should exchange at
+            rates of about 0.2 to 0.6 (:attr:`swap_rates`), and the last one should mix. Where the
+            support is unbounded, :math:`e^{-\beta U}` must still be finite in mass. They act on
+            the unconstrained space, Jacobians included; see
+            :func:`~pyro_ebm.mcmc.kernels.composed.tempering.geometric_betas`.
+
+    Raises:
+        ValueError: for betas that do not start at 1 and fall, or leave (0, 1].
+
+    Example:
+        >>> from pyro_ebm.mcmc import LangevinKernel, MCMC
+        >>> def double_well(x):
+        ...     return x**4 - 6 * x**2 - x / 2
+        >>> p = UnnormalizedEnergy(double_well)
+        >>> kernel = TemperingKernel(LangevinKernel(p), geometric_betas(0.1, 5))
+        >>> mcmc = MCMC(kernel, 1000, num_chains=10, disable_progbar=True)
+        >>> mcmc.run()
+        >>> (mcmc.get_samples()["x"] > 0).float().mean()  # exactly .844
+        tensor(0.8...)
+        >>> kernel.swap_rates.shape
+        torch.Size([4])
+    """
+
+    def __init__(self, kernel: Kernel, betas: Sequence[float] | Tensor):
+        if not isinstance(kernel, Kernel) or isinstance(kernel, TemperingKernel):
+            raise ValueError(
+                "kernel must be a kernel of pyro_ebm that moves one temperature, such as"
+                f" LangevinKernel(model), got {shown(kernel)}"
+            )
+        refuse_temperature(kernel, "exchanges are between replicas at the temperatures 1 / betas")
+        super().__init__(
+            model=kernel.model,
+            potential_fn=kernel.potential_fn,
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+        )
+        self.kernel, self.betas = kernel, _checked(betas)
+        self.discrete, self.needs_grad = kernel.discrete, kernel.needs_grad
+
+    # -- many chains ---------------------------------------------------------------------------
+
+    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+        """The potential of the inner kernel's model."""
+        self._restore_params()
+        inner = self.kernel.copy()
+        inner._given_params = self._given_params
+        return inner.make_potential(*args, **kwargs)
+
+    def check(self, potential: Potential) -> None:
+        """What the inner kernel moves at all temperatures."""
+        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
+        self.kernel.check(TemperedPotential(potential, betas))
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel; the inner one is bound to the tempered potential."""
+        super().bind(potential, warmup_steps)
+        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
+        self._tempered = TemperedPotential(potential, betas)
+        self._inner = self.kernel.copy()
+        self._inner.bind(self._tempered, warmup_steps)
+        self._num_warmup, self._swaps = warmup_steps, betas.new_zeros(len(betas) - 1)
+
+    def init(self, z: Tensor) -> Any:
+        """All replicas at the first positions, shape ``(chains, dim)``."""
+        inner, _ = self._parts
+        return self._outward(inner.init(self._replicated(z)))
+
+    def evaluate(self, z: Tensor) -> Any:
+        """All replicas at the positions ``z``, shape ``(chains, dim)``."""
+        inner, _ = self._parts
+        return self._outward(inner.evaluate(self._replicated(z)))
+
+    def step(self, state: Any) -> tuple[Any, Info]:
+        """A transition of every replica, then exchanges between neighbours."""
+        inner, _ = self._parts
+        replicas, info = inner.step(state.replicas)
+        replicas = self._exchange(replicas)
+        self._steps += 1
+        accept_prob = self._rows(info.accept_prob)[:, 0].reshape(-1)
+        diverging = self._rows(info.diverging).any(1).reshape(-1)  # of any replica
+        return self._outward(replicas), Info(accept_prob, diverging)
+
+    def _exchange(self, state: State) -> State:
+        _, tempered = self._parts
+        betas, r = tempered.betas, len(tempered.betas)
+        beta = tempered.of_rows(state.z.shape[0])
+        u = self._rows(state.potential / beta)  # (chains, R, groups), at temperature 1
+        #      exp(-b_r U(z_{r+1})) exp(-b_{r+1} U(z_r))
+        # log -------------------------------------------  =  (b_r - b_{r+1}) (U(z_r) - U(z_{r+1}))
+        #      exp(-b_r U(z_r)) exp(-b_{r+1} U(z_{r+1}))
+        gap = (betas[:-1] - betas[1:])[:, None]
+        log_ratio = gap * (u[:, :-1] - u[:, 1:])
+        log_u = log_uniform(log_ratio)
+        prob, accepted = metropolis_accept(log_ratio, ~log_ratio.isnan(), log_u)
+        lower = torch.arange(r - 1, device=u.device)
+        turn = (lower % 2 == self._steps % 2)[:, None]  # even pairs and odd pairs by turns
+        accepted = accepted & turn
+        # Each replica learns where its next state comes from: itself, or a neighbour.
+        source = torch.arange(r, device=u.device)[:, None].expand(u.shape).clone()
+        source[:, :-1] += accepted.long()
+        source[:, 1:] -= accepted.long()
+        if self._steps >= self._num_warmup and self._swaps is not None:
+            self._swaps = self._swaps + torch.where(turn, prob, 0.0).mean((0, 2))
+            self._num_swaps = self._num_swaps + turn[:, 0]
+        # what replica r now sees of the state that came from replica s:  U b_r / b_s
+        ratio = beta / self._take(beta, source)
+        grad = state.grad
+        if grad is not None:
+            grad = self._take(grad, source) * ratio[:, None]
+        return State(self._take(state.z, source), self._take(state.potential, source) * ratio, grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with the inner one's and the rates of exchange."""
+        inner, _ = self._parts
+        own = {"inner": inner.state_dict(), "swaps": self._swaps, "num_swaps": self._num_swaps}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        inner, tempered = self._parts
+        inner.load_state_dict(state["inner"])
+        self._swaps = to_device(state["swaps"], tempered.betas.device)
+        self._num_swaps = to_device(state["num_swaps"], tempered.betas.device)
+
+    @property
+    def swap_rates(self) -> Tensor:
+        """Mean acceptance of exchanges between neighbours after warmup, shape ``(R - 1,)``."""
+        if self._swaps is None:
+            raise RuntimeError("there are no exchanges yet: run first")
+        return self._swaps / self._num_swaps
+
+    @property
+    def adaptation(self) -> Any:
+        """The step size of the first replicas."""
+        if self._inner is None:
+            return super().adaptation
+        step_size = self._rows(self._inner.adaptation.step_size)[:, 0].reshape(-1)
+        return SimpleNamespace(step_size=step_size, factor=None)
+
+    # -- rows ----------------------------------------------------------------------------------
+
+    @property
+    def _parts(self) -> tuple[Kernel, TemperedPotential]:
+        if self._inner is None or self._tempered is None:
+            raise RuntimeError("TemperingKernel is not bound to a potential: call setup")
+        return self._inner, self._tempered
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``(rows, ...)`` as ``(chains per group, R, groups, ...)``."""
+        return x.unflatten(0, (-1, len(self.betas), self.potential.groups))
+
+    def _take(self, x: Tensor, source: Tensor) -> Tensor:
+        rows = self._rows(x)
+        index = source.reshape(source.shape + (1,) * (rows.dim() - 3)).expand(rows.shape)
+        return rows.gather(1, index).reshape(x.shape)
+
+    def _replicated(self, z: Tensor) -> Tensor:
+        groups = z.unflatten(0, (-1, 1, self.potential.groups))
+        return groups.expand(-1, len(self.betas), -1, -1).flatten(0, 2)
+
+    def _outward(self, replicas: State) -> TemperedState:
+        z, potential = (self._rows(x)[:, 0].flatten(0, 1) for x in (replicas.z, replicas.potential))
+        grad = None if replicas.grad is None else self._rows(replicas.grad)[:, 0].flatten(0, 1)
+        return TemperedState(z, potential, grad, replicas)
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """The inner kernel draws, see :meth:`step`."""
+        raise NotImplementedError
+
+    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
+        """The inner kernel moves, see :meth:`step`."""
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As every kernel's, with the rates of exchange."""
+        rates = [] if self._swaps is None else self.swap_rates.tolist()
+        return {**super().diagnostics(), "swap rates": rates}
+
+    def _release(self) -> None:
+        super()._release()
+        self._inner: Kernel | None = None
+        self._tempered: TemperedPotential | None = None
+        self._swaps: Tensor | None = None
+        self._num_swaps: Any = 0
+        self._num_warmup = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inner": None, "_tempered": None, "_swaps": None}
+
+    def __repr__(self) -> str:
+        return f"TemperingKernel({self.kernel!r}, betas={[round(b, 3) for b in self.betas]})"
+
+
+def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
+    r"""Inverse temperatures :math:`\beta_r = \beta_R^{(r - 1) / (R - 1)}` from 1 to the lowest.
+
+    Args:
+        lowest: :math:`\beta_R`, in (0, 1).
+        num_replicas: :math:`R`, at least 2.
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    Example:
+        >>> geometric_betas(0.25, 3)
+        [1.0, 0.5, 0.25]
+    """
+    check_number("lowest", lowest)
+    if not 0 < lowest < 1:
+        raise ValueError(f"lowest must lie in (0, 1), got {lowest}")
+    if not isinstance(num_replicas, int) or num_replicas < 2:
+        raise ValueError(
+            f"num_replicas must be an integer of at least 2, got {shown(num_replicas)}"
+        )
+    return [lowest ** (i / (num_replicas - 1)) for i in range(num_replicas)]
+
+
+def _checked(betas: Sequence[float] | Tensor) -> tuple[float, ...]:
+    try:
+        values = tuple(float(b) for b in betas)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"betas must be a sequence of numbers, as in [1.0, 0.5, 0.25]; got {shown(betas)}"
+        ) from error
+    if len(values) < 2:
+        raise ValueError(f"betas must hold at least two inverse temperatures, got {list(values)}")
+    if any(not (math.isfinite(b) and 0 < b <= 1) for b in values):
+        raise ValueError(f"betas must lie in (0, 1], got {list(values)}")
+    if values[0] != 1 or any(b <= c for b, c in pairwise(values)):
+        raise ValueError(
+            f"betas must start at 1, the target, and fall, as in [1.0, 0.5, 0.25]; got"
+            f" {list(values)}"
+        )
+    return values

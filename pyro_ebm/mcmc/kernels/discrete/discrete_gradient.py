@@ -1,0 +1,338 @@
+r"""Kernels that let the gradient of a discrete density say which variables to change.
+
+A density on :math:`\{0, 1\}^n` or on one-hot rows is mostly a formula that makes sense for real
+:math:`x` too. Its gradient there says, to first order, what each *move* (one variable, another
+codeword) does to the log density,
+
+.. math:: \log p(x') - \log p(x) \approx d(x \to x') = \nabla \log p(x)^\top (x' - x),
+
+all moves at the price of two evaluations. The kernels propose good moves more often, and the
+Metropolis test makes up for the approximation.
+
+Reference:
+    Zanella (2020), Informed proposals for local MCMC in discrete spaces. Grathwohl, Swersky,
+    Hashemi, Duvenaud and Maddison (2021), Oops I took a gradient: scalable sampling for discrete
+    distributions. Zhang, Liu and Liu (2022), A Langevin-like sampler for discrete distributions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from pyro_ebm.mcmc.engine.engine import JitCompile
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.ops.integration.line_integral import gradient_tells_all
+from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+
+NUM_COMPARED = 16
+
+
+class GradientKernel(Kernel):
+    """A discrete kernel that reads the gradient of the potential at the points themselves."""
+
+    discrete = True
+
+    def check(self, potential: Potential) -> None:
+        """Discrete sites only, and such as a gradient can reach."""
+        super().check(potential)
+        if potential.sites and potential.dim == 0:
+            raise ValueError(f"the sites {potential.names} hold no variables: nothing can move")
+        whole = [site.name for site in potential.sites if not site.dtype.is_floating_point]
+        if whole:
+            raise ValueError(
+                f"{type(self).__name__} needs the gradient in the values of {whole}, which are"
+                " whole numbers and have none: use GibbsKernel, or write the site as one-hot or"
+                " binary values"
+            )
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel."""
+        super().bind(potential, warmup_steps)
+        like = torch.empty(0, dtype=potential.dtype, device=potential.device)
+        self._variables: Variables | None = Variables(potential.sites, like)
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; refuses a density that the points do not move.
+
+        Raises:
+            ValueError: if the gradient is 0 at every start and the density is not flat, as for a
+                density of indices: proposals would be blind. Or if it is not finite.
+        """
+        state = super().init(z)
+        assert state.grad is not None
+        if not state.grad.isfinite().all():
+            raise ValueError(
+                f"the gradient in {self.potential.names} is not finite at a starting point, though"
+                " the density is: use GibbsKernel, which needs none"
+            )
+        if self.potential.dim and not state.grad.any() and not self._is_flat(state):
+            raise ValueError(
+                f"the gradient in {self.potential.names} is 0 at every starting point: the log"
+                " density is no differentiable function of the points, so that"
+                f" {type(self).__name__} would propose blindly. Use GibbsKernel"
+            )
+        return state
+
+    def _is_flat(self, state: State) -> bool:
+        """Whether random points have the density of the state's, so that a gradient of 0 is right.
+
+        So has a machine whose couplings start at 0.
+        """
+        others = self._others(state.z.repeat(NUM_COMPARED, 1))
+        with torch.no_grad():
+            return torch.allclose(self.potential(others), state.potential.repeat(NUM_COMPARED))
+
+    def _others(self, z: Tensor) -> Tensor:
+        """Random positions, as many as these."""
+        return torch.cat([s.start(len(z), z.dtype) for s in self.potential.sites], -1)
+
+    @property
+    def variables(self) -> Variables:
+        """The variables of the potential's sites."""
+        assert self._variables is not None
+        return self._variables
+
+    def _release(self) -> None:
+        super()._release()
+        self._variables = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_variables": None}
+
+    def _accept(
+        self, state: State, new: State, log_q_ratio: Tensor, log_u: Tensor
+    ) -> tuple[State, Info]:
+        assert new.grad is not None
+        valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
+        #      p(x') q(x | x')
+        # log ----------------  =  U(x) - U(x') + log q(x | x') - log q(x' | x)
+        #      p(x)  q(x' | x)
+        log_ratio = state.potential - new.potential + log_q_ratio
+        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
+        # a state of probability 0 is no accident on a discrete space
+        diverging = ~valid & (new.potential != torch.inf)
+        return self.choose(accepted, new, state), Info(accept_prob, diverging)
+
+
+class GibbsWithGradientsKernel(GradientKernel):
+    r"""Changes one variable at a time, chosen by the gradient.
+
+    .. math:: q(x' \mid x) \propto e^{d(x \to x') / 2},
+
+    over all :math:`x'` that differ from :math:`x` in one variable, then accepts or rejects. It has
+    nothing to tune. One transition changes one variable: a sweep's worth of :math:`n` takes
+    :math:`n` transitions.
+
+    Args:
+        model: a Pyro model, or a distribution.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`).
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+
+    Raises:
+        ValueError: (when run) for continuous sites, or sites of whole numbers or with a gradient
+            of 0, such as ``Categorical``.
+
+    Reference:
+        Grathwohl et al. (2021), Oops I took a gradient.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC
+        >>> p = UnnormalizedEnergy(lambda x: -x.sum(-1), (5,), dist.constraints.boolean)
+        >>> kernel = GibbsWithGradientsKernel(p)
+        >>> mcmc = MCMC(kernel, 1000, 50, num_chains=10, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].mean()  # 1 / (1 + exp(-1)) = .731
+        tensor(0.7...)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: JitCompile = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        super().__init__(
+            model=model,
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            ignore_jit_warnings=ignore_jit_warnings,
+            init_strategy=init_strategy,
+        )
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """A Gumbel variable for each move, and the uniform."""
+        noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
+        return noise, log_uniform(state.potential)
+
+    def transition(self, state: State, noise: Tensor, log_u: Tensor) -> tuple[State, Info]:
+        """One move proposed, and accepted or rejected."""
+        variables, z = self.variables, state.z
+        log_q, stays = self._log_q(state)
+        index = (log_q + noise).argmax(-1, keepdim=True)
+        chosen = torch.zeros_like(stays).scatter(-1, index, True)
+        new = self.evaluate(variables.after(z, chosen))
+        # the way back gives the same variable its old codeword
+        back = variables.flat(
+            [
+                there.any(-1, keepdim=True) & old
+                for there, old in zip(
+                    variables.by_variable(chosen), variables.by_variable(stays), strict=True
+                )
+            ]
+        )
+        new_log_q, _ = self._log_q(new)
+        log_q_ratio = _log_prob(new_log_q, back) - _log_prob(log_q, chosen)
+        return self._accept(state, new, log_q_ratio, log_u)
+
+    def _log_q(self, state: State) -> tuple[Tensor, Tensor]:
+        """Log probabilities of the moves, and which of them would move nothing."""
+        assert state.grad is not None
+        moves = self.variables.moves(state.z, state.grad)
+        log_q = torch.where(moves.stays, -torch.inf, moves.change / 2).log_softmax(-1)
+        return log_q, moves.stays
+
+
+class DiscreteLangevinKernel(GradientKernel):
+    r"""Changes all variables at once, each by its own gradient: Langevin's step on discrete points.
+
+    .. math:: q(x' \mid x) \propto \prod_i \exp\Big( \tfrac12\, g_i^\top (x'_i - x_i)
+              - \frac{|x'_i - x_i|^2}{2 \alpha} \Big), \qquad g = \nabla \log p(x),
+
+    with the step size :math:`\alpha`. Adjusted (DMALA), proposals are accepted or rejected and the
+    target is exactly invariant. Unadjusted (DULA) it is biased, the more the larger :math:`\alpha`,
+    and blind to what reads the points otherwise than by a formula of theirs, as indices, say: such
+    a density is refused.
+
+    Args:
+        model: a Pyro model, or a distribution.
+        step_size: :math:`\alpha`, the first one when it is adapted.
+        adjusted: whether proposals are accepted or rejected.
+        adapt_step_size: whether warmup adapts :math:`\alpha`; by default if ``adjusted``.
+        target_accept_prob: mean acceptance probability to adapt to.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
+            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`).
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+
+    Raises:
+        ValueError: for a step size that is not positive, or one to be adapted although unadjusted;
+            (when run) for continuous sites, or sites of whole numbers or with a gradient of 0;
+            unadjusted, for a density of which a part has none (a ``OneHotCategorical``, as a site
+            or as the base of an energy, an ``argmax``).
+
+    Reference:
+        Zhang, Liu and Liu (2022), A Langevin-like sampler for discrete distributions.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC
+        >>> p = UnnormalizedEnergy(lambda x: -x.sum(-1), (5,), dist.constraints.boolean)
+        >>> mcmc = MCMC(DiscreteLangevinKernel(p), 1000, 50, num_chains=10, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].mean()  # 1 / (1 + exp(-1)) = .731
+        tensor(0.7...)
+    """
+
+    MAX_STEP_SIZE = 1e4  # from here on the distance weighs nothing
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        step_size: float = 0.2,
+        adjusted: bool = True,
+        adapt_step_size: bool | None = None,
+        target_accept_prob: float = 0.574,
+        max_plate_nesting: int | None = None,
+        jit_compile: JitCompile = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        if adapt_step_size and not adjusted:
+            raise ValueError(
+                "adapt_step_size=True needs adjusted=True: the unadjusted algorithm accepts"
+                " everything, so there is no acceptance to adapt to"
+            )
+        super().__init__(
+            model=model,
+            step_size=step_size,
+            adapt_step_size=adjusted if adapt_step_size is None else adapt_step_size,
+            adapt_mass_matrix=False,
+            target_accept_prob=target_accept_prob,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            ignore_jit_warnings=ignore_jit_warnings,
+            init_strategy=init_strategy,
+        )
+        self.adjusted = adjusted
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; unadjusted, the gradient must tell of all the density.
+
+        Raises:
+            ValueError: if it does not, as where some part of it is looked up by an index.
+        """
+        state = super().init(z)
+        if self.adjusted or not self.checks_potential:
+            return state
+        starts = z.repeat(-(-NUM_COMPARED // z.shape[0]), 1)
+        if not gradient_tells_all(self.potential.value_and_grad, starts, self._others(starts)):
+            raise ValueError(
+                f"a part of the log density of {self.potential.names} has no gradient in the values"
+                " (as that of a OneHotCategorical, a site's own or an energy's base, which looks up"
+                " an index), and adjusted=False sees nothing but gradients: use adjusted=True, or"
+                " GibbsKernel"
+            )
+        return state
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """The step size, a Gumbel variable for each move, and the uniform."""
+        noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
+        return self.step_size_of(state), noise, log_uniform(state.potential)
+
+    def transition(
+        self, state: State, step_size: Tensor, noise: Tensor, log_u: Tensor
+    ) -> tuple[State, Info]:
+        """New values for all variables, accepted or rejected together if ``adjusted``."""
+        variables = self.variables
+        log_q = self._log_q(state, step_size)
+        noisy = [a + b for a, b in zip(log_q, variables.by_variable(noise), strict=True)]
+        chosen = [
+            torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.argmax(-1, keepdim=True), True)
+            for x in noisy
+        ]
+        new = self.evaluate(variables.after(state.z, variables.flat(chosen)))
+        if not self.adjusted:
+            assert new.grad is not None
+            valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
+            return self.choose(valid, new, state), Info(valid.to(state.z.dtype), ~valid)
+        assert state.grad is not None
+        # the way back gives every variable its old codeword
+        old = variables.moves(state.z, state.grad).stays
+        forth = _log_prob(variables.flat(log_q), variables.flat(chosen))
+        back = _log_prob(variables.flat(self._log_q(new, step_size)), old)
+        return self._accept(state, new, back - forth, log_u)
+
+    def _log_q(self, state: State, step_size: Tensor) -> list[Tensor]:
+        """Log probabilities of the codewords of each variable, ``(chains, n, K)`` by site."""
+        assert state.grad is not None
+        moves = self.variables.moves(state.z, state.grad)
+        logits = moves.change / 2 - moves.distance / (2 * step_size)
+        return [part.log_softmax(-1) for part in self.variables.by_variable(logits)]
+
+
+def _log_prob(log_q: Tensor, chosen: Tensor) -> Tensor:
+    """The log probability ``(chains,)`` of the moves chosen."""
+    return torch.where(chosen, log_q, 0.0).sum(-1)

@@ -1,0 +1,147 @@
+r"""Gibbs sampling of discrete sites: in blocks where the distribution knows them, else one by one.
+
+A Gibbs step draws some variables anew from their distribution given all others, and so leaves the
+target exactly invariant: nothing is rejected, nothing is tuned. Two kinds:
+
+* *Blocks*. A restricted Boltzmann machine has two, its hidden and its visible units; a sparse
+  Boltzmann machine or Potts model one for each colour of its graph. A sweep costs a few matrix
+  products, however many variables.
+* *Single sites*. Of any model, one variable after another, each by the potential of all its values:
+  a sweep of :math:`n` variables with :math:`K` values costs :math:`n (K - 1)` evaluations of the
+  model.
+
+Reference:
+    Geman and Geman (1984), Stochastic relaxation, Gibbs distributions, and the Bayesian restoration
+    of images. Smolensky (1986), Information processing in dynamical systems.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from pyro_ebm.mcmc.engine.engine import JitCompile
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State
+
+
+class GibbsKernel(Kernel):
+    """One sweep over all discrete variables, each drawn given the others.
+
+    A model that is one Boltzmann machine (RBM, Ising, Potts) and nothing else, or such a
+    distribution by itself, is swept in its own blocks. Of every other model, each variable of each
+    discrete site is drawn in turn from its values; the sites must have finitely many
+    (``Bernoulli``, ``Categorical``, an energy on ``constraints.boolean``, ...).
+
+    Args:
+        model: a Pyro model, or a distribution.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: False, ``"capture"``, True or ``"auto"`` (:mod:`pyro_ebm.mcmc.engine.engine`);
+            what runs as a graph is a sweep of blocks, or the draw of one variable.
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+
+    Raises:
+        ValueError: (when run) if the model has continuous sites too: use a
+            :class:`~pyro_ebm.mcmc.CompositeKernel`.
+
+    Example:
+        >>> from pyro_ebm.mcmc import MCMC
+        >>> def model(y):
+        ...     k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        ...     pyro.sample("y", dist.Normal(1.0 * k, 1.0), obs=y)
+        >>> mcmc = MCMC(GibbsKernel(model), 1000, 10, num_chains=10, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(1.0))
+        >>> k = mcmc.get_samples()["k"]
+        >>> (k[:, None] == torch.arange(3)).float().mean(0)  # exactly (.164, .406, .430)
+        tensor([0.1..., 0.4..., 0.4...])
+    """
+
+    needs_grad = False
+    discrete = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: JitCompile = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        super().__init__(
+            model=model,
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            ignore_jit_warnings=ignore_jit_warnings,
+            init_strategy=init_strategy,
+        )
+
+    def check(self, potential: Potential) -> None:
+        """A distribution with blocks of its own may be continuous (a Gaussian-Bernoulli RBM)."""
+        if potential.blocks is None:
+            super().check(potential)
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel."""
+        super().bind(potential, warmup_steps)
+        if potential.blocks is None:
+            like = torch.empty(0, dtype=potential.dtype, device=potential.device)
+            self._columns = Variables(potential.sites, like).columns()
+
+    def move(self, state: State) -> tuple[State, Info]:
+        """One sweep."""
+        if self.potential.blocks is not None:
+            return super().move(state)
+        diverging = torch.zeros_like(state.potential, dtype=torch.bool)
+        for columns, codes in self._columns:
+            noise = gumbel((len(codes), state.z.shape[0]), state.z)
+            state, info = self._engine(state, columns, codes, noise)
+            diverging = diverging | info.diverging
+        return state, Info(torch.ones_like(state.potential), diverging)
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """The random numbers of a sweep of blocks."""
+        return self.potential.gibbs_noise(state.z)
+
+    def transition(self, state: State, *draws: Tensor) -> tuple[State, Info]:
+        """A sweep of blocks, or the draw of one variable."""
+        if self.potential.blocks is None:
+            return self._draw_variable(state, *draws)
+        new = self.evaluate(self.potential.gibbs_sweep(state.z, draws))
+        # a sweep leads to states of positive probability alone, unless a parameter is no number
+        valid = new.potential.isfinite()
+        return self.choose(valid, new, state), Info(valid.to(state.potential.dtype), ~valid)
+
+    def _draw_variable(
+        self, state: State, columns: Tensor, codes: Tensor, noise: Tensor
+    ) -> tuple[State, Info]:
+        z, k, chains = state.z, len(codes), state.z.shape[0]
+        now = (z[:, None, columns] - codes).square().sum(-1).argmin(-1)
+        # candidate j holds codeword now + j mod K: the first is where the chain stands
+        others = codes[(now + torch.arange(1, k, device=z.device)[:, None]) % k]
+        moved = z.repeat(k - 1, 1).index_copy(1, columns, others.flatten(0, 1))
+        with torch.no_grad():
+            potential = self.potential(moved).reshape(k - 1, chains)
+        potential = torch.cat([state.potential[None], potential])
+        #   P(candidate j) = exp(-U_j) / sum_i exp(-U_i), and 0 where U is not finite
+        logits = torch.where(potential.isfinite(), -potential, -torch.inf)
+        chosen = (logits + noise).argmax(0, keepdim=True)
+        candidates = torch.cat([z[None], moved.reshape(k - 1, chains, -1)])
+        new = candidates.gather(0, chosen[..., None].expand(1, chains, z.shape[1]))[0]
+        # a state of probability 0 is no accident on a discrete space
+        diverging = ~(potential > -torch.inf).all(0)
+        accept_prob = torch.ones_like(state.potential)
+        return State(new, potential.gather(0, chosen)[0], None), Info(accept_prob, diverging)
+
+    def _release(self) -> None:
+        super()._release()
+        self._columns: list[tuple[Tensor, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_columns": []}

@@ -1,0 +1,1 @@
+"""Kernels that follow the gradient of the log density."""

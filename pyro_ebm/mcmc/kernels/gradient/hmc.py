@@ -1,0 +1,350 @@
+r"""Hamiltonian Monte Carlo for many chains, without a tree.
+
+A transition draws a momentum :math:`p \sim N(0, I)`, follows Hamiltonian dynamics for a time
+:math:`t` in leapfrog steps (:mod:`pyro_ebm.ops.steps.leapfrog`), and accepts where it ends,
+:math:`(z', p')`, with probability
+
+.. math:: \min\left(1,\ e^{H(z, p) - H(z', p')}\right), \qquad H = U(z) + \tfrac12 |p|^2 .
+
+NUTS builds a tree to learn when each trajectory turns back, and a batch of chains waits for the
+deepest one. Here all chains share the time :math:`t`, a different one in each transition, between 0
+and a :math:`T` that warmup learns from what the chains do (:mod:`pyro_ebm.mcmc.adaptation.chees`).
+
+Reference:
+    Duane, Kennedy, Pendleton and Roweth (1987), Hybrid Monte Carlo. Hoffman, Radul and Sountsov
+    (2021), An adaptive MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.mcmc.adaptation.chees import TrajectoryAdaptation, van_der_corput
+from pyro_ebm.mcmc.engine.engine import JitCompile
+from pyro_ebm.mcmc.kernels.base import Kernel, check_positive
+from pyro_ebm.mcmc.kernels.gradient.langevin import MAX_ENERGY_ERROR
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
+from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+
+
+class ChEESKernel(Kernel):
+    r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
+
+    The step size adapts to ``target_accept_prob``, the mass matrix to the covariance of the draws,
+    and the trajectory length to the ChEES criterion (:mod:`pyro_ebm.mcmc.adaptation.chees`), all
+    pooled over the chains. It works with one chain, and learns faster with many; after warmup
+    nothing changes any more. A transition is as many gradients as ``n_steps`` says, half of
+    ``trajectory_length / step_size`` in the mean.
+
+    Args:
+        model: a Pyro model, or a distribution.
+        potential_fn: instead of a model, the potential of one chain as a function of a dict of
+            unconstrained values; needs ``initial_params``.
+        step_size: the length :math:`h` of a leapfrog step, in units of :math:`L`, the first one
+            when it is adapted. (A Langevin step of length :math:`\varepsilon` is one of
+            :math:`h = \sqrt{2 \varepsilon}`.)
+        trajectory_length: the longest time :math:`T` of a trajectory, in units of :math:`L`; when
+            adapted, it starts from two steps, and goes on from this once :math:`L` is known. 2 is
+            about the best on a standard normal.
+        adapt_step_size: whether warmup adapts :math:`h`.
+        adapt_trajectory_length: whether warmup adapts :math:`T`.
+        adapt_mass_matrix: whether warmup adapts the inverse mass matrix
+            :math:`\Sigma = L L^\top`; else it is the identity.
+        full_mass: whether :math:`\Sigma` is dense or diagonal.
+        target_accept_prob: mean acceptance probability to adapt to.
+        transforms: from the supports to the reals, where they should not be Pyro's.
+        max_plate_nesting: as in Pyro's kernels.
+        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run leapfrog steps as
+            a graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling
+            takes seconds, and pays in long runs.
+        ignore_jit_warnings: whether to silence warnings of the capture.
+        init_strategy: where chains start, as in Pyro's kernels.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> from pyro_ebm import MCMC
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+        >>> mcmc = MCMC(ChEESKernel(model), 200, num_chains=50, disable_progbar=True)
+        >>> mcmc.run(torch.full((3,), 2.0))
+        >>> x = mcmc.get_samples()["x"]  # the posterior is N(1, 1/2)
+        >>> bool((x.mean() - 1).abs() < 0.02), bool((x.var() - 0.5).abs() < 0.02)
+        (True, True)
+        >>> bool(mcmc.get_extra_fields()["n_steps"].float().mean() < 4)
+        True
+    """
+
+    has_momentum = True
+    max_steps = 1000
+    """The most leapfrog steps of one trajectory."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        step_size: float = 0.1,
+        trajectory_length: float = 2.0,
+        adapt_step_size: bool = True,
+        adapt_trajectory_length: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: bool = False,
+        target_accept_prob: float = 0.8,
+        transforms: dict[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: JitCompile = False,
+        ignore_jit_warnings: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ):
+        check_positive("trajectory_length", trajectory_length)
+        super().__init__(
+            model=model,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            target_accept_prob=target_accept_prob,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            ignore_jit_warnings=ignore_jit_warnings,
+            init_strategy=init_strategy,
+        )
+        self._init_trajectory_length = float(trajectory_length)
+        self.adapt_trajectory_length = adapt_trajectory_length
+
+    # -- the mathematics -----------------------------------------------------------------------
+
+    def draw(self, state: State) -> tuple[Any, ...]:
+        """The step size, the factor, the momentum, the uniform and each group's number of steps."""
+        return (
+            self.step_size_of(state),
+            self.factor,
+            torch.randn_like(state.z),
+            log_uniform(state.potential),
+            self._draw_num_steps(),
+        )
+
+    def transition(
+        self,
+        state: State,
+        step_size: Tensor,
+        factor: Tensor | None,
+        momentum: Tensor,
+        log_u: Tensor,
+        num_steps: Sequence[int],
+    ) -> tuple[State, Info]:
+        """A trajectory, and the verdict."""
+        end, _, accepted, info = self.trajectory(
+            state, step_size, factor, momentum, log_u, num_steps
+        )
+        return self.choose(accepted, end, state), info
+
+    def trajectory(
+        self,
+        state: State,
+        step_size: Tensor,
+        factor: Tensor | None,
+        momentum: Tensor,
+        log_u: Tensor,
+        num_steps: Sequence[int],
+    ) -> tuple[State, Tensor, Tensor, Info]:
+        r"""Where a trajectory ends, with what momentum, and the verdict on it.
+
+        Args:
+            state: where it starts.
+            step_size: :math:`h`, shape ``(chains, 1)``.
+            factor: the factor of the inverse mass matrix.
+            momentum: the momentum that it starts with, shape ``(chains, dim)``.
+            log_u: :math:`\log u` of the verdict, shape ``(chains,)``.
+            num_steps: how many leapfrog steps the chains of each group make.
+        """
+        most, end = max(num_steps), (state, momentum)
+        fixed = factor, state.potential, momentum, log_u
+        if min(num_steps) == most:
+            return self._engine.iterate(most, end, step_size, *fixed)
+        counts = _of_chains(num_steps, state)[:, None]
+        found: Any = None
+        for i in range(most):
+            # a step of size 0 stands still, as chains do that have arrived before the others
+            found = self._engine(*end, torch.where(i < counts, step_size, 0.0), *fixed)
+            end = found[:2]
+        return found
+
+    def leap(
+        self,
+        state: State,
+        momentum: Tensor,
+        step_size: Tensor,
+        factor: Tensor | None,
+        first_potential: Tensor,
+        first_momentum: Tensor,
+        log_u: Tensor,
+    ) -> tuple[State, Tensor, Tensor, Info]:
+        """A leapfrog step, and the verdict on the trajectory if it ends there.
+
+        One graph holds both, and the verdict, a few numbers for each chain, costs little; a graph
+        of its own would have to be compiled too.
+
+        Args:
+            state: where the step starts.
+            momentum: with what momentum.
+            step_size: as for :meth:`trajectory`.
+            factor: see there.
+            first_potential: the potential where the trajectory started, shape ``(chains,)``.
+            first_momentum: the momentum there, shape ``(chains, dim)``.
+            log_u: as for :meth:`trajectory`.
+        """
+        assert state.grad is not None
+        momentum = kick(momentum, state.grad, step_size / 2, factor)
+        state = self.evaluate(drift(state.z, momentum, step_size, factor))
+        assert state.grad is not None
+        momentum = kick(momentum, state.grad, step_size / 2, factor)
+        change = energy_change(first_potential, first_momentum, state.potential, momentum)
+        accepted, info = self.judge(-change, log_u)
+        return state, momentum, accepted, info
+
+    def judge(self, log_ratio: Tensor, log_u: Tensor) -> tuple[Tensor, Info]:
+        """Which trajectories are accepted, and with what probability."""
+        #   p(z') N(p')     exp(-U(z') - |p'|^2 / 2)
+        #   -----------  =  ------------------------
+        #   p(z)  N(p)      exp(-U(z)  - |p|^2  / 2)
+        valid = log_ratio.isfinite()  # where a gradient is not, neither is the momentum
+        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
+        diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
+        return accepted, Info(accept_prob, diverging)
+
+    @property
+    def captured(self) -> Callable[..., Any]:
+        """One leapfrog step, however many a transition makes, with the verdict."""
+        return self.leap
+
+    # -- what warmup learns ----------------------------------------------------------------------
+
+    @property
+    def trajectory_length(self) -> Tensor | float:
+        """The longest time :math:`T`, shape ``(groups,)``; before setup, the first."""
+        if self._trajectory is None:
+            return self._init_trajectory_length
+        return self._trajectory.length
+
+    @property
+    def own_stats(self) -> dict[str, Tensor]:
+        """The number of leapfrog steps."""
+        return {} if self._num_steps is None else {"n_steps": self._num_steps}
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """As every kernel."""
+        super().bind(potential, warmup_steps)
+        like = self.adaptation.step_size
+        length = torch.full_like(like, self._init_trajectory_length)
+        self._trajectory = TrajectoryAdaptation(length, potential.dim)
+
+    def init(self, z: Tensor) -> State:
+        """As every kernel; a length that is learned starts from two steps."""
+        state = super().init(z)
+        if self._learns:
+            self._learner.start(2 * self._typical_step_size())
+        self._most_steps = None  # it was counted in steps of the first size
+        return state
+
+    def step(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains, and what warmup learns from it."""
+        active, learns, factor = self.adaptation.active, self._learns, self.factor
+        state, info = super().step(state)
+        if learns and factor is not None and self.factor is not None and self.factor is not factor:
+            usual = self._init_trajectory_length
+            if self._knows_units:
+                self._learner.remeasure(factor, self.factor, usual)
+            else:
+                self._learner.start(torch.full_like(self._learner.length, usual))
+            self._knows_units = True
+        if learns and not self.adaptation.active:
+            self._learner.finish()
+        if active:
+            self._most_steps = None
+        return state, info
+
+    def move(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains, and what the trajectory length learns from it."""
+        step_size, factor, momentum, log_u, num_steps = self.draw(state)
+        end, end_momentum, accepted, info = self.trajectory(
+            state, step_size, factor, momentum, log_u, num_steps
+        )
+        self._num_steps = _of_chains(num_steps, state)
+        if self._learns:
+            time = self._num_steps * step_size[:, 0]
+            most = self.max_steps * self._typical_step_size()
+            weight = info.accept_prob
+            self._learner.update(state, end, end_momentum, time, weight, factor, most)
+        return self.choose(accepted, end, state), info
+
+    def trial(self, state: State) -> tuple[State, Info]:
+        """A trajectory of one step, to find a first step size."""
+        step_size, factor, momentum, log_u, num_steps = self.draw(state)
+        one = [1] * len(num_steps)
+        return self.transition(state, step_size, factor, momentum, log_u, one)
+
+    @property
+    def _learner(self) -> TrajectoryAdaptation:
+        if self._trajectory is None:
+            raise RuntimeError("ChEESKernel is not bound to a potential: call setup")
+        return self._trajectory
+
+    @property
+    def _learns(self) -> bool:
+        return self.adapt_trajectory_length and self.adaptation.active
+
+    def _typical_step_size(self) -> Tensor:
+        """Of each group, ``(groups,)``; during warmup chains have step sizes of their own."""
+        return self.adaptation.typical_step_size()
+
+    def _draw_num_steps(self) -> list[int]:
+        most = self._most_steps
+        if most is None:  # a look at numbers on the device: in each warmup step, and once after
+            ratio = self._learner.length / self._typical_step_size()
+            most = self._most_steps = ratio.clamp(max=self.max_steps).tolist()
+        fraction = van_der_corput(self._steps + 1)
+        return [max(1, math.ceil(fraction * m)) for m in most]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every kernel's, with the trajectory length."""
+        own = {"trajectory": self._learner.state_dict(), "knows_units": self._knows_units}
+        return {**super().state_dict(), **own, "most_steps": self._most_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As every kernel."""
+        super().load_state_dict(state)
+        self._learner.load_state_dict(state["trajectory"])
+        self._knows_units, self._most_steps = state["knows_units"], state["most_steps"]
+
+    # -- state that comes and goes ---------------------------------------------------------------
+
+    def _release(self) -> None:
+        super()._release()
+        self._trajectory: TrajectoryAdaptation | None = None
+        self._most_steps: list[float] | None = None
+        self._num_steps: Tensor | None = None
+        self._knows_units = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        gone = {"_trajectory": None, "_num_steps": None}
+        return {**super().__getstate__(), **gone}
+
+
+def _of_chains(num_steps: Sequence[int], state: State) -> Tensor:
+    """The numbers of steps of groups as those of chains, shape ``(chains,)``."""
+    chains, device = state.z.shape[0], state.z.device
+    if len(num_steps) == 1:  # filled on the device, where a list would be copied to it
+        return torch.full((chains,), num_steps[0], device=device)
+    return torch.tensor(num_steps, device=device).repeat(chains // len(num_steps))

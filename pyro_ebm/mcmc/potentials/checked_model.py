@@ -1,0 +1,85 @@
+"""A model as Pyro's own kernels evaluate it, with the checks that this package makes of its own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_uniform
+
+from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.models.checks.fixed_density import FixedLatents, moving_support
+from pyro_ebm.models.checks.fixed_supports import moving_supports
+from pyro_ebm.models.checks.validity import Unvalidated, what_to_check
+from pyro_ebm.models.provenance import HostReads, trace_latents
+from pyro_ebm.models.sites.init import trace_from_start
+from pyro_ebm.ops.eval_mode import called_in_eval_mode
+
+
+class CheckedModel:
+    """A model that raises where its latents come and go, and has no density where it is invalid.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        rejects: whether invalid states have no density; else Pyro's validation may raise.
+
+    Raises:
+        ValueError: if the support of a latent depends on others.
+
+    Example:
+        >>> def model():
+        ...     a = pyro.sample("a", dist.Normal(1.0, 1.0))
+        ...     pyro.sample("y", dist.Gamma(a, 1.0), obs=torch.tensor(0.5))
+        >>> a = {"a": torch.tensor(-0.5)}
+        >>> checked = poutine.condition(CheckedModel(model, (), {}, True), a)
+        >>> with pyro.validation_enabled(False):
+        ...     poutine.trace(checked).get_trace().log_prob_sum()
+        tensor(-inf)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rejects: bool,
+    ):
+        self.model = model
+        self.__name__ = getattr(model, "__name__", type(model).__name__)
+        settings = (model, args, kwargs, init_to_uniform)
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with (
+            torch.random.fork_rng(devices),
+            starting_points_only(),
+            called_in_eval_mode(),
+            poutine.block(),
+        ):
+            try:
+                validated = trace_from_start(*settings)
+            except ValueError:  # at an unlucky start
+                validated = poutine.Trace()
+            with HostReads() as reads:
+                tracked = trace_latents(*settings)
+            for name, latents in moving_supports(*settings).items():
+                if not tracked.nodes[name]["fn"].support.is_discrete:
+                    raise ValueError(moving_support(name, str(sorted(latents) or "another latent")))
+        self._rejects = rejects
+        self._handlers: list[Any] = [FixedLatents(enumerates=True)]
+        if rejects:
+            self._handlers.append(Unvalidated(what_to_check(tracked, validated, reads.latents)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A run of the model."""
+        run = self.model
+        for handler in reversed(self._handlers):
+            run = handler(run)
+        if not self._rejects:
+            return run(*args, **kwargs)
+        with pyro.validation_enabled(False):  # which a worker process has not heard of
+            return run(*args, **kwargs)
+
+
+__all__ = ["CheckedModel"]

@@ -1,0 +1,139 @@
+"""What ranks that share out the chains of a run do together, beside the warmup.
+
+They start together or not at all, wait for each other about once a second, save their checkpoints
+after one and the same transition, and bring their draws to rank 0. Between two waits a rank asks
+nothing of the others. (Without the waits a rank that is a little faster would, after some hours,
+be ahead by more than the timeout of the group, and a rank that hangs would be noticed at the end.)
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm import files
+from pyro_ebm.files import CheckpointError, PathLike
+from pyro_ebm.mcmc.ranks import Population
+from pyro_ebm.mcmc.running.checkpoint import KIND, Checkpoint
+from pyro_ebm.mcmc.running.vectorized import VectorizedRun
+from pyro_ebm.ops.distributed import gathered
+
+BETWEEN = 1.0
+"""Seconds between two waits, about."""
+
+
+class InStep:
+    """Called after each transition of a run.
+
+    Rank 0 says how many transitions there are to the next wait, and whether its clock asks for a
+    checkpoint.
+
+    Args:
+        over: the ranks.
+        checkpoint: of this rank.
+    """
+
+    def __init__(self, over: Population, checkpoint: Checkpoint | None):
+        self.over, self.checkpoint = over, checkpoint
+        self._next = self._stride = 0
+        self._time = time.monotonic()
+
+    def __call__(self, run: VectorizedRun) -> None:
+        """Waits for the other ranks, and saves a checkpoint, if it is time to."""
+        checkpoint = self.checkpoint
+        # a number of transitions is up on all ranks at once, a time is not
+        counted = (
+            checkpoint is not None and isinstance(checkpoint.every, int) and checkpoint.is_due(run)
+        )
+        if not (run.t >= self._next or run.done or counted):
+            return
+        took, self._time = time.monotonic() - self._time, time.monotonic()
+        stride = max(self._stride, 1)
+        stride = min(10 * stride, 1 + int(stride * BETWEEN / max(took, 1e-6)))
+        due = checkpoint is not None and checkpoint.is_due(run)
+        mine = torch.tensor([stride, due], dtype=torch.float64)
+        failed = torch.tensor(checkpoint is not None and checkpoint.failed)
+        self._stride, due = map(int, self.over.from_first(mine))
+        any_failed = self.over.any(failed)
+        self._next = run.t + self._stride
+        if checkpoint is not None and due:
+            # who saved the last one alone keeps the one before, which all have
+            checkpoint.keep_previous = bool(failed) or not any_failed
+            checkpoint.try_to_save(run)
+
+
+def common_checkpoint(over: Population, path: PathLike) -> dict[str, Any]:
+    """This rank's state file after the last transition after which all ranks have one.
+
+    A kill may come between the saves of two ranks. The others then go back to the file before,
+    which takes the place of the last one.
+
+    Args:
+        over: the ranks.
+        path: of this rank's state file.
+
+    Raises:
+        CheckpointError: if there is no such transition, or a file cannot be read.
+    """
+    with over.all_or_none("reading the checkpoint"):
+        payload = Checkpoint.read(path)
+    if over.size == 1:
+        return payload
+    t = payload["run"]["t"]
+    if (gathered(torch.tensor(t)) == t).all():  # so say all ranks, or none
+        return payload
+    with over.all_or_none("reading the checkpoint before"):
+        before = files.previous(path)
+        earlier = files.load(before, KIND) if before.exists() else payload
+    mine = [t, earlier["run"]["t"]]
+    there = [set(row) for row in gathered(torch.tensor(mine)).tolist()]
+    common = set.intersection(*there)
+    if not common:
+        raise CheckpointError(
+            f"the checkpoints of the ranks were made after different transitions, {there}, and none"
+            " after which all have one: start anew"
+        )
+    with over.all_or_none("going back to the checkpoint before"):
+        if max(common) != t:
+            payload = earlier
+            before.replace(path)
+    return payload
+
+
+CALLS = ("run", "resume")
+
+
+def check_call(over: Population, name: str) -> None:
+    """Raises a ValueError unless all ranks make this call.
+
+    Args:
+        over: the ranks.
+        name: ``"run"`` or ``"resume"``.
+    """
+    number = torch.tensor(float(CALLS.index(name)))
+    over.check_alike(number, f"what they call: this one calls {name}, another one does not")
+
+
+def check_alike(over: Population, run: VectorizedRun, z: Tensor, num_chains: int) -> None:
+    """Raises a ValueError unless all ranks run the same.
+
+    Args:
+        over: the ranks.
+        run: before its start.
+        z: where the chains here will start, shape ``(rows, dim)``.
+        num_chains: of all ranks.
+    """
+    if over.size == 1:
+        return
+    numbers = [num_chains, run.goal, run.warmup_steps, run.thinning, run.potential.dim]
+    over.check_alike(
+        torch.tensor(numbers, dtype=torch.float64),
+        "num_chains, num_samples, warmup_steps, thinning or the dimension of the model",
+    )
+    here = over.here(num_chains)
+    first = over.from_first(z[: len(z) // (here.stop - here.start)])
+    over.check_alike(run.kernel.evaluate(first).potential, "the log density of the model")
+
+
+__all__ = ["InStep", "check_alike", "check_call", "common_checkpoint"]

@@ -1,0 +1,134 @@
+"""What a run was asked to do, in a form that can be compared: settings, sites and data.
+
+Numbers, strings and tensors are compared by value, and so are modules, by their parameters.
+Functions are compared by their names, and what is not known by its type alone: a model is told
+apart by what it says, see :meth:`~pyro_ebm.mcmc.running.vectorized.VectorizedRun.load_state_dict`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal
+from pyro_ebm.mcmc.potentials.base import Potential
+
+Fingerprint = dict[str, str]
+
+# Of a kernel: what says where to start, how to show itself, or is told by the model's values.
+NOT_COMPARED = {
+    *("model", "potential_fn", "transforms", "init_strategy"),
+    *("ignore_jit_warnings", "planned_steps"),
+}
+
+
+def fingerprint(value: Any, name: str) -> Fingerprint:
+    """The parts of a value, each with its name and a description.
+
+    Example:
+        >>> fingerprint({"a": [1, True], "b": torch.zeros(2)}, "x")
+        {"x['a'][0]": '1', "x['a'][1]": 'True', "x['b']": 'tensor (2,) float32 af5570f5'}
+    """
+    return dict(_described(value, name))
+
+
+def _described(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield name, _short(repr(value))
+    elif isinstance(value, Tensor):
+        yield name, f"tensor {_tensor(value.detach().cpu())}"
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield name, f"array {value.shape} {value.dtype} {_hash(value.tobytes())}"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _described(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _described(item, f"{name}[{i}]")
+    elif isinstance(value, Kernel | Proposal):
+        yield name, type(value).__qualname__
+        for key, item in _settings(value).items():
+            yield from _described(item, f"{name}.{key.removeprefix('_init_')}")
+    elif isinstance(value, nn.Module):
+        yield name, type(value).__qualname__
+        for key, item in value.state_dict().items():
+            yield from _described(item, f"{name}.{key}")
+    elif isinstance(value, Distribution):
+        shapes = (tuple(value.batch_shape), tuple(value.event_shape))
+        yield name, f"{type(value).__qualname__} {shapes}"
+        parts = {key: getattr(value, key, None) for key in value.arg_constraints}
+        parts = {k: x for k, x in {**vars(value), **parts}.items() if _is_told(x, k in parts)}
+        for key, item in parts.items():
+            yield from _described(item, f"{name}.{key}")
+    else:
+        yield name, getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _is_told(part: Any, is_parameter: bool) -> bool:
+    """Whether a part of a distribution says what it is, and is not something it remembers."""
+    return isinstance(part, Tensor) if is_parameter else isinstance(part, Distribution | nn.Module)
+
+
+def _settings(value: Kernel | Proposal) -> dict[str, Any]:
+    """What the constructor was given, as far as it bears on the transitions."""
+    found = vars(value)
+    if isinstance(value, Kernel):
+        fresh = value.copy()
+        passing = object.__new__(type(value))
+        passing._release()
+        found = {k: v for k, v in vars(fresh).items() if k not in vars(passing)}
+    hidden = {name for name in found if name.startswith("_") and not name.startswith("_init_")}
+    return {k: v for k, v in found.items() if k not in hidden | NOT_COMPARED}
+
+
+def _tensor(x: Tensor) -> str:
+    dense = x.to_dense() if x.is_sparse else x
+    data = dense.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {_hash(data)}"
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:30]}... {_hash(text.encode())}"
+
+
+def of_sites(potential: Potential) -> Fingerprint:
+    """The sites of a potential, and how it calculates."""
+    found = {
+        f"site {site.name!r}": f"{tuple(site.shape)} {str(site.dtype).removeprefix('torch.')}"
+        for site in potential.sites
+    }
+    device, dtype = potential.device.type, str(potential.dtype).removeprefix("torch.")
+    return {**found, "positions": f"{dtype} on {device}"}
+
+
+def differences(now: Fingerprint, then: Fingerprint) -> list[str]:
+    """In words, what is not the same.
+
+    Example:
+        >>> differences({"thinning": "2", "x": "1"}, {"thinning": "1", "x": "1"})
+        ['thinning is 2, and was 1']
+    """
+    found = []
+    for name in {**then, **now}:
+        here, there = now.get(name, "not there"), then.get(name, "not there")
+        if here != there:
+            found.append(f"{name} is {here}, and was {there}")
+    return found
+
+
+def machine() -> Fingerprint:
+    """What rounding may depend on."""
+    return {
+        "torch": str(torch.__version__),
+        "the number of threads": str(torch.get_num_threads()),
+        "the processor": torch.backends.cpu.get_cpu_capability(),
+    }

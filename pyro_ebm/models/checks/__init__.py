@@ -1,0 +1,1 @@
+"""What a model must fulfil to be sampled: one fixed density, fixed supports, no hidden log Z."""

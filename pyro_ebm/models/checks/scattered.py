@@ -1,0 +1,85 @@
+r"""Runs of a model at latents far and wide, which show what it does where hardly any chain starts.
+
+Run :math:`i` of four starts near 0, at draws from the prior, which know the scale of a site, or at
+unconstrained values of one magnitude from .1 to 1,000, with all elements on one side of 0 or on
+both. Values of discrete sites are uniform, so that rare ones have their turn.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_sample,
+    init_to_uniform,
+)
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.models.sites.discrete_sites import site_codes
+from pyro_ebm.models.sites.site import Site
+
+# what arithmetic, indices and a user's own assertions may raise at values that no chain has
+_FAR_OUT = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
+
+
+def scattered_trace(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], i: int
+) -> poutine.Trace | None:
+    """Run number ``i`` of a model; None if it raises, as it well may far out.
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> runs = [scattered_trace(model, (), {}, i) for i in range(64)]
+        >>> bool(max(run.nodes["x"]["value"] for run in runs) > 100)
+        True
+    """
+    started = InitMessenger(_scattered(i))(model)
+    with pyro.validation_enabled(False), poutine.block(), starting_points_only():
+        try:
+            return poutine.trace(started).get_trace(*args, **kwargs)
+        except _FAR_OUT:
+            return None
+
+
+def _scattered(i: int) -> Callable[..., Any]:
+    scale, side = 10 ** (4 * torch.rand(()) - 1), (i % 3 - 1) * 2.0
+
+    def start(site: Any) -> Any:
+        name, fn = site["name"], site["fn"]
+        if fn.support.is_discrete:
+            return _anywhere(name, fn)
+        if i % 4 == 0:
+            return init_to_uniform(site)
+        if i % 4 == 1:
+            return init_to_sample(site)
+        try:
+            bijection = biject_to(fn.support)
+        except NotImplementedError:
+            return init_to_sample(site)
+        like: Any = init_to_sample(site)
+        z = scale * (side + torch.randn(bijection.inverse_shape(fn.shape())))
+        return bijection(z.to(like))
+
+    return start
+
+
+def _anywhere(name: str, fn: Any) -> Tensor | None:
+    try:
+        codes = site_codes(name, fn)
+    except ValueError:  # without a finite set of values
+        return None
+    assert codes is not None
+    if not len(codes):
+        return fn()
+    site = Site(name, fn.shape(), codes.dtype, identity_transform, codes.device, codes)
+    return site.start(1, codes.dtype).reshape(fn.shape())
+
+
+__all__ = ["scattered_trace"]

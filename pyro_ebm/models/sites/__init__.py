@@ -1,0 +1,1 @@
+"""Latent sites: their supports and transforms, and where they start."""

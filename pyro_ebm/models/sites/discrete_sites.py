@@ -1,0 +1,71 @@
+"""Discrete sites of a model: which values their variables take, whether gradients see them."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+
+
+def site_codes(name: str, fn: Any) -> Tensor | None:
+    """The codewords ``(K, b)`` of the variables of a discrete site; None if it is continuous.
+
+    They are ``UNBOUNDED``, none, where its elements are whole numbers without a bound.
+
+    Raises:
+        ValueError: for a discrete site whose elements are neither that, nor have values that all
+            share.
+
+    Example:
+        >>> site_codes("k", dist.Categorical(torch.ones(3)).expand([5]).to_event(1))
+        tensor([[0],
+                [1],
+                [2]])
+    """
+    if not fn.support.is_discrete:
+        return None
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, UnnormalizedEnergy):
+        return codewords(fn.support, fn.event_shape)
+    error: Exception | None = None
+    if fn.has_enumerate_support:
+        try:
+            return fn.enumerate_support(expand=False).reshape(-1, max(fn.event_shape.numel(), 1))
+        except (NotImplementedError, ValueError) as raised:
+            error = raised
+    if is_integer(fn.support):
+        return UNBOUNDED
+    raise ValueError(
+        f"site {name!r} ({type(fn).__name__}) has no finite set of values that all its elements"
+        f" share, so that it cannot be resampled: {OTHER_WAYS}{_because(error)}"
+    )
+
+
+OTHER_WAYS = (
+    "use a distribution that can be enumerated (Bernoulli, Categorical, Binomial with one"
+    " total_count; where counts share a total, one Binomial after another), or sum it out"
+)
+UNBOUNDED = torch.empty(0, 1)
+"""The codewords of whole numbers without fixed bounds."""
+
+
+def is_integer(support: Any) -> bool:
+    """Whether the elements of a support are whole numbers, with bounds or without.
+
+    Example:
+        >>> is_integer(dist.Poisson(1.0).support), is_integer(dist.Bernoulli(0.5).support)
+        (True, False)
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support.is_discrete and hasattr(support, "lower_bound")
+
+
+def _because(error: Exception | None) -> str:
+    return "" if error is None else f" ({error})"

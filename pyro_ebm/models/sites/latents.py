@@ -1,0 +1,107 @@
+"""What a latent site must have to be sampled: a density on a support that the reals map onto."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, ProjectedNormal, constraints
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.ops.arguments import is_array, shown
+
+
+def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
+    """The support of a latent site, in words that ``biject_to`` knows if there are such.
+
+    Returns:
+        The support, and whether it is in other words than those of the distribution.
+
+    Raises:
+        ValueError: if its distribution does not tell one.
+
+    Example:
+        >>> support_of("scale", dist.Wishart(torch.tensor(3.0), torch.eye(2)))
+        (PositiveDefinite(), True)
+    """
+    try:
+        support = fn.support  # a new object each time
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
+            " no kernel can move it: use another distribution, or give its class a support"
+        ) from error
+    plain = plain_support(support)
+    return plain, plain is not support
+
+
+def transform_of(name: str, fn: Any) -> Transform:
+    """From the support of a continuous latent site to the reals.
+
+    Raises:
+        ValueError: if the site is a point mass, or no bijection is known.
+
+    Example:
+        >>> transform_of("x", dist.LogNormal(0.0, 1.0))(torch.tensor(1.0))
+        tensor(0.)
+        >>> transform_of("x", dist.Delta(torch.tensor(1.0)))
+        Traceback (most recent call last):
+        ...
+        ValueError: site 'x' is a Delta, a point without a density: ...
+    """
+    kind = _innermost(fn)
+    if isinstance(kind, Delta):
+        raise ValueError(
+            f"site {name!r} is a Delta, a point without a density: write"
+            f" pyro.deterministic({name!r}, ...)"
+        )
+    support, _ = support_of(name, fn)
+    try:
+        return biject_to(support).inv
+    except NotImplementedError as error:
+        reparam = f"poutine.reparam(model, {{{name!r}: ProjectedNormalReparam()}})"
+        way = reparam if isinstance(kind, ProjectedNormal) else "sites on other supports"
+        raise ValueError(
+            "torch.distributions.biject_to knows no bijection from the reals onto the support"
+            f" {type(support).__name__.lstrip('_')} of site {name!r} ({type(kind).__name__}):"
+            f" write the model as {way}, or give the kernel transforms={{{name!r}: ...}}, a"
+            " Transform from the support to the reals (with init_strategy=init_to_value(...), if"
+            " the distribution cannot be drawn from)"
+        ) from error
+
+
+class DataError(ValueError):
+    """An observed value is no tensor."""
+
+
+def refuse_arrays(trace: Trace) -> None:
+    """Raises a DataError for an observed array or list, which torch's densities do not take."""
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"]:
+            continue
+        x = node["value"]
+        if not isinstance(x, Tensor) and is_array(x) and getattr(x, "ndim", 1) > 0:
+            raise DataError(
+                f"the data at site {name!r} must be a tensor, got {shown(x)}: use torch.as_tensor"
+            )
+
+
+def without_density(trace: Trace | None) -> str | None:
+    """In words, the first site whose log density could not be computed."""
+    for name, node in trace.nodes.items() if trace is not None else ():
+        if node["type"] == "sample" and "log_prob_sum" not in node:
+            fn, x = node["fn"], node["value"]
+            what = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else shown(x)
+            return (
+                f"site {name!r} has no log density: {type(fn).__name__} of shape"
+                f" {tuple(fn.shape())} cannot compute it, or not at a value of {what}"
+            )
+    return None
+
+
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent) or hasattr(fn, "_mask"):
+        fn = fn.base_dist
+    return fn

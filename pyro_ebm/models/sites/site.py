@@ -1,0 +1,63 @@
+"""One latent of a model, as a kernel's flat position holds it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions.transforms import Transform, identity_transform
+
+from pyro_ebm.models.sites.given_transforms import check_from_reals
+
+
+class Site(NamedTuple):
+    """One latent of a model, as a kernel's position holds it."""
+
+    name: str
+    shape: torch.Size
+    """Unconstrained shape of one chain's value."""
+    dtype: torch.dtype
+    transform: Transform
+    """From the support to the reals, as in Pyro's ``kernel.transforms``."""
+    device: torch.device = torch.device("cpu")
+    codes: Tensor | None = None
+    """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers; none,
+    ``(0, 1)``, where they are whole numbers without fixed bounds."""
+
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether its values are whole numbers without fixed bounds, as of a Poisson."""
+        return self.codes is not None and not len(self.codes)
+
+    def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
+        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over codewords, or 0."""
+        size = self.shape.numel()
+        if self.codes is None:
+            z = torch.empty(num_chains, size, dtype=dtype, device=self.device)
+            return z.uniform_(-2.0, 2.0)
+        k, b = self.codes.shape
+        if not k:
+            return torch.zeros(num_chains, size, dtype=dtype, device=self.device)
+        which = torch.randint(k, (num_chains, size // b), device=self.device)
+        return self.codes.to(self.device, dtype)[which].reshape(num_chains, size)
+
+
+def to_support(transform: Transform, z: Tensor) -> Tensor:
+    """The point of the support at the unconstrained ``z``; ``transform`` goes the other way."""
+    inverse: Any = transform.inv
+    return inverse(z)
+
+
+def sites_of(
+    params: Mapping[str, Tensor], transforms: Mapping[str, Transform] | None = None
+) -> list[Site]:
+    """The sites of a dict of one chain's unconstrained values."""
+    transforms = transforms or {}
+    if unknown := sorted(transforms.keys() - params.keys()):
+        raise ValueError(f"transforms= names {unknown}, but the sites are {sorted(params)}")
+    for name, transform in transforms.items():
+        check_from_reals(name, transform, params[name].detach())
+    return [
+        Site(name, value.shape, value.dtype, transforms.get(name, identity_transform), value.device)
+        for name, value in params.items()
+    ]

@@ -1,0 +1,1 @@
+"""Integrals and sums: quadrature, enumeration, line integrals."""

@@ -1,0 +1,1 @@
+"""The steps of Markov chains as formulas: Langevin, leapfrog, Metropolis, preconditioning."""
