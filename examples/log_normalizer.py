@@ -27,7 +27,11 @@ from sklearn.datasets import load_digits
 
 from pyro_ebm.distributions import RBM
 from pyro_ebm.losses import fit_rbm
-from pyro_ebm.normalizer import UnreliableEstimateWarning, estimate_log_normalizer, evaluate
+from pyro_ebm.normalizer import (
+    UnreliableEstimateWarning,
+    estimate_log_normalizer,
+    mean_log_likelihood,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -142,11 +146,12 @@ def main():
     picture(rows, exact, args.output)
 
     print("\nmean log-likelihood of the test digits, nats a digit")
-    print(f"  {args.num_hidden} hidden units, exact log Z:  {evaluate(machine, test, known)}")
-    print(f"  {args.num_hidden} hidden units, annealing:    {evaluate(machine, test, rows[-1][2])}")
+    for what, log_z in (("exact log Z: ", known), ("annealing:   ", rows[-1][2])):
+        likelihood = mean_log_likelihood(machine, test, log_z)
+        print(f"  {args.num_hidden} hidden units, {what} {likelihood}")
     large = trained(train, args.num_large, args.num_epochs)
     found, _ = estimate(large, num_chains=args.num_chains, samples=data)
-    result = evaluate(large, test, found)
+    result = mean_log_likelihood(large, test, found)
     print(f"  {args.num_large} hidden units, annealing:   {result}")
     print(f"    {found}")
     print("    the upper bound is from data: a bound as far as the machine draws such data")

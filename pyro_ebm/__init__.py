@@ -16,8 +16,8 @@ from pyro_ebm.distributions import (
     GaussianRBM,
     Potts,
     UnnormalizedEnergy,
-    contrast,
     mixture,
+    negation,
     product,
 )
 from pyro_ebm.losses import (
@@ -45,7 +45,7 @@ from pyro_ebm.mcmc import (
     NormalizerError,
     TemperingKernel,
 )
-from pyro_ebm.normalizer import estimate_log_normalizer, evaluate
+from pyro_ebm.normalizer import estimate_log_normalizer, mean_log_likelihood
 from pyro_ebm.ops import fisher_divergence, score
 
 __version__ = "0.1.0"
@@ -78,12 +78,12 @@ __all__ = [
     "TemperingKernel",
     "UnnormalizedEnergy",
     "__version__",
-    "contrast",
     "estimate_log_normalizer",
-    "evaluate",
     "fisher_divergence",
     "load_training",
+    "mean_log_likelihood",
     "mixture",
+    "negation",
     "product",
     "save_training",
     "score",

@@ -14,10 +14,10 @@ def states_of(potential: Potential) -> tuple[Tensor, Tensor]:
     """All positions ``(states, dim)``, and the log density of each up to a constant."""
     sites = []
     for site in potential.sites:
-        assert site.codes is not None
-        codes = site.codes.to(potential.dtype)
-        num = site.shape.numel() // codes.shape[1]
-        sites.append([torch.cat(c) for c in itertools.product(codes, repeat=num)])
+        assert site.support_values is not None
+        support_values = site.support_values.to(potential.dtype)
+        num = site.shape.numel() // support_values.shape[1]
+        sites.append([torch.cat(c) for c in itertools.product(support_values, repeat=num)])
     states = torch.stack([torch.cat(parts) for parts in itertools.product(*sites)])
     return states, -potential(states).detach()
 

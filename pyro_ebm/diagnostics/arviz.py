@@ -259,13 +259,13 @@ def _fields(mcmc: Any, lead: tuple[int, ...]) -> dict[str, Tensor]:
     """What the kernel told of each draw, shapes ``(chains, draws)``."""
     if hasattr(mcmc, "get_extra_fields"):
         return mcmc.get_extra_fields(group_by_chain=True)
-    told = mcmc._diagnostics  # a list: in the order of the chains
-    if all("sample_stats" in chain for chain in told):
-        stats = [chain["sample_stats"] for chain in told]
+    reported = mcmc._diagnostics  # a list: in the order of the chains
+    if all("sample_stats" in chain for chain in reported):
+        stats = [chain["sample_stats"] for chain in reported]
         return {name: torch.stack([stat[name] for stat in stats]) for name in stats[0]}
-    if all("divergences" in chain for chain in told):
+    if all("divergences" in chain for chain in reported):
         diverging = torch.zeros(lead, dtype=torch.bool)
-        for row, chain in zip(diverging, told, strict=True):
+        for row, chain in zip(diverging, reported, strict=True):
             row[chain["divergences"]] = True
         return {"diverging": diverging}
     return {}

@@ -13,7 +13,7 @@ from pyro_ebm.distributions.exponential.exponential_family import ExponentialFam
 from pyro_ebm.distributions.exponential.families import Family
 from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
 from pyro_ebm.distributions.mixture import mixture
-from pyro_ebm.distributions.product import IntegrabilityWarning, contrast, product
+from pyro_ebm.distributions.product import IntegrabilityWarning, negation, product
 
 __all__ = [
     "RBM",
@@ -29,11 +29,11 @@ __all__ = [
     "Potts",
     "RBMModule",
     "UnnormalizedEnergy",
-    "contrast",
     "find_energy",
     "lattice_edges",
     "log_normalizer_by_quadrature",
     "mixture",
+    "negation",
     "product",
     "spin",
 ]

@@ -108,7 +108,7 @@ def product(*parts: Distribution, constant_normalizer: bool = False) -> Unnormal
     return _combined(checked, [1.0] * len(checked), support, constant_normalizer)
 
 
-def contrast(
+def negation(
     a: Distribution, b: Distribution, weight: Tensor | float, constant_normalizer: bool = False
 ) -> UnnormalizedEnergy:
     r"""What one density allows and another does not: *negation* of an energy.
@@ -139,7 +139,7 @@ def contrast(
         Du, Li and Mordatch (2020), Compositional visual generation with energy based models.
 
     Example:
-        >>> p = contrast(dist.Bernoulli(0.5), dist.Bernoulli(0.8), weight=1.0)
+        >>> p = negation(dist.Bernoulli(0.5), dist.Bernoulli(0.8), weight=1.0)
         >>> p.log_density_ratio(torch.tensor(0.0), torch.tensor(1.0)).exp()  # .8 / .2
         tensor(4.)
     """
@@ -344,4 +344,4 @@ def _written(terms: Sequence[Term]) -> str:
     return text.removeprefix(" + ").strip() or "0"
 
 
-__all__ = ["Combination", "IntegrabilityWarning", "LinearEnergy", "contrast", "product", "tempered"]
+__all__ = ["Combination", "IntegrabilityWarning", "LinearEnergy", "negation", "product", "tempered"]

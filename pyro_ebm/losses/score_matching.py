@@ -40,7 +40,7 @@ from pyro_ebm.ops.arguments import check_count, shown
 from pyro_ebm.ops.score import draw_probes, projected_divergence, row_divergence, value_and_grad
 
 METHODS = ("exact", "hutchinson")
-BESIDE = 0.02
+NEAR_BOUNDARY = 0.02
 """So near to the boundary, as a part of the interval or of the mean distance, is beside it."""
 
 
@@ -265,7 +265,7 @@ def _check_boundary(site: EnergySite) -> None:
         rows = margin.reshape(site.batch_shape.numel(), -1)
         least = rows.amin(0)
         scale = rows.mean(0) if None in ends else (ends[1] - ends[0]) * torch.ones_like(least)
-        piled = (rows == least) & (least < BESIDE * scale)
+        piled = (rows == least) & (least < NEAR_BOUNDARY * scale)
         piled &= piled.sum(0) > 1
         bad |= (piled | (rows == 0)).reshape(x.shape)
     if too_many(bad, len(site.batch_shape)):

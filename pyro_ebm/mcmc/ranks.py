@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_ebm.ops.distributed import RankError, gathered, rank, rank_seed, world_size
 
 
-class Population:
+class ProcessGroup:
     """Chains that are all in this process; the base of :class:`RankedPopulation`.
 
     Attributes:
@@ -67,7 +67,7 @@ class Population:
         """Raises a ValueError if ``x`` is not the same on all ranks, up to rounding."""
 
     @contextlib.contextmanager
-    def all_or_none(self, what: str) -> Iterator[None]:
+    def fail_together(self, what: str) -> Iterator[None]:
         """An error within it, on one rank, is one on all; there are no collective calls in it.
 
         Args:
@@ -79,7 +79,7 @@ class Population:
         yield
 
 
-class RankedPopulation(Population):
+class RankedPopulation(ProcessGroup):
     """Chains that are shared out over the ranks of a process group, evenly and in order.
 
     Args:
@@ -158,7 +158,7 @@ class RankedPopulation(Population):
             )
 
     @contextlib.contextmanager
-    def all_or_none(self, what: str) -> Iterator[None]:
+    def fail_together(self, what: str) -> Iterator[None]:
         """As every population's."""
         failed = True
         try:
@@ -187,7 +187,7 @@ def shares(num_chains: int, size: int) -> list[int]:
     return [num_chains // size + (r < num_chains % size) for r in range(size)]
 
 
-def population_of(num_chains: int, distributed: bool) -> Population:
+def process_group_of(num_chains: int, distributed: bool) -> ProcessGroup:
     """The chains of a run; those of a process on its own are all in it, ``distributed`` or not.
 
     Args:
@@ -199,7 +199,7 @@ def population_of(num_chains: int, distributed: bool) -> Population:
         ValueError: for fewer chains than ranks.
 
     Example:
-        >>> population_of(64, distributed=True).size
+        >>> process_group_of(64, distributed=True).size
         1
     """
     if not distributed:
@@ -214,11 +214,11 @@ def population_of(num_chains: int, distributed: bool) -> Population:
     return ALONE
 
 
-ALONE = Population()
-_current: ContextVar[Population] = ContextVar("population", default=ALONE)
+ALONE = ProcessGroup()
+_current: ContextVar[ProcessGroup] = ContextVar("ranks", default=ALONE)
 
 
-def current() -> Population:
+def current() -> ProcessGroup:
     """The population of kernels that are bound now, see :func:`binding_to`.
 
     Example:
@@ -229,9 +229,9 @@ def current() -> Population:
 
 
 @contextlib.contextmanager
-def binding_to(population: Population) -> Iterator[None]:
+def binding_to(ranks: ProcessGroup) -> Iterator[None]:
     """Kernels that are bound within it, and those inside of them, learn from this population."""
-    token = _current.set(population)
+    token = _current.set(ranks)
     try:
         yield
     finally:

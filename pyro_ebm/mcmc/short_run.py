@@ -109,7 +109,7 @@ def short_run(
         return empty, ChainDiagnostics(nothing, nothing, nothing, nothing, 0)
     potential = EnergyPotential(energy)
     kernel.bind(potential, warmup_steps=steps // 2)
-    state = kernel.init(potential.initial(n * potential.groups))
+    state = kernel.init(potential.initial(n * potential.targets))
     history, accept = [], torch.zeros_like(state.potential)
     diverging = torch.zeros((), dtype=torch.long, device=state.z.device)
     for step in range(steps):

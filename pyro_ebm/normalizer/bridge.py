@@ -76,14 +76,14 @@ def bridge(
     start: Start
     if proposal is None:
         half = len(samples) // 2
-        start = _fitted(target, z[: half * target.groups])
-        z = z[half * target.groups :]
+        start = _fitted(target, z[: half * target.targets])
+        z = z[half * target.targets :]
     else:
         start = DistributionStart(proposal, target)
     there = start.sample(num_samples)
     # log p~ - log q at the draws of p and at those of q
     log_ratio = [
-        (start(points) - target(points)).double().reshape(-1, target.groups)
+        (start(points) - target(points)).double().reshape(-1, target.targets)
         for points in (z, there)
     ]
     check_weights(-log_ratio[0], "bridge sampling, at the samples,")
@@ -103,13 +103,13 @@ def meng_wong(log_ratio_p: Tensor, log_ratio_q: Tensor) -> tuple[Tensor, Tensor,
     r"""The optimal bridge, iterated.
 
     Args:
-        log_ratio_p: :math:`\log \tilde p - \log q` at draws of :math:`p`, shape ``(n_1, groups)``;
+        log_ratio_p: :math:`\log \tilde p - \log q` at draws of :math:`p`, shape ``(n_1, targets)``;
             correlated ones in their order.
-        log_ratio_q: the same at draws of :math:`q`, shape ``(n_2, groups)``.
+        log_ratio_q: the same at draws of :math:`q`, shape ``(n_2, targets)``.
 
     Returns:
         :math:`\log \hat Z`, its standard error, and the smaller of the effective sample sizes of
-        :math:`f_1` and :math:`f_2`, each of shape ``(groups,)``.
+        :math:`f_1` and :math:`f_2`, each of shape ``(targets,)``.
 
     Example:
         >>> x, y = torch.randn(5000, 1), torch.randn(5000, 1)  # of p = q, with Z = e^2
@@ -184,11 +184,11 @@ def _drawn(p: UnnormalizedEnergy, num: int) -> Tensor:
 
 def _fitted(target: EnergyPotential, z: Tensor) -> Start:
     """A proposal with the moments of some draws."""
-    codes = target.sites[0].codes
-    if codes is not None:
-        return ProductStart.fitted(codes.to(z), z, target.groups)
-    full = len(z) // target.groups >= 5 * target.dim
-    return GaussianStart.fitted(z, target.groups, full=full)
+    support_values = target.sites[0].support_values
+    if support_values is not None:
+        return ProductStart.fitted(support_values.to(z), z, target.targets)
+    full = len(z) // target.targets >= 5 * target.dim
+    return GaussianStart.fitted(z, target.targets, full=full)
 
 
 __all__ = ["bridge", "meng_wong"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.checks.rows import check_rows
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
@@ -121,8 +121,8 @@ def estimate_log_normalizer(
             (``"bridge"``) exact draws of the energy if it has them, else the *approximate* ones of
             its own short chains, with a warning if those have not converged. Correlated draws of
             one chain are allowed for ``"bridge"`` alone.
-        path: of annealing: a :class:`~pyro_ebm.normalizer.Path`, or a function from a tensor
-            :math:`\beta` to an energy, which is ``p`` at 1.
+        path: of annealing: a :class:`~pyro_ebm.normalizer.AnnealingPath`, or a function from a
+            tensor :math:`\beta` to an energy, which is ``p`` at 1.
         kernel: of annealing, without a model: by default the energy's own if it is exact, else
             block Gibbs sweeps where there are blocks, single-site ones where the support is
             discrete, and :class:`~pyro_ebm.LangevinKernel` elsewhere.
@@ -242,13 +242,13 @@ def _is_closed_form(p: UnnormalizedEnergy) -> bool:
 
 
 def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
-    codes = codewords(p.support, p.event_shape)
-    if codes is None:
+    support_values = support_values_of(p.support, p.event_shape)
+    if support_values is None:
         raise ValueError(
             f'method="exact" sums over finite supports, and that of {p!r} is {p.support}: use'
             ' method="quadrature" in one or two dimensions, else "ais"'
         )
-    variables = p.event_shape.numel() // codes.shape[1]
+    variables = p.event_shape.numel() // support_values.shape[1]
     q: Any = unvalidated(p)
     inner = (1,) * len(p.batch_shape)
     like = p.starting_points()  # a state as the energy expects it
@@ -257,7 +257,9 @@ def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
         return q.unnormalized_log_prob(s.to(like).reshape((len(s),) + inner + p.event_shape))
 
     chunk = max(2**20 // max(p.event_shape.numel() * p.batch_shape.numel(), 1), 64)
-    return log_sum_over_states(log_f, codes.to(like.device), variables, chunk, 2**max_units)
+    return log_sum_over_states(
+        log_f, support_values.to(like.device), variables, chunk, 2**max_units
+    )
 
 
 # -- the choice, and what is asked of the arguments ------------------------------------------------
@@ -295,7 +297,11 @@ def _check_energy(p: Any) -> None:
 
 def _check_rows(p: UnnormalizedEnergy) -> None:
     """Whether the rows of a batch influence each other; chains and states come in batches."""
-    if p.base is None and p.support.is_discrete and codewords(p.support, p.event_shape) is None:
+    if (
+        p.base is None
+        and p.support.is_discrete
+        and support_values_of(p.support, p.event_shape) is None
+    ):
         return
     with random_state_put_back(), eval_mode(p.modules), torch.no_grad():
         check_rows(p, p.starting_points((ROWS_COMPARED,)), f"the energy {p!r}")

@@ -67,7 +67,7 @@ class LogLikelihood:
 
 
 @torch.no_grad()
-def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLikelihood:
+def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLikelihood:
     r"""The mean log-likelihood of data, with both of its errors.
 
     .. math:: \mathrm{sd}^2 = \frac{\operatorname{Var}(\log \tilde p(x))}{n}
@@ -89,7 +89,7 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
     Example:
         >>> from pyro_ebm.normalizer import estimate_log_normalizer
         >>> p = UnnormalizedEnergy(lambda x: x**2 / 2)
-        >>> evaluate(p, torch.randn(1000), estimate_log_normalizer(p))  # exactly -1.42
+        >>> mean_log_likelihood(p, torch.randn(1000), estimate_log_normalizer(p))  # exactly -1.42
         LogLikelihood(-1.4... +- 0.02... nats a point: 0.02... from 1000 points, 0 from log Z)
     """
     if not isinstance(p, UnnormalizedEnergy):
@@ -161,4 +161,4 @@ def evaluate(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLi
     )
 
 
-__all__ = ["LogLikelihood", "evaluate"]
+__all__ = ["LogLikelihood", "mean_log_likelihood"]

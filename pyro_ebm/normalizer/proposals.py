@@ -36,11 +36,11 @@ WIDTH = 1.5
 
 
 class Start(ABC):
-    """A normalized density on positions ``(chains, dim)``, chain ``c`` in group ``c % groups``."""
+    """A normalized density on positions ``(chains, dim)``, chain ``c`` in group ``c % targets``."""
 
     @abstractmethod
     def sample(self, num: int) -> Tensor:
-        """Exact draws for ``num`` chains of each group, shape ``(num * groups, dim)``."""
+        """Exact draws for ``num`` chains of each group, shape ``(num * targets, dim)``."""
 
     @abstractmethod
     def __call__(self, z: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class GaussianStart(Start):
     r"""The Gaussian :math:`N(m, L L^\top)` of each group.
 
     Args:
-        mean: :math:`m`, shape ``(groups, dim)``.
-        factor: :math:`L`, a diagonal ``(groups, dim)`` or lower triangular
-            ``(groups, dim, dim)``.
+        mean: :math:`m`, shape ``(targets, dim)``.
+        factor: :math:`L`, a diagonal ``(targets, dim)`` or lower triangular
+            ``(targets, dim, dim)``.
 
     Example:
         >>> start = GaussianStart(torch.zeros(1, 2), torch.ones(1, 2))
@@ -76,20 +76,20 @@ class GaussianStart(Start):
         self.constant = diagonal.log().sum(-1) + mean.shape[-1] / 2 * math.log(2 * math.pi)
 
     @classmethod
-    def fitted(cls, z: Tensor, groups: int, width: float = 1.0, full: bool = False) -> "Start":
+    def fitted(cls, z: Tensor, targets: int, width: float = 1.0, full: bool = False) -> "Start":
         r"""With the means of positions and ``width`` times their deviations, group by group.
 
         Args:
             z: positions, shape ``(chains, dim)``.
-            groups: number of groups.
+            targets: number of groups.
             width: how much wider.
             full: whether correlations are matched, or variances only.
         """
-        mean, factor = deviations(z, groups, full)
+        mean, factor = deviations(z, targets, full)
         return cls(mean, width * factor)
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws, shape ``(num * groups, dim)``."""
+        """Exact draws, shape ``(num * targets, dim)``."""
         mean = self.mean.repeat(num, 1)
         return mean + precondition(self.factor, torch.randn_like(mean))
 
@@ -107,26 +107,26 @@ class GaussianStart(Start):
         return value, precondition_transposed(self.inverse, whitened)
 
     def _centered(self, z: Tensor) -> Tensor:
-        groups = z.reshape((-1,) + self.mean.shape)
-        return (groups - self.mean).reshape(z.shape)
+        targets = z.reshape((-1,) + self.mean.shape)
+        return (targets - self.mean).reshape(z.shape)
 
 
-def deviations(z: Tensor, groups: int, full: bool) -> tuple[Tensor, Tensor]:
+def deviations(z: Tensor, targets: int, full: bool) -> tuple[Tensor, Tensor]:
     r"""The means of positions, and a factor :math:`L` of their covariances, group by group.
 
     Args:
         z: positions, shape ``(chains, dim)``.
-        groups: number of groups.
+        targets: number of groups.
         full: whether :math:`L` is triangular, or the diagonal of standard deviations.
 
     Returns:
-        Shapes ``(groups, dim)``, and ``(groups, dim)`` or ``(groups, dim, dim)``.
+        Shapes ``(targets, dim)``, and ``(targets, dim)`` or ``(targets, dim, dim)``.
 
     Example:
-        >>> deviations(torch.tensor([[1.0], [3.0]]), groups=1, full=False)
+        >>> deviations(torch.tensor([[1.0], [3.0]]), targets=1, full=False)
         (tensor([[2.]]), tensor([[1.4142]]))
     """
-    stats = PooledCovariance(groups, dense=full)
+    stats = PooledCovariance(targets, dense=full)
     stats.update(z)
     assert stats.mean is not None
     covariance = stats.covariance()
@@ -144,11 +144,11 @@ def deviations(z: Tensor, groups: int, full: bool) -> tuple[Tensor, Tensor]:
 
 
 class ProductStart(Start):
-    """Independent discrete variables, each with a distribution over its codewords.
+    """Independent discrete variables, each with a distribution over its support values.
 
     Args:
-        codes: the codewords, shape ``(K, b)``.
-        log_probs: of each group, variable and codeword, shape ``(groups, n, K)``.
+        support_values: the support values, shape ``(K, b)``.
+        log_probs: of each group, variable and support value, shape ``(targets, n, K)``.
 
     Example:
         >>> bits = torch.tensor([[0.0], [1.0]])
@@ -157,39 +157,43 @@ class ProductStart(Start):
         tensor([3., 3.])
     """
 
-    def __init__(self, codes: Tensor, log_probs: Tensor):
-        self.codes, self.log_probs = codes, log_probs.log_softmax(-1)
+    def __init__(self, support_values: Tensor, log_probs: Tensor):
+        self.support_values, self.log_probs = support_values, log_probs.log_softmax(-1)
 
     @classmethod
-    def fitted(cls, codes: Tensor, z: Tensor, groups: int) -> "ProductStart":
+    def fitted(cls, support_values: Tensor, z: Tensor, targets: int) -> "ProductStart":
         """With the frequencies of positions, half a count added to each."""
-        counts = cls._indicator(codes, z, groups).sum(0)
-        return cls(codes, (counts + 0.5).log())
+        counts = cls._indicator(support_values, z, targets).sum(0)
+        return cls(support_values, (counts + 0.5).log())
 
     @staticmethod
-    def _indicator(codes: Tensor, z: Tensor, groups: int) -> Tensor:
-        """Which codeword each variable has, ``(chains per group, groups, n, K)``, as 0 and 1."""
-        variables = z.reshape(-1, groups, z.shape[-1] // codes.shape[1], 1, codes.shape[1])
-        return (variables == codes).all(-1).to(z.dtype)
+    def _indicator(support_values: Tensor, z: Tensor, targets: int) -> Tensor:
+        """Which value each variable has, ``(chains per target, targets, n, K)``, as 0 and 1."""
+        variables = z.reshape(
+            -1, targets, z.shape[-1] // support_values.shape[1], 1, support_values.shape[1]
+        )
+        return (variables == support_values).all(-1).to(z.dtype)
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws, shape ``(num * groups, dim)``."""
+        """Exact draws, shape ``(num * targets, dim)``."""
         which = Categorical(logits=self.log_probs).sample(torch.Size((num,)))
-        return self.codes[which].reshape(num * len(self.log_probs), -1)
+        return self.support_values[which].reshape(num * len(self.log_probs), -1)
 
     def __call__(self, z: Tensor) -> Tensor:
         """The potential, shape ``(chains,)``."""
-        indicator = self._indicator(self.codes, z, len(self.log_probs))
+        indicator = self._indicator(self.support_values, z, len(self.log_probs))
         return -(indicator * self.log_probs).sum((-1, -2)).reshape(-1)
 
 
 def uniform(potential: EnergyPotential) -> ProductStart:
     """The uniform density on the finite support of a discrete potential."""
     site = potential.sites[0]
-    assert site.codes is not None
-    codes = site.codes.to(site.device, potential.dtype)
-    variables = potential.dim // codes.shape[1]
-    return ProductStart(codes, codes.new_zeros(potential.groups, variables, len(codes)))
+    assert site.support_values is not None
+    support_values = site.support_values.to(site.device, potential.dtype)
+    variables = potential.dim // support_values.shape[1]
+    return ProductStart(
+        support_values, support_values.new_zeros(potential.targets, variables, len(support_values))
+    )
 
 
 class DistributionStart(Start):
@@ -217,7 +221,7 @@ class DistributionStart(Start):
         self.density = EnergyPotential(flat, like=like)
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws, shape ``(num * groups, dim)``."""
+        """Exact draws, shape ``(num * targets, dim)``."""
         x = exact_draws(self.q, num)
         support = self.potential.energy.support
         if not support.check(x).all():
@@ -243,13 +247,13 @@ class _Zero:
         return x.new_zeros(x.shape[: x.dim() - self.event_dim])
 
 
-def _hollow(q: Any) -> str | None:
+def _improper_part(q: Any) -> str | None:
     """The part of a distribution that is masked, a point mass or improper, by name."""
     if isinstance(q, MaskedDistribution | Delta | ImproperUniform):
         return type(q).__name__
     names = ("base_dist", "_component_distribution", "component0", "component1")
     parts = (getattr(q, name, None) for name in names)
-    return next((found for p in parts if p is not None and (found := _hollow(p))), None)
+    return next((found for p in parts if p is not None and (found := _improper_part(p))), None)
 
 
 def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
@@ -280,7 +284,7 @@ def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
             f"{name} is an energy whose log Z is {energy.normalizer_state}: propose from a"
             " normalized distribution"
         )
-    if (hollow := _hollow(q)) is not None:
+    if (hollow := _improper_part(q)) is not None:
         raise ValueError(
             f"{name} holds a {hollow}, whose log_prob is no density that integrates to 1: propose"
             " from the distribution without it"

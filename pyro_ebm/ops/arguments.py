@@ -27,8 +27,8 @@ class _Short(reprlib.Repr):
             return f"the class {x.__name__} (make one: {x.__name__}(...))"
         shape = getattr(x, "shape", None)
         if isinstance(shape, tuple) and math.prod(shape) > 10:
-            told = f"{type(x).__name__} of shape {tuple(shape)}"
-            return f"{told} and dtype {x.dtype}" if hasattr(x, "dtype") else told
+            text = f"{type(x).__name__} of shape {tuple(shape)}"
+            return f"{text} and dtype {x.dtype}" if hasattr(x, "dtype") else text
         return super().repr_instance(x, level)
 
 

@@ -32,7 +32,7 @@ from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.normalizer import estimate_log_normalizer
 from pyro_ebm.normalizer.annealing.ais import anneal, kernel_of, path_of
 from pyro_ebm.normalizer.annealing.path import Path
-from pyro_ebm.normalizer.annealing.schedule import Ladder, ladder_of, pilot
+from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule, pilot, schedule_of
 from tests.benchmarks import report
 from tests.benchmarks.harness import Options, Question, Row, progress, seconds_of, versions
 
@@ -143,7 +143,7 @@ class Target:
         self.kernel: Kernel = kernel_of(None, p, self.path)
         self.kernel.bind(self.path, 0)
         levels = pilot(self.path, self.kernel, disable_progbar=True)
-        self.ladder = Ladder(levels, ladder_of(levels, num_temperatures))
+        self.ladder = TemperatureSchedule(levels, schedule_of(levels, num_temperatures))
 
     def ours(self) -> Tensor:
         z = self.path.at(0.0).draw(self.chains)

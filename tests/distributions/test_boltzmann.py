@@ -39,10 +39,10 @@ def random_couplings(n, scale=1.0, batch=()):
 # -- truths computed here ------------------------------------------------------------------------
 
 
-def all_states(codes, n):
+def all_states(support_values, n):
     """All K^n states, shape (K^n, n, b)."""
-    digits = torch.tensor(list(itertools.product(range(len(codes)), repeat=n)))
-    return codes[digits]
+    digits = torch.tensor(list(itertools.product(range(len(support_values)), repeat=n)))
+    return support_values[digits]
 
 
 def naive_log_f(s, pairs, bias):
@@ -55,7 +55,7 @@ def naive_log_f(s, pairs, bias):
 
 def naive_table(machine):
     """All states of a machine, and their log probabilities, from its parameters alone."""
-    s = all_states(machine._codes.double(), machine.num_sites)
+    s = all_states(machine._support_values.double(), machine.num_sites)
     edges = machine.edges.tolist()
     if machine.pairs.coupling_dim == 2:
         pairs = {(i, j): machine.couplings[i, j] for i, j in edges}
@@ -66,9 +66,9 @@ def naive_table(machine):
     return (s if machine.event_dim == 2 else s[..., 0]), log_f.log_softmax(0), log_f.logsumexp(0)
 
 
-def transfer_log_z(codes, side, coupling, periodic=True):
+def transfer_log_z(support_values, side, coupling, periodic=True):
     """Log Z of a side x side lattice: the trace of a power of the transfer matrix of its rows."""
-    rows = all_states(codes, side)
+    rows = all_states(support_values, side)
     wrapped = torch.cat([rows, rows[:, :1]], 1) if periodic else rows
     within = coupling * (wrapped[:, 1:] * wrapped[:, :-1]).sum((-1, -2))
     flat = rows.flatten(1)
@@ -107,8 +107,8 @@ def test_the_transfer_matrix_has_the_known_ising_normalizers(side, coupling, per
 
 @pytest.mark.parametrize(("side", "truth"), [(4, 34.172593), (6, 75.571919)])
 def test_the_transfer_matrix_has_the_known_potts_normalizers(side, truth):
-    codes = torch.eye(3, dtype=torch.float64)
-    assert abs(transfer_log_z(codes, side, 1.005052) - truth) < 1e-6
+    support_values = torch.eye(3, dtype=torch.float64)
+    assert abs(transfer_log_z(support_values, side, 1.005052) - truth) < 1e-6
 
 
 # -- normalizers ---------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_exact_log_z_of_ising_is_that_of_the_transfer_matrix(side, coupling, per
 @pytest.mark.parametrize(("side", "num_states"), [(3, 3), (4, 3), (3, 5)])
 def test_exact_log_z_of_potts_is_that_of_the_transfer_matrix(side, num_states):
     p = Potts(number(1.005052), edges=lattice_edges(side, side), num_states=num_states)
-    codes = torch.eye(num_states, dtype=torch.float64)
-    assert_close(p.exact_log_normalizer(), transfer_log_z(codes, side, 1.005052))
+    support_values = torch.eye(num_states, dtype=torch.float64)
+    assert_close(p.exact_log_normalizer(), transfer_log_z(support_values, side, 1.005052))
 
 
 def test_potts_of_two_states_is_ising_at_half_the_coupling():
@@ -345,11 +345,11 @@ def assert_frequencies(machine, x, beta=1.0):
     """Points ``(draws, *event)`` have the frequencies of the machine, each and all at once."""
     s, log_p, _ = naive_table(machine)
     p = (beta * log_p).softmax(0)
-    codes = machine._codes
+    support_values = machine._support_values
     x = x if machine.event_dim == 2 else x[..., None]
-    digits = (x[..., None, :] == codes).all(-1).double().argmax(-1)
-    assert torch.equal(codes[digits], x)
-    place = len(codes) ** torch.arange(machine.num_sites - 1, -1, -1)
+    digits = (x[..., None, :] == support_values).all(-1).double().argmax(-1)
+    assert torch.equal(support_values[digits], x)
+    place = len(support_values) ** torch.arange(machine.num_sites - 1, -1, -1)
     counts = torch.bincount((digits * place).sum(-1), minlength=len(s))
     expected = len(x) * p
     # states too rare for a normal approximation count as one

@@ -16,7 +16,7 @@ from pyro_ebm import (
 )
 from pyro_ebm.distributions.core.supports import same_support
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
-from pyro_ebm.distributions.product import IntegrabilityWarning, contrast, product
+from pyro_ebm.distributions.product import IntegrabilityWarning, negation, product
 from tests.statistics import assert_moments
 
 
@@ -241,14 +241,14 @@ def test_the_contrast_of_gaussians_subtracts_precisions():
             UnnormalizedEnergy(torch.zeros_like, base=normal(mean_b, 1.0)),
         ):
             with pytest.warns(IntegrabilityWarning, match="infinite log Z"):
-                p = contrast(a, b, weight)
+                p = negation(a, b, weight)
             assert_same_density(p, truth, x)
 
 
 def test_a_contrast_within_an_exponential_family_tells_whether_it_exists():
-    p = contrast(dist.Normal(1.0, 0.5), dist.Normal(-1.0, 1.0), torch.tensor(2.0))  # no warning
+    p = negation(dist.Normal(1.0, 0.5), dist.Normal(-1.0, 1.0), torch.tensor(2.0))  # no warning
     assert_close(p.log_prob(POINTS), dist.Normal(3.0, 0.5**0.5).log_prob(POINTS))  # 4 - 2 * 1
-    p = contrast(dist.Normal(torch.zeros(2), 0.5), dist.Normal(-1.0, 1.0), torch.tensor([1.0, 3.0]))
+    p = negation(dist.Normal(torch.zeros(2), 0.5), dist.Normal(-1.0, 1.0), torch.tensor([1.0, 3.0]))
     truth = normal(torch.tensor([1 / 3, 3.0]), torch.tensor([3.0, 1.0]))
     x = torch.randn(5, 2)
     assert_close(p.log_prob(x), truth.log_prob(x))
@@ -257,12 +257,12 @@ def test_a_contrast_within_an_exponential_family_tells_whether_it_exists():
 def test_a_contrast_keeps_the_base_of_what_is_wanted():
     a = UnnormalizedEnergy(torch.cos, base=dist.Normal(0.0, 1.0))
     with pytest.warns(IntegrabilityWarning):
-        p = contrast(a, dist.StudentT(3.0), 0.5)
+        p = negation(a, dist.StudentT(3.0), 0.5)
     assert isinstance(p.base, dist.Normal)
     want = a.unnormalized_log_prob(POINTS) - dist.StudentT(3.0).log_prob(POINTS) / 2
     assert_close(p.unnormalized_log_prob(POINTS), want)
     with pytest.warns(IntegrabilityWarning):
-        q = contrast(quadratic(0.0, 1.0), dist.StudentT(3.0), 0.5)
+        q = negation(quadratic(0.0, 1.0), dist.StudentT(3.0), 0.5)
     assert q.base is None  # what is not wanted is no place to start
 
 
@@ -270,17 +270,17 @@ def test_a_contrast_on_a_finite_set_needs_no_warning():
     x = states(3)
     a = dist.Bernoulli(torch.tensor([0.2, 0.5, 0.9])).to_event(1)
     b = UnnormalizedEnergy(lambda x: x.prod(-1) - x.sum(-1), (3,), constraints.boolean)
-    p = contrast(a, b, 2.0)
+    p = negation(a, b, 2.0)
     want = a.log_prob(x).exp() / (-b.energy(x)).exp() ** 2
     assert_close(p.unnormalized_log_prob(x).softmax(0), want / want.sum())
     with pytest.warns(IntegrabilityWarning):
-        contrast(dist.Poisson(2.0), dist.Geometric(0.5), 2.0)  # infinitely many
+        negation(dist.Poisson(2.0), dist.Geometric(0.5), 2.0)  # infinitely many
 
 
 def test_a_contrast_is_a_power_of_minus_the_weight():
     a, b, c = quadratic(0.0, 4.0), quadratic(1.0, 1.0), dist.Laplace(0.0, 1.0)
     with pytest.warns(IntegrabilityWarning):
-        p = product(contrast(product(a, c), product(b, c), 0.5), c)
+        p = product(negation(product(a, c), product(b, c), 0.5), c)
     want = -2 * POINTS**2 + (POINTS - 1) ** 2 / 4 - (1 - 0.5 + 1) * POINTS.abs()
     gap = p.unnormalized_log_prob(POINTS) - want
     assert_close(gap, gap[:1].expand_as(gap))
@@ -370,13 +370,13 @@ TILT = UnnormalizedEnergy(torch.cos, base=dist.Normal(0.0, 1.0))
             ),
             "hides",
         ),
-        (lambda: contrast(Q, dist.Gamma(1.0, 1.0), 1.0), "support of a.*must lie within that of b"),
-        (lambda: contrast(dist.Normal(0.0, 1.0), dist.Normal(0.0, 0.9), 1.0), "Z is not finite"),
+        (lambda: negation(Q, dist.Gamma(1.0, 1.0), 1.0), "support of a.*must lie within that of b"),
+        (lambda: negation(dist.Normal(0.0, 1.0), dist.Normal(0.0, 0.9), 1.0), "Z is not finite"),
         (lambda: product(dist.Beta(0.3, 1.0), dist.Beta(0.2, 1.0)), "no member of Beta, its Z is"),
-        (lambda: contrast(Q, Q, 0.0), "weight must be finite and greater than 0, got 0.0"),
-        (lambda: contrast(Q, Q, torch.tensor([1.0, -1.0])), r"shape \(2,\)"),
-        (lambda: contrast(quadratic(torch.zeros(2), 1.0), Q, torch.tensor([1.0, -1.0])), "weight"),
-        (lambda: contrast(Q, Q, "much"), "weight must be a number or a tensor"),
+        (lambda: negation(Q, Q, 0.0), "weight must be finite and greater than 0, got 0.0"),
+        (lambda: negation(Q, Q, torch.tensor([1.0, -1.0])), r"shape \(2,\)"),
+        (lambda: negation(quadratic(torch.zeros(2), 1.0), Q, torch.tensor([1.0, -1.0])), "weight"),
+        (lambda: negation(Q, Q, "much"), "weight must be a number or a tensor"),
         (lambda: Q.tempered(0.0), "beta must be finite and greater than 0, got 0.0"),
         (lambda: Q.tempered(-1.0), "beta must be finite"),
         (lambda: Q.tempered(math.inf), "beta must be finite"),

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 
-from pyro_ebm import MCMC, UnnormalizedEnergy, contrast, mixture, product
+from pyro_ebm import MCMC, UnnormalizedEnergy, mixture, negation, product
 from pyro_ebm.distributions import (
     RBM,
     BoltzmannMachine,
@@ -64,7 +64,7 @@ MEMBERS = {
         torch.tensor([0.3, 0.7], dtype=d),
         [dist.Normal(torch.tensor(float(m), dtype=d), 1.0) for m in (-1, 1)],
     ),
-    "contrast": lambda d: contrast(
+    "negation": lambda d: negation(
         dist.Normal(torch.zeros((), dtype=d), 1.0), dist.Normal(torch.ones((), dtype=d), 2.0), 0.5
     ),
     "tempered": lambda d: ising(d).tempered(0.5),

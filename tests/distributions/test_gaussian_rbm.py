@@ -273,6 +273,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"26 units.*annealed importance sampling"):
         GaussianRBM(torch.zeros(4, 26), B, torch.zeros(26)).exact_log_normalizer()
     p = GaussianRBM(W, B, C)
-    assert not p.tempers
+    assert not p.supports_tempering
     with pytest.raises(ValueError, match=r"not e\^\{-beta F\}"):
         p.gibbs_sweep(B, p.gibbs_noise(B), torch.tensor(0.5))

@@ -82,7 +82,7 @@ def test_sampling_by_short_chains_of_sweeps():
 
 def test_tempered_sweeps_leave_the_tempered_density_invariant():
     p = machine(3, 2, scale=0.5).joint()
-    assert p.tempers
+    assert p.supports_tempering
     beta = torch.tensor([0.0, 0.4, 1.7])
     tempered = p.tempered(beta)
     assert isinstance(tempered, JointRBM)
@@ -112,7 +112,7 @@ def test_batched_sweeps_as_one_by_one():
 
 def test_the_marginal_cannot_be_tempered():
     p, x = machine(3, 2, scale=0.5), torch.ones(3)
-    assert not p.tempers
+    assert not p.supports_tempering
     assert isinstance(p, BlockGibbs)
     assert isinstance(p.joint(), BlockGibbs)
     with pytest.raises(ValueError, match=r"temper joint\(\)"):

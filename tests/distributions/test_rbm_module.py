@@ -63,7 +63,7 @@ def test_the_contrast_is_that_of_autograd(family, centered):
     if centered:
         net.recenter(x, 0.3)
     (net().energy(x).mean() - net().energy(negatives).mean()).backward()
-    found = net.contrast(x, negatives)
+    found = net.cd_gradient(x, negatives)
     assert found.keys() == dict(net.named_parameters()).keys()
     for name, parameter in net.named_parameters():
         assert_close(found[name], parameter.grad)

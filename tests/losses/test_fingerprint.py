@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
-from pyro_ebm.losses.contrastive.code_identity import Fingerprint
+from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
 from pyro_ebm.nn import MLPEnergy
 
 W = torch.ones(())
@@ -84,14 +84,14 @@ SAME = {
 
 @pytest.mark.parametrize("make", SAME.values(), ids=SAME)
 def test_made_twice_it_is_the_same(make):
-    one, two = Fingerprint(make()), Fingerprint(make())
+    one, two = CodeIdentity(make()), CodeIdentity(make())
     assert one.key is not None, one.reason
     assert one.key == two.key
     assert hash(one.key) == hash(two.key)
 
 
 def test_numbers_of_other_kinds_differ():
-    keys = {Fingerprint(value).key for value in (1, 1.0, True, "1", (1,))}
+    keys = {CodeIdentity(value).key for value in (1, 1.0, True, "1", (1,))}
     assert len(keys) == 5
 
 
@@ -113,7 +113,7 @@ def test_numbers_of_other_kinds_differ():
 )
 def test_others_differ(other):
     made = times(W)
-    assert Fingerprint(other()).key != Fingerprint(made).key
+    assert CodeIdentity(other()).key != CodeIdentity(made).key
 
 
 CHANGES = {
@@ -138,33 +138,33 @@ CHANGES = {
 @pytest.mark.parametrize(("name", "change"), CHANGES.values(), ids=CHANGES)
 def test_changes_are_seen(monkeypatch, name, change):
     made = SAME[name]()
-    before = Fingerprint(made).key
+    before = CodeIdentity(made).key
     with monkeypatch.context() as patch:
         change(patch)
-        assert Fingerprint(made).key != before
-        assert Fingerprint(SAME[name]()).key != before
-    assert Fingerprint(SAME[name]()).key == before
+        assert CodeIdentity(made).key != before
+        assert CodeIdentity(SAME[name]()).key != before
+    assert CodeIdentity(SAME[name]()).key == before
 
 
 def test_hooks_are_seen():
     net = MLPEnergy(2, hidden=(4,))
-    before = Fingerprint(net).key
+    before = CodeIdentity(net).key
     handle = net.layers[0].register_forward_hook(lambda module, args, out: 2 * out)
-    assert Fingerprint(net).key != before
+    assert CodeIdentity(net).key != before
     handle.remove()
-    assert Fingerprint(net).key == before
+    assert CodeIdentity(net).key == before
 
 
 def test_values_changed_in_place_are_not():
     """Graphs see them."""
-    before = Fingerprint(NET).key
+    before = CodeIdentity(NET).key
     with torch.no_grad():
         NET.inner.bias += 1.0
-    assert Fingerprint(NET).key == before
+    assert CodeIdentity(NET).key == before
 
 
 def test_what_it_speaks_of_stays_alive():
-    fingerprint = Fingerprint(times(torch.ones(3)))
+    fingerprint = CodeIdentity(times(torch.ones(3)))
     assert any(isinstance(held, torch.Tensor) for held in fingerprint.held)
 
 
@@ -181,7 +181,7 @@ def test_what_it_speaks_of_stays_alive():
     ],
 )
 def test_what_it_cannot_look_into_has_none(made, reason):
-    fingerprint = Fingerprint(made)
+    fingerprint = CodeIdentity(made)
     assert fingerprint.key is None
     assert reason in fingerprint.reason
     assert fingerprint.held == []
@@ -193,4 +193,4 @@ def test_code_that_imports_has_none():
 
         return SIGMAS * x
 
-    assert Fingerprint(energy).key is None
+    assert CodeIdentity(energy).key is None

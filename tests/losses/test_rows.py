@@ -7,7 +7,7 @@ import torch
 from pyro.infer import SVI
 from torch import nn
 
-from pyro_ebm import estimate_log_normalizer, evaluate, fisher_divergence
+from pyro_ebm import estimate_log_normalizer, fisher_divergence, mean_log_likelihood
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.losses import (
     NCE,
@@ -200,7 +200,7 @@ def coupled(x):
         lambda p: estimate_log_normalizer(p, "importance", num_samples=10),
         lambda p: estimate_log_normalizer(p, "bridge", num_samples=10),
         lambda p: estimate_log_normalizer(p, "quadrature"),
-        lambda p: evaluate(p, torch.randn(10, 2), 1.0),
+        lambda p: mean_log_likelihood(p, torch.randn(10, 2), 1.0),
         lambda p: fisher_divergence(BASE, p, torch.randn(10, 2)),
         lambda p: fisher_divergence(lambda x: -coupled(x), BASE, torch.randn(10, 2)),
     ],

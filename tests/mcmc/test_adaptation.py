@@ -78,7 +78,7 @@ def test_covariance_of_one_draw_is_refused():
 @pytest.mark.parametrize("full_mass", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
-    learn = adaptation(200, groups=groups, full_mass=full_mass)
+    learn = adaptation(200, targets=groups, full_mass=full_mass)
     mixing = torch.tensor([[[2.0, 0.0], [1.5, 0.5]], [[1.0, 0.0], [-30.0, 10.0]]])
     chains = 500 * groups
     last = []
@@ -90,7 +90,7 @@ def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
         assert renewed == (t + 1 in [end for _, end in slow_windows(200)])
     for group in range(groups):
         want = torch.cov(torch.cat([z[group::groups] for z in last]).T)
-        factor = learn.factor[group]
+        factor = learn.inverse_mass_sqrt[group]
         got = factor @ factor.mT if full_mass else factor.square()
         want = want if full_mass else want.diagonal()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
@@ -101,9 +101,11 @@ def test_few_draws_do_not_make_a_dense_factor_singular():
     z = torch.randn(3, 30)
     for t in range(100):
         learn.update(z[t % 3][None], torch.full((1,), 0.5))  # three points span no 30 dimensions
-    assert learn.factor.isfinite().all()
+    assert learn.inverse_mass_sqrt.isfinite().all()
     # and no direction is believed to be more than ten times narrower than its draws say
-    factor = learn.factor[0] / learn.factor[0].square().sum(-1).sqrt()[:, None]
+    factor = (
+        learn.inverse_mass_sqrt[0] / learn.inverse_mass_sqrt[0].square().sum(-1).sqrt()[:, None]
+    )
     assert torch.linalg.svdvals(factor).min() > 0.1
 
 
@@ -115,8 +117,8 @@ def test_an_indefinite_covariance_falls_back_to_its_diagonal():
 
 
 def test_without_warmup_or_mass_matrix_there_is_no_factor():
-    assert adaptation(0).factor is None
-    assert adaptation(500, adapt_mass_matrix=False).factor is None
+    assert adaptation(0).inverse_mass_sqrt is None
+    assert adaptation(500, adapt_mass_matrix=False).inverse_mass_sqrt is None
 
 
 # -- step size -------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_dual_averaging_reaches_the_target(target, first):
 
 
 def test_chains_have_steps_of_their_own_until_they_settle():
-    learn = adaptation(300, groups=2, adapt_mass_matrix=False)
+    learn = adaptation(300, targets=2, adapt_mass_matrix=False)
     learn.start(6)
     scale = torch.tensor([1.0, 10.0, 1.0, 10.0, 1e-6, 1e6])  # the last pair is stuck
     for t in range(300):
@@ -158,10 +160,10 @@ def test_nothing_changes_after_the_warmup():
     for _ in range(50):
         learn.update(torch.randn(8, 2), torch.rand(8))
     assert not learn.active
-    step_size, factor = learn.step_size.clone(), learn.factor.clone()
+    step_size, factor = learn.step_size.clone(), learn.inverse_mass_sqrt.clone()
     assert not learn.update(torch.randn(8, 2), torch.rand(8))
     assert torch.equal(learn.step_size, step_size)
-    assert torch.equal(learn.factor, factor)
+    assert torch.equal(learn.inverse_mass_sqrt, factor)
 
 
 # -- with kernels ------------------------------------------------------------------------------
@@ -240,12 +242,12 @@ def test_positions_that_are_pooled_at_once_are_those_one_by_one(dense, monkeypat
     for at_once in (1, 50, 100, 2**16):
         monkeypatch.setattr("pyro_ebm.mcmc.adaptation.warmup.POOLED_AT_ONCE", at_once)
         like = torch.empty(0, dtype=z.dtype)
-        learned = adaptation(30, groups=2, dim=3, like=like, full_mass=dense)
+        learned = adaptation(30, targets=2, dim=3, like=like, full_mass=dense)
         for positions in z:
             learned.update(positions, torch.ones(8))
-        assert learned.factor.shape == ((2, 3, 3) if dense else (2, 3))
+        assert learned.inverse_mass_sqrt.shape == ((2, 3, 3) if dense else (2, 3))
         assert not learned._waiting
-        factors.append(learned.factor)
+        factors.append(learned.inverse_mass_sqrt)
     for factor in factors[1:]:
         torch.testing.assert_close(factor, factors[0])
 

@@ -46,7 +46,7 @@ def test_ratio_is_that_of_the_proposal_density(spread, full_mass):
     else:
         factor = torch.rand(1, 3) + 0.5
         dense = factor[0].diag()
-    kernel.adaptation.factor = factor
+    kernel.adaptation.inverse_mass_sqrt = factor
     state = kernel.evaluate(torch.randn(50, 3))
     jump, _, u, _ = kernel.draw(state)
     # log u = 0 accepts a ratio above 1 alone: the acceptance probability tells the ratio below
@@ -134,19 +134,19 @@ def test_moves_with_a_step_ten_times_too_large_where_langevin_stands_still():
 
 def test_a_short_warmup_finds_scales_that_differ_where_langevin_does_not():
     # x / s is the log of a Gamma(3) variable, whose potential is as steep as e^20 at the start
-    scale, groups = torch.logspace(-1, 2, 6), 100  # which adapt by themselves
+    scale, targets = torch.logspace(-1, 2, 6), 100  # which adapt by themselves
     target = EnergyPotential(
         UnnormalizedEnergy(
             lambda x: ((x / scale).exp() - 3 * x / scale).sum(-1),
-            batch_shape=(groups,),
+            batch_shape=(targets,),
             event_shape=(6,),
         )
     )
     share = {}
     for make in (LangevinKernel, BarkerKernel):
-        z = torch.empty(20 * groups, 6).uniform_(-2, 2)
+        z = torch.empty(20 * targets, 6).uniform_(-2, 2)
         draws, _ = run_kernel(make(), target, z, 250, 300)
-        r_hat = split_gelman_rubin(draws.unflatten(0, (20, groups)), chain_dim=0, sample_dim=2)
+        r_hat = split_gelman_rubin(draws.unflatten(0, (20, targets)), chain_dim=0, sample_dim=2)
         share[make] = (r_hat.amax(-1) < 1.5).double().mean()
     # about 0 and .6, with a standard deviation of .05
     assert share[LangevinKernel] < 0.1

@@ -45,7 +45,7 @@ def test_numbers_of_steps_follow_it():
     state = kernel.init(torch.randn(3, 2))
     for want in (10, 5, 15, 3, 13):  # 20 times 1/2, 1/4, 3/4, 1/8, 5/8, rounded up
         state, _ = kernel.step(state)
-        assert kernel.own_stats["n_steps"].tolist() == [want] * 3
+        assert kernel.extra_fields["n_steps"].tolist() == [want] * 3
 
 
 @pytest.mark.parametrize(("step_size", "most"), [(5.0, 1), (1e-6, ChEESKernel.max_steps)])
@@ -54,7 +54,7 @@ def test_a_trajectory_has_at_least_one_step_and_an_end(step_size, most):
     kernel.bind(normal(1.0, 2), 0)
     state = kernel.init(torch.zeros(1, 2))
     state, _ = kernel.step(state)
-    assert kernel.own_stats["n_steps"].item() == max(1, most // 2)
+    assert kernel.extra_fields["n_steps"].item() == max(1, most // 2)
 
 
 # -- exactness -----------------------------------------------------------------------------------
@@ -179,11 +179,11 @@ def test_nothing_changes_after_the_warmup():
         state, _ = kernel.step(state)
         lengths.append(kernel.trajectory_length.item())
     assert len(set(lengths)) > 90
-    learned = (kernel.step_size, kernel.factor, kernel.trajectory_length)
+    learned = (kernel.step_size, kernel.inverse_mass_sqrt, kernel.trajectory_length)
     for _ in range(50):
         state, _ = kernel.step(state)
     assert kernel.step_size is learned[0]
-    assert kernel.factor is learned[1]
+    assert kernel.inverse_mass_sqrt is learned[1]
     assert kernel.trajectory_length is learned[2]
 
 
@@ -319,7 +319,7 @@ def test_one_bad_chain_touches_no_other():
 def test_an_energy_error_of_a_thousand_is_a_divergence():
     log_ratio = torch.tensor([-990.0, -1010.0, math.nan, 5000.0, -math.inf, math.inf])
     log_u = torch.full((6,), -2000.0)  # accepts what can be accepted
-    accepted, info = ChEESKernel().judge(log_ratio, log_u)
+    accepted, info = ChEESKernel().accept(log_ratio, log_u)
     assert info.diverging.tolist() == [False, True, True, False, True, True]
     assert accepted.tolist() == [True, True, False, True, False, False]
     assert info.accept_prob.tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
@@ -470,7 +470,7 @@ def test_more_draws_for_a_gradient_than_langevin_where_directions_differ():
             state, _ = kernel.step(state)
             if t >= 400:
                 draws.append((state.z @ rotation).clone())
-                gradients += kernel.own_stats["n_steps"][0] if kernel.own_stats else 1
+                gradients += kernel.extra_fields["n_steps"][0] if kernel.extra_fields else 1
         x = torch.stack(draws, 1)[..., scale.argmax()]
         error = x.mean(1).var() / scale.max() ** 2  # of the mean of one chain
         mixing[type(kernel)] = float(error * gradients)

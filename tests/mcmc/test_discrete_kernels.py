@@ -108,7 +108,7 @@ def matrix_of(name, potential):
     """The transition matrix ``(states, states)``, written down anew from the papers' formulas."""
     states, log_p = states_of(potential)
     grad = -potential.value_and_grad(states)[1]
-    b = potential.sites[0].codes.shape[1]
+    b = potential.sites[0].support_values.shape[1]
     blocks = torch.arange(potential.dim).split(b)
     step = states - states[:, None]  # x' - x
     moved = torch.stack([(step[..., columns] != 0).any(-1) for columns in blocks], -1)

@@ -74,7 +74,7 @@ def drawn(name, num_samples, num_chains):
     mcmc = sampler(name, num_samples, 150, num_chains)
     mcmc.run(Y)
     kernel = mcmc.kernel
-    learned = [kernel.adaptation.step_size, kernel.factor]
+    learned = [kernel.adaptation.step_size, kernel.inverse_mass_sqrt]
     if isinstance(kernel, ChEESKernel):
         learned.append(kernel.trajectory_length)
     return everything(mcmc), learned
@@ -160,7 +160,7 @@ def reports():
     data = mcmc.to_arviz(log_likelihood=True)
     mcmc.summary()
     again = pickle.loads(pickle.dumps(mcmc))
-    sizes = {group: dict(data[group].sizes) for group in data.groups()}
+    sizes = {group: dict(data[group].sizes) for group in data.targets()}
     return sizes, mcmc.diagnostics(), again.get_samples()["x"].shape
 
 

@@ -67,7 +67,7 @@ NET = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
 def with_a_net():
     mean = pyro.param("mean", torch.tensor(0.0))
     x = pyro.sample("x", dist.Normal(mean, 1.0))
-    pyro.factor("f", -NET(x[None]).sum())
+    pyro.inverse_mass_sqrt("f", -NET(x[None]).sum())
 
 
 # -- the same draws --------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_new_layer_below_a_block_is_held_in_evaluation_mode():
     def model():
         pyro.sample("a", dist.Normal(0.0, 1.0))
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("f", -net(x[None]).sum())
+        pyro.inverse_mass_sqrt("f", -net(x[None]).sum())
 
     whole = ModelPotential(model)
     block = BlockPotential(whole, ["x"])
@@ -319,7 +319,7 @@ def test_an_engine_that_goes_leaves_nothing_behind():
 def branches(y=None):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     if x > 0:
-        pyro.factor("right", -x)
+        pyro.inverse_mass_sqrt("right", -x)
 
 
 def test_a_model_that_cannot_be_captured_runs_without(captured):
@@ -508,7 +508,7 @@ def test_a_dense_matrix_needs_no_other_graph_when_it_is_learned(kernel):
     kernel = kernel(two_sites, full_mass=True, jit_compile="capture")
     mcmc = MCMC(kernel, 5, 30, num_chains=3, disable_progbar=True)
     mcmc.run(torch.ones(3))
-    assert kernel.factor.abs().tril(-1).sum() > 0
+    assert kernel.inverse_mass_sqrt.abs().tril(-1).sum() > 0
     assert len(kernel._engine._graphs) == 1
 
 

@@ -23,7 +23,7 @@ from pyro_ebm.mcmc import (
     RandomWalk,
     TemperingKernel,
 )
-from pyro_ebm.mcmc.exchange.auxiliary import Draw, draw_inside
+from pyro_ebm.mcmc.exchange.auxiliary import AuxiliaryDraw, draw_inside
 from pyro_ebm.mcmc.exchange.inner_steps import inner_steps_report
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.exchange.potential import ExchangePotential
@@ -117,14 +117,16 @@ def test_the_inner_kernel_adapts_in_warmup_and_is_frozen_after():
     def remember(kernel, params, stage, i):
         chain = kernel.auxiliaries["x"]
         if stage == "Sample":
-            frozen.append((chain.adaptation.step_size.clone(), chain.adaptation.factor.clone()))
+            frozen.append(
+                (chain.adaptation.step_size.clone(), chain.adaptation.inverse_mass_sqrt.clone())
+            )
 
     pyro.set_rng_seed(0)
     mcmc = MCMC(kernel, 10, 200, num_chains=20, disable_progbar=True, hook_fn=remember)
     mcmc.run()
     chain = kernel.auxiliaries["x"]
     assert 0.3 < chain.acceptance_rate < 0.9
-    scale = chain.adaptation.factor[0]
+    scale = chain.adaptation.inverse_mass_sqrt[0]
     assert 100 < scale[1] / scale[0] < 10_000  # the scales of the two elements: 1,000 apart
     for step_size, factor in frozen:
         assert torch.equal(step_size, frozen[0][0])
@@ -152,7 +154,7 @@ def test_inner_chains_start_at_the_data():
 
     def draw(energy, x):
         seen.append((type(energy), x))
-        return Draw(x + 1, x, x)
+        return AuxiliaryDraw(x + 1, x, x)
 
     y = draw_inside(fn, (1 + 2 * u).exp(), draw).y
     ((kind, x),) = seen
@@ -167,7 +169,7 @@ def test_masked_rows_have_no_data_to_start_at():
 
     def draw(energy, x):
         seen.append(x)
-        return Draw(x, x, x)
+        return AuxiliaryDraw(x, x, x)
 
     draw_inside(masked, torch.full((3,), 1e9), draw)
     assert seen[0].isnan().tolist() == [False, True, False]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_ebm import LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel
 from pyro_ebm.mcmc.engine.engine import Engine
-from pyro_ebm.mcmc.engine.graph import Graph, SolvesTogether
+from pyro_ebm.mcmc.engine.graph import FxGraph, SolvesTogether
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 
 WAYS = pytest.mark.parametrize("jit_compile", [False, "capture", True])
@@ -101,7 +101,7 @@ def test_groups_with_other_numbers_of_steps_have_the_graphs_of_one(jit_compile):
         counts = set()
         for _ in range(60):
             state, _ = kernel.step(state)
-            counts.add(tuple(kernel.own_stats["n_steps"][:2].tolist()))
+            counts.add(tuple(kernel.extra_fields["n_steps"][:2].tolist()))
         assert any(a != b for a, b in counts)
         draws[way] = state.z
     torch.testing.assert_close(draws[jit_compile], draws[False], rtol=1e-2, atol=1e-2)
@@ -171,7 +171,7 @@ def test_a_captured_normal_has_no_copy_of_its_matrix_for_each_chain():
     potential = kernel.make_potential()
     z = torch.randn(50, 3)
     want_value, want_grad = potential.value_and_grad(z)
-    graph = Graph(potential.value_and_grad, (z,), [z])
+    graph = FxGraph(potential.value_and_grad, (z,), [z])
     solves = [n for n in graph.graph.graph.nodes if "solve_triangular" in str(n.target)]
     assert len(solves) == 2  # one for the value, one for the gradient
     assert [n.args[0].meta["val"].shape for n in solves] == [(3, 3), (3, 3)]

@@ -70,7 +70,7 @@ def test_moments_of_one_site(name):
 def test_proposals_are_symmetric():
     """The walk itself, with neither density nor bounds: P(z -> z') = P(z' -> z)."""
     proposal = IntegerWalk(scale=1.5)
-    site = Site("n", torch.Size([2]), torch.float32, None, codes=torch.empty(0, 1))  # pyright: ignore[reportArgumentType]
+    site = Site("n", torch.Size([2]), torch.float32, None, support_values=torch.empty(0, 1))  # pyright: ignore[reportArgumentType]
 
     class Two:
         sites, sizes, dtype, device = [site], [2], torch.float32, torch.device("cpu")

@@ -100,7 +100,7 @@ def test_runs_many_chains(make, chains):
     assert not samples["x"].requires_grad
     assert samples["x"].std() > 0.01  # it moves
     fields = mcmc.get_extra_fields(group_by_chain=True)
-    own = set(mcmc.kernel.own_stats)
+    own = set(mcmc.kernel.extra_fields)
     assert set(fields) == {"lp", "acceptance_rate", "step_size", "diverging"} | own
     for stat in fields.values():
         assert stat.shape == (chains, 15)

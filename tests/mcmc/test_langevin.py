@@ -87,7 +87,7 @@ def test_preconditioned_unadjusted_is_the_textbooks_in_whitened_coordinates():
         state, _ = kernel.step(state)
         if t >= 300:
             draws.append(state.z)
-    sigma = (kernel.factor @ kernel.factor.mT)[0].double()
+    sigma = (kernel.inverse_mass_sqrt @ kernel.inverse_mass_sqrt.mT)[0].double()
     # z' = (I - eps S P) z + sqrt(2 eps) L xi: the stationary C solves C = A C A' + 2 eps S
     a = torch.eye(2, dtype=torch.double) - 0.1 * sigma @ precision.double()
     system = torch.eye(4, dtype=torch.double) - torch.kron(a, a)
@@ -274,4 +274,4 @@ def test_adapts_the_mass_matrix_only_when_adjusted_unless_asked():
         kernel = LangevinKernel(**settings)
         kernel.bind(normal(2), 100)
         assert isinstance(kernel.adaptation, Adaptation)
-        assert (kernel.factor is not None) == adapts
+        assert (kernel.inverse_mass_sqrt is not None) == adapts

@@ -214,7 +214,7 @@ def test_only_adaptive_proposals_adapt():
     for proposal, adapts in ((RandomWalk(), True), (Uniform(), False), (Shrinking(), False)):
         kernel = MHKernel(proposal=proposal)
         run_kernel(kernel, energy(), torch.randn(10, 2), 100, 1)
-        assert (kernel.factor is not None) == adapts
+        assert (kernel.inverse_mass_sqrt is not None) == adapts
         assert (kernel.step_size != MHKernel(proposal=proposal).step_size) == adapts
 
 

@@ -23,8 +23,8 @@ from pyro_ebm.distributions import (
     GaussianRBM,
     JointRBM,
     Potts,
-    contrast,
     mixture,
+    negation,
     product,
 )
 from pyro_ebm.mcmc import NormalizerError, check_normalizers
@@ -457,16 +457,16 @@ class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Sequential(nn.Identity(), nn.Linear(1, 1, bias=False))
-        self.factor = torch.tensor(1.0)
+        self.inverse_mass_sqrt = torch.tensor(1.0)
 
     def forward(self, x):
-        return self.factor * self.inner(x[..., None]).square()[..., 0]
+        return self.inverse_mass_sqrt * self.inner(x[..., None]).square()[..., 0]
 
 
 @refused("z")
 def an_attribute_of_a_module():
     net = Scaled()
-    net.factor = positive()
+    net.inverse_mass_sqrt = positive()
     observe(energy(net))
 
 
@@ -538,7 +538,7 @@ def a_mixture_of_unnormalized_densities():
 def a_contrast():
     z = pyro.sample("z", dist.Beta(1.0, 1.0))
     a, b = (energy(f, support=constraints.boolean) for f in (torch.square, torch.abs))
-    observe(contrast(a, b, weight=z), torch.ones(3))
+    observe(negation(a, b, weight=z), torch.ones(3))
 
 
 SPINS = torch.tensor([1.0, -1.0, 1.0])

@@ -6,7 +6,7 @@ import torch
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, TemperingKernel
 from pyro_ebm.mcmc.adaptation.warmup import PooledCovariance
-from pyro_ebm.mcmc.ranks import ALONE, binding_to, current, population_of, shares
+from pyro_ebm.mcmc.ranks import ALONE, binding_to, current, process_group_of, shares
 from pyro_ebm.ops.distributed import RankError, rank
 from tests.ranks import Ranks
 
@@ -28,7 +28,7 @@ def three():
 
 def test_alone_nothing_is_asked_of_anyone():
     x = torch.randn(5, 3)
-    assert population_of(4, distributed=True) is population_of(4, distributed=False) is ALONE
+    assert process_group_of(4, distributed=True) is process_group_of(4, distributed=False) is ALONE
     assert ALONE.here(7) == slice(0, 7)
     assert torch.equal(ALONE.mean(x), x.mean(0))
     assert ALONE.rows(x) is ALONE.to_first(x) is ALONE.from_first(x) is ALONE.total(x) is x
@@ -41,8 +41,8 @@ def test_alone_nothing_is_asked_of_anyone():
 def test_torchrun_without_a_group_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"join_group\(\) first"):
-        population_of(4, distributed=True)
-    assert population_of(4, distributed=False) is ALONE
+        process_group_of(4, distributed=True)
+    assert process_group_of(4, distributed=False) is ALONE
 
 
 @pytest.mark.parametrize(("num", "size"), [(64, 2), (7, 3), (3, 3)])
@@ -55,7 +55,7 @@ def test_shares_differ_by_one_at_most(num, size):
 
 def pooled(x, flags, each):
     """What a rank of 7 chains, with some rows each, hears of the rows of all."""
-    over = population_of(7, distributed=True)
+    over = process_group_of(7, distributed=True)
     here = over.here(7)
     mine = x.reshape(7, each, -1)[here].reshape(-1, x.shape[-1])
     first = over.to_first(mine)
@@ -87,7 +87,7 @@ def test_rows_are_those_of_all_ranks_in_order(three, each):
 
 
 def kinds(dtype):
-    over = population_of(3, distributed=True)
+    over = process_group_of(3, distributed=True)
     x = torch.arange(3)[over.here(3)].to(dtype)
     return over.to_first(x)
 
@@ -100,7 +100,7 @@ def test_draws_of_any_kind_come_to_the_first_rank(ranks, dtype):
 
 
 def drawn():
-    population_of(2, distributed=True).seed()
+    process_group_of(2, distributed=True).seed()
     return torch.rand(3)
 
 
@@ -111,9 +111,9 @@ def test_ranks_draw_other_numbers_from_one_seed(ranks):
 
 
 def fails_on(faulty):
-    over = population_of(2, distributed=True)
+    over = process_group_of(2, distributed=True)
     try:
-        with over.all_or_none("the start"):
+        with over.fail_together("the start"):
             if rank() in faulty:
                 raise ValueError("of my own")
     except (ValueError, RankError) as error:
@@ -130,7 +130,7 @@ def test_an_error_of_one_is_an_error_of_all(ranks):
 
 def refused():
     try:
-        population_of(1, distributed=True)
+        process_group_of(1, distributed=True)
     except ValueError as error:
         return str(error)
 
@@ -141,7 +141,7 @@ def test_fewer_chains_than_ranks(ranks):
 
 def covariance(z, dense):
     stats = PooledCovariance(2, dense)
-    over = population_of(z.shape[1], distributed=True)
+    over = process_group_of(z.shape[1], distributed=True)
     for batch in z[:, over.here(z.shape[1])]:
         stats.update(batch.flatten(0, 1))
     whole = stats.over(over)
@@ -187,7 +187,7 @@ def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
     """What the chains of a rank have learned, and how many they are."""
     p = UnnormalizedEnergy(energy, event_shape=(3,))
     potential, kernel = EnergyPotential(p, like=torch.zeros(())), KERNELS[name]()
-    over = population_of(num_chains, distributed=True)
+    over = process_group_of(num_chains, distributed=True)
     with binding_to(over):
         kernel.bind(potential, warmup_steps)
     torch.manual_seed(seed)
@@ -199,7 +199,7 @@ def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
     for _ in range(warmup_steps):
         state, _ = kernel.step(state)
     kernel = getattr(kernel, "_inner", kernel)
-    learned = kernel.adaptation.step_size, kernel.factor
+    learned = kernel.adaptation.step_size, kernel.inverse_mass_sqrt
     if isinstance(kernel, ChEESKernel):
         learned = *learned, kernel.trajectory_length, kernel._learner.known.center
     return [x.clone() for x in learned], len(z)

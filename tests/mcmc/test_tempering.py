@@ -341,7 +341,7 @@ def test_under_stock_pyro():
 
 def mixture_of_wells():
     x = pyro.sample("x", dist.Normal(0.0, 3.0))
-    pyro.factor("f", -((x.abs() - 2) ** 2) / 0.1)
+    pyro.inverse_mass_sqrt("f", -((x.abs() - 2) ** 2) / 0.1)
 
 
 def test_under_our_runner():
@@ -439,7 +439,7 @@ def test_rows_of_the_tempered_potential():
     whole = EnergyPotential(UnnormalizedEnergy(lambda x: (x - shift) ** 2, batch_shape=(2,)))
     betas = torch.tensor([1.0, 0.5, 0.1])
     potential = TemperedPotential(whole, betas)
-    assert potential.groups == 6
+    assert potential.targets == 6
     z = torch.randn(4, 3, 2)
     value, grad = potential.value_and_grad(z.reshape(24, 1))
     torch.testing.assert_close(value.reshape(4, 3, 2), betas[:, None] * (z - shift) ** 2)

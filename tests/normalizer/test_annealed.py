@@ -21,7 +21,7 @@ from pyro_ebm.mcmc import (
     Kernel,
     TemperingKernel,
 )
-from pyro_ebm.normalizer import Path, UnreliableEstimateWarning, estimate_log_normalizer
+from pyro_ebm.normalizer import AnnealingPath, UnreliableEstimateWarning, estimate_log_normalizer
 from pyro_ebm.normalizer.annealing.ais import kernel_of, path_of
 from tests.normalizer.targets import assert_agrees, funnel, gaussian, wells
 from tests.statistics import SIGMAS
@@ -51,7 +51,7 @@ class Independent(Kernel):
         return new, Info(accepted, torch.zeros_like(accepted, dtype=torch.bool))
 
 
-class Narrowing(Path):
+class Narrowing(AnnealingPath):
     """The same densities, written as a path without constants."""
 
     def sample(self, num):

@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.normalizer import NormalizerEstimate, estimate_log_normalizer, evaluate
+from pyro_ebm.normalizer import NormalizerEstimate, estimate_log_normalizer, mean_log_likelihood
 
 NORMAL = UnnormalizedEnergy(lambda x: x**2 / 2)
 LOG_Z = math.log(2 * math.pi) / 2
@@ -19,7 +19,7 @@ def estimate(**kwargs):
 
 def test_the_mean_and_both_errors():
     data = torch.tensor([0.0, 2.0])
-    result = evaluate(NORMAL, data, estimate())
+    result = mean_log_likelihood(NORMAL, data, estimate())
     assert float(result) == pytest.approx(-1.0 - LOG_Z)
     # the densities are 0 and -2: sd sqrt(2), error 1
     assert result.data_error == pytest.approx(1.0)
@@ -32,22 +32,22 @@ def test_the_mean_and_both_errors():
 
 
 def test_bounds_change_sides():
-    result = evaluate(
+    result = mean_log_likelihood(
         NORMAL,
         torch.zeros(2),
         estimate(lower=torch.tensor(LOG_Z - 1), upper=torch.tensor(LOG_Z + 2)),
     )
     assert result.lower == pytest.approx(-LOG_Z - 2, rel=1e-5)
     assert result.upper == pytest.approx(-LOG_Z + 1, rel=1e-5)
-    assert evaluate(NORMAL, torch.zeros(2), estimate()).lower is None
+    assert mean_log_likelihood(NORMAL, torch.zeros(2), estimate()).lower is None
 
 
 def test_a_known_normalizer_is_taken_as_exact():
     for given, p in {LOG_Z: NORMAL, None: NORMAL.normalized(LOG_Z)}.items():
-        result = evaluate(p, torch.tensor([0.0, 2.0]), given)
+        result = mean_log_likelihood(p, torch.tensor([0.0, 2.0]), given)
         assert float(result) == pytest.approx(-1.0 - LOG_Z)
         assert result.normalizer_error == 0
-    again = evaluate(NORMAL.normalized(99.0), torch.tensor([0.0, 2.0]), LOG_Z)
+    again = mean_log_likelihood(NORMAL.normalized(99.0), torch.tensor([0.0, 2.0]), LOG_Z)
     assert float(again) == pytest.approx(-1.0 - LOG_Z)  # the estimate, not the energy's own
 
 
@@ -55,16 +55,16 @@ def test_a_batch():
     scale = torch.tensor([1.0, 2.0])
     p = UnnormalizedEnergy(lambda x: (x / scale) ** 2 / 2, batch_shape=(2,))
     found = estimate_log_normalizer(p)
-    result = evaluate(p, torch.ones(5), found)
+    result = mean_log_likelihood(p, torch.ones(5), found)
     assert torch.allclose(
         result.value, torch.distributions.Normal(0.0, scale).log_prob(torch.ones(2))
     )
-    assert evaluate(p, torch.ones(5, 2), found).value.shape == (2,)
+    assert mean_log_likelihood(p, torch.ones(5, 2), found).value.shape == (2,)
     assert "batch_shape=(2,)" in repr(result)
 
 
 def test_one_point_has_no_error():
-    assert evaluate(NORMAL, torch.zeros(1), 0.0).std_error == math.inf
+    assert mean_log_likelihood(NORMAL, torch.zeros(1), 0.0).std_error == math.inf
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_one_point_has_no_error():
 )
 def test_wrong_input(p, data, given, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(p, data, given)
+        mean_log_likelihood(p, data, given)

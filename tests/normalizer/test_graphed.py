@@ -14,8 +14,8 @@ from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.normalizer.annealing.ais import anneal, path_of
 from pyro_ebm.normalizer.annealing.graphed import GraphedAnnealing
-from pyro_ebm.normalizer.annealing.path import GeometricPath, Path
-from pyro_ebm.normalizer.annealing.schedule import Ladder
+from pyro_ebm.normalizer.annealing.path import AnnealingPath, GeometricPath
+from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 0.8, 1.0]
 
@@ -38,7 +38,7 @@ def graphs(monkeypatch):
     return names
 
 
-class Narrowing(Path):
+class Narrowing(AnnealingPath):
     """From N(0, 1) to N(0, 1 / 10), without gradients that could be combined."""
 
     def sample(self, num):
@@ -104,7 +104,7 @@ def log_weights(make, kernel, flag, num_steps=1, betas=BETAS):
     kernel.bind(path, warmup_steps=0)
     pyro.set_rng_seed(1)
     z = path.at(betas[0]).draw(20)
-    return anneal(path, kernel, Ladder([], betas), z, betas, num_steps), path, kernel
+    return anneal(path, kernel, TemperatureSchedule([], betas), z, betas, num_steps), path, kernel
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -127,10 +127,10 @@ def test_chains_without_density_keep_a_weight_of_0():
 def test_one_graph_for_many_runs_both_ways(graphs):
     _, path, kernel = log_weights(well_path, LangevinKernel, "capture")
     z = torch.randn(20, 2)
-    anneal(path, kernel, Ladder([], BETAS), z, BETAS[::-1])
-    anneal(path, kernel, Ladder([], BETAS), z, BETAS)
+    anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS[::-1])
+    anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS)
     assert graphs == ["leap"]
-    anneal(path, kernel, Ladder([], BETAS), z[:5], BETAS)
+    anneal(path, kernel, TemperatureSchedule([], BETAS), z[:5], BETAS)
     assert graphs == ["leap", "leap"]
 
 
@@ -147,7 +147,7 @@ def test_parameters_that_change_are_seen():
             with torch.no_grad():
                 net.layers[0].weight.mul_(factor)
             z = torch.randn(10, 2)
-            runs.append(anneal(path, kernel, Ladder([], BETAS), z, BETAS))
+            runs.append(anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS))
         with torch.no_grad():
             net.layers[0].weight.div_(3.0)
     torch.testing.assert_close(runs[2:], runs[:2])
@@ -169,9 +169,9 @@ def test_a_kernel_that_is_evaluated_elsewhere_runs_without_graphs():
     z = path.at(0.0).draw(10)
     graphed = GraphedAnnealing.of(path, kernel, planned=10)
     assert graphed is not None
-    assert graphed.run(Ladder([], BETAS), z, BETAS, 1, BETAS[1:]) is None
+    assert graphed.run(TemperatureSchedule([], BETAS), z, BETAS, 1, BETAS[1:]) is None
     pyro.set_rng_seed(0)
-    found = anneal(path, kernel, Ladder([], BETAS), z, BETAS)
+    found = anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS)
     assert found.isfinite().all()
 
 

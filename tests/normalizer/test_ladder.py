@@ -10,16 +10,23 @@ from pyro_ebm import LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
 from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.mcmc import GibbsKernel, MHKernel
-from pyro_ebm.normalizer.annealing import schedule as ladder
+from pyro_ebm.normalizer.annealing import schedule as schedule
 from pyro_ebm.normalizer.annealing.ais import checked_betas, path_of
-from pyro_ebm.normalizer.annealing.schedule import DROP, Ladder, Level, _resampled, ladder_of, pilot
+from pyro_ebm.normalizer.annealing.schedule import (
+    DROP,
+    SchedulePoint,
+    TemperatureSchedule,
+    _resampled,
+    pilot,
+    schedule_of,
+)
 from tests.normalizer.targets import gaussian, wells
 
 ONE = torch.ones(1)
 
 
 def level(beta, length=1.0, slowness=1.0, step_size=1.0):
-    return Level(beta, length, slowness, step_size * ONE, None)
+    return SchedulePoint(beta, length, slowness, step_size * ONE, None)
 
 
 def run_pilot(p, kernel=None, proposal=None):
@@ -55,10 +62,10 @@ def test_the_kernel_is_tuned_at_each_level():
     p = UnnormalizedEnergy(lambda x: 100 * x.square().sum(-1), event_shape=(5,))
     proposal = dist.Normal(torch.zeros(5), 1.0).to_event(1)
     path, kernel, levels = run_pilot(p, proposal=proposal)
-    deviation = [float(found.factor.mean()) for found in levels]
+    deviation = [float(found.inverse_mass_sqrt.mean()) for found in levels]
     for found, sd in zip(levels, deviation, strict=True):
         assert abs(sd * (1 + 199 * found.beta) ** 0.5 - 1) < 0.3
-    settings = Ladder(levels, [0.0, 1.0])
+    settings = TemperatureSchedule(levels, [0.0, 1.0])
     for beta in (0.01, 0.3, 1.0):
         settings.set(kernel, beta)
         sd = (1 + 199 * beta) ** -0.5
@@ -69,7 +76,7 @@ def test_the_kernel_is_tuned_at_each_level():
 
 def test_a_slow_kernel_gets_more_temperatures():
     p, _, _ = gaussian(20, 100.0)
-    fast, slow = (ladder_of(run_pilot(p, kernel)[2]) for kernel in (LangevinKernel(), MHKernel()))
+    fast, slow = (schedule_of(run_pilot(p, kernel)[2]) for kernel in (LangevinKernel(), MHKernel()))
     assert len(slow) > 2 * len(fast)
 
 
@@ -78,14 +85,14 @@ def test_a_kernel_without_a_step_size_is_not_tuned():
     kernel = GibbsKernel()
     kernel.bind(path, 0)
     levels = pilot(path, kernel, disable_progbar=True)
-    assert all(found.factor is None and found.step_size == 0.1 for found in levels)
+    assert all(found.inverse_mass_sqrt is None and found.step_size == 0.1 for found in levels)
 
 
 def test_settings_between_levels():
     levels = [level(0.0, step_size=1.0), level(0.5, step_size=1.0), level(1.0, step_size=0.01)]
     kernel = LangevinKernel()
     kernel.bind(path_of(wells(1)), 0)
-    settings = Ladder(levels, [])
+    settings = TemperatureSchedule(levels, [])
     for beta, want in {0.25: 1.0, 0.5: 1.0, 0.75: 0.1, 1.0: 0.01}.items():
         settings.set(kernel, beta)
         assert torch.allclose(kernel.adaptation.step_size, torch.tensor([want]))
@@ -94,27 +101,27 @@ def test_settings_between_levels():
 def test_how_many_temperatures():
     levels = [level(0.0), *(level(b, length=0.5) for b in (0.1, 0.3, 0.6, 1.0))]
     # variance (sum of lengths)^2 / T of 0.5
-    assert len(ladder_of(levels)) == 1 + 8
+    assert len(schedule_of(levels)) == 1 + 8
     # drop = 1 - exp(-length^2)
-    assert len(ladder_of(levels, ess_drop=1 - math.exp(-(0.1**2)))) == 1 + 20
-    assert len(ladder_of(levels, num_temperatures=77)) == 77
-    assert len(ladder_of(levels, num_temperatures=2)) == 2
+    assert len(schedule_of(levels, ess_drop=1 - math.exp(-(0.1**2)))) == 1 + 20
+    assert len(schedule_of(levels, num_temperatures=77)) == 77
+    assert len(schedule_of(levels, num_temperatures=2)) == 2
     tau = [level(0.0), *(level(b, 0.5, slowness=4.0) for b in (0.1, 0.3, 0.6, 1.0))]
-    assert len(ladder_of(tau)) == 1 + 32
-    assert len(ladder_of([level(0.0), level(1.0, length=1000.0)])) == 10_001
+    assert len(schedule_of(tau)) == 1 + 32
+    assert len(schedule_of([level(0.0), level(1.0, length=1000.0)])) == 10_001
 
 
 def test_more_temperatures_where_the_kernel_is_slow():
     levels = [level(0.0), level(0.5, 1.0, slowness=1.0), level(1.0, 1.0, slowness=9.0)]
-    betas = ladder_of(levels, num_temperatures=41)
+    betas = schedule_of(levels, num_temperatures=41)
     assert sum(b < 0.5 - 1e-9 for b in betas) == 10
     # but a given drop speaks of lengths alone
-    betas = ladder_of(levels, ess_drop=1 - math.exp(-(0.1**2)))
+    betas = schedule_of(levels, ess_drop=1 - math.exp(-(0.1**2)))
     assert sum(b < 0.5 - 1e-9 for b in betas) == 10
 
 
 def test_a_path_that_stands_still():
-    assert ladder_of([level(0.0), level(1.0, length=0.0)]) == [0.0, 1.0]
+    assert schedule_of([level(0.0), level(1.0, length=0.0)]) == [0.0, 1.0]
 
 
 def test_resampling_keeps_the_expected_number_of_copies():
@@ -126,7 +133,7 @@ def test_resampling_keeps_the_expected_number_of_copies():
 
 
 def test_an_improper_density_has_no_ladder(monkeypatch):
-    monkeypatch.setattr(ladder, "MAX_LEVELS", 50)
+    monkeypatch.setattr(schedule, "MAX_LEVELS", 50)
     tilted = UnnormalizedEnergy(lambda x: -x.sum(-1), event_shape=(2,))
     with pytest.raises(ValueError, match="the density may be improper"):
         run_pilot(tilted, proposal=dist.Normal(torch.zeros(2), 1.0).to_event(1))

@@ -16,7 +16,7 @@ from pyro_ebm import (
     NormalizerError,
     UnnormalizedEnergy,
     estimate_log_normalizer,
-    evaluate,
+    mean_log_likelihood,
 )
 from pyro_ebm.normalizer import UnreliableEstimateWarning
 
@@ -105,9 +105,9 @@ def test_few_weights_tell_no_error():
 def test_a_point_without_density_has_no_likelihood():
     p = UnnormalizedEnergy(lambda x: torch.where(x > 3, torch.inf, bell(x)))
     with pytest.raises(ValueError, match="0 or infinite at 1 of 3 of the data"):
-        evaluate(p, torch.tensor([0.0, 1.0, 4.0]), LOG_Z)
+        mean_log_likelihood(p, torch.tensor([0.0, 1.0, 4.0]), LOG_Z)
     with pytest.raises(ValueError, match=r"the estimate has shape \(3,\)"):
-        evaluate(UnnormalizedEnergy(bell), torch.zeros(4), torch.zeros(3))
+        mean_log_likelihood(UnnormalizedEnergy(bell), torch.zeros(4), torch.zeros(3))
 
 
 def test_a_bridge_without_overlap_does_not_settle():

@@ -70,7 +70,7 @@ def test_a_path_ends_at_the_target(name):
     path = path_of(p)
     assert type(path) is KINDS[name]
     z = path.draw(10)
-    assert z.shape == (10 * path.groups, path.dim)
+    assert z.shape == (10 * path.targets, path.dim)
     assert torch.allclose(path.at(1.0)(z), path.target(z))
 
 
@@ -88,13 +88,13 @@ def test_what_is_in_between_is_geometric(name):
 @pytest.mark.parametrize("name", ["ising", "potts", "bits", "rbm", "rbms"])
 def test_the_log_normalizer_of_the_start_of_discrete_paths(name):
     path = path_of(MODELS[name]())
-    codes = path.sites[0].codes.to(path.dtype)
-    count = path.dim // codes.shape[1]
-    grid = torch.cartesian_prod(*[torch.arange(len(codes))] * count)
-    states = codes[grid].reshape(len(grid), -1).repeat_interleave(path.groups, 0)
-    log_z = (-path.at(0.0)(states)).reshape(-1, path.groups).logsumexp(0)
+    support_values = path.sites[0].support_values.to(path.dtype)
+    count = path.dim // support_values.shape[1]
+    grid = torch.cartesian_prod(*[torch.arange(len(support_values))] * count)
+    states = support_values[grid].reshape(len(grid), -1).repeat_interleave(path.targets, 0)
+    log_z = (-path.at(0.0)(states)).reshape(-1, path.targets).logsumexp(0)
     want = path.log_normalizer.expand(path.target.energy.batch_shape).flatten()
-    assert torch.allclose(log_z, want.expand(path.groups).to(log_z))
+    assert torch.allclose(log_z, want.expand(path.targets).to(log_z))
 
 
 def test_the_log_normalizer_of_the_start_of_real_units():

@@ -80,27 +80,27 @@ def test_a_coordinate_that_never_moved():
         assert start.sample(5).isfinite().all()
 
 
-@pytest.mark.parametrize("codes", [[[0.0], [1.0]], [[-1.0], [1.0]], torch.eye(3).tolist()])
-def test_a_product_of_discrete_variables(codes):
-    codes = torch.tensor(codes)
-    k, b = codes.shape
-    start = ProductStart(codes, torch.randn(2, 4, k))
+@pytest.mark.parametrize("support_values", [[[0.0], [1.0]], [[-1.0], [1.0]], torch.eye(3).tolist()])
+def test_a_product_of_discrete_variables(support_values):
+    support_values = torch.tensor(support_values)
+    k, b = support_values.shape
+    start = ProductStart(support_values, torch.randn(2, 4, k))
     z = start.sample(20_000)
     assert z.shape == (40_000, 4 * b)
     variables = z.reshape(20_000, 2, 4, 1, b)
-    share, want = (variables == codes).all(-1).float().mean(0), start.log_probs.exp()
+    share, want = (variables == support_values).all(-1).float().mean(0), start.log_probs.exp()
     assert ((share - want).abs() < SIGMAS * (want * (1 - want) / 20_000).sqrt()).all()
     # the probabilities of all states add up to 1
     grid = torch.cartesian_prod(*[torch.arange(k)] * 4)
-    states = codes[grid].reshape(len(grid), -1).repeat_interleave(2, 0)
+    states = support_values[grid].reshape(len(grid), -1).repeat_interleave(2, 0)
     total = (-start(states)).reshape(-1, 2).logsumexp(0)
     assert torch.allclose(total, torch.zeros(2), atol=1e-5)
 
 
 def test_a_fitted_product_has_the_frequencies():
-    codes = torch.tensor([[0.0], [1.0]])
+    support_values = torch.tensor([[0.0], [1.0]])
     z = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    start = ProductStart.fitted(codes, z, 1)
+    start = ProductStart.fitted(support_values, z, 1)
     want = torch.tensor([[2.5, 1.5], [0.5, 3.5]]) / 4
     assert torch.allclose(start.log_probs.exp()[0], want)
 

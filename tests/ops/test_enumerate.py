@@ -22,12 +22,12 @@ SPINS = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
 ONE_HOT = torch.eye(3, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("codes", [BITS, SPINS, ONE_HOT])
+@pytest.mark.parametrize("support_values", [BITS, SPINS, ONE_HOT])
 @pytest.mark.parametrize("variables", [1, 4])
-def test_states_are_the_product_of_the_codewords(codes, variables):
-    want = [torch.cat(row) for row in itertools.product(codes, repeat=variables)]
-    assert_close(states(codes, variables), torch.stack(want), rtol=0, atol=0)
-    assert_close(states(codes, variables, 1, 2), torch.stack(want[1:2]), rtol=0, atol=0)
+def test_states_are_the_product_of_the_codewords(support_values, variables):
+    want = [torch.cat(row) for row in itertools.product(support_values, repeat=variables)]
+    assert_close(states(support_values, variables), torch.stack(want), rtol=0, atol=0)
+    assert_close(states(support_values, variables, 1, 2), torch.stack(want[1:2]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 81, 1000])
@@ -149,16 +149,16 @@ def test_memory_is_bounded_under_autograd():
 
 
 @pytest.mark.parametrize(
-    ("codewords", "variables", "says"),
+    ("support_values_of", "variables", "says"),
     [(2, 784, r"2\^784 states"), (3, 16, r"3\^16 states"), (2, 26, r"2\^26 states")],
 )
-def test_too_many_states_are_refused(codewords, variables, says):
+def test_too_many_states_are_refused(support_values_of, variables, says):
     with pytest.raises(ValueError, match=says + r".*annealed importance sampling"):
-        check_enumerable(codewords, variables)
-    codes = torch.zeros(codewords, 1)
+        check_enumerable(support_values_of, variables)
+    support_values = torch.zeros(support_values_of, 1)
     for function in [log_sum_over_states, values_of_states]:
         with pytest.raises(ValueError, match=says):
-            function(lambda s: s.sum(-1), codes, variables)
+            function(lambda s: s.sum(-1), support_values, variables)
 
 
 def test_as_many_states_as_one_allows():

@@ -263,8 +263,8 @@ DISTRIBUTIONS = [
         look,
     ),
     Target(
-        "contrast",
-        pe.contrast,
+        "negation",
+        pe.cd_gradient,
         {"a": dist.Normal(0.0, 1.0), "b": dist.Normal(0.0, 2.0), "weight": 0.5},
         look,
     ),

@@ -138,8 +138,8 @@ FUNCTIONS = [
     estimate("ais", ess_drop=0.3, num_chains=5),
     estimate("bridge", proposal=NORMAL, samples=torch.randn(50, 2), num_samples=50),
     Target(
-        "evaluate",
-        pe.evaluate,
+        "mean_log_likelihood",
+        pe.mean_log_likelihood,
         {"p": gaussian(), "data": torch.randn(5, 2), "estimate": 1.8},
     ),
     Target("ops.score", ops.score, {"p": gaussian(), "x": torch.zeros(3, 2)}),

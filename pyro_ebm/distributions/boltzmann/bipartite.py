@@ -322,7 +322,7 @@ def softplus(a: Tensor) -> Tensor:
 
 
 def bits_like(like: Tensor) -> Tensor:
-    """The codewords of a bit, shape ``(2, 1)``, of the dtype and device of a tensor."""
+    """The support values of a bit, shape ``(2, 1)``, of the dtype and device of a tensor."""
     return torch.tensor([[0.0], [1.0]], dtype=like.dtype, device=like.device)
 
 

@@ -88,7 +88,7 @@ class GaussianRBM(TwoLayers):
         **TwoLayers.arg_constraints,
         "scale": constraints.independent(constraints.positive, 1),
     }
-    tempers = False  # of e^{-beta F} the layers are not independent given each other
+    supports_tempering = False  # of e^{-beta F} the layers are not independent given each other
 
     def __init__(
         self,

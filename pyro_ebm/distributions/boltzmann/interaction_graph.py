@@ -185,7 +185,7 @@ class _Neighbours:
 
 
 @dataclass(frozen=True, eq=False)
-class Graph(Pairs):
+class InteractionGraph(Pairs):
     """Some sites interact: couplings of shape ``(*batch, E)``, or ``(*batch, 1)`` for all alike.
 
     Memory is proportional to the edges. Built by :func:`graph_of`, which remembers colourings.
@@ -241,7 +241,7 @@ class Graph(Pairs):
 
 def graph_of(
     edges: Tensor, num_sites: int | None = None, device: torch.device | None = None
-) -> Graph:
+) -> InteractionGraph:
     """The graph of these edges, coloured.
 
     Edges of the same contents are checked and coloured once, whatever tensor holds them.
@@ -276,7 +276,7 @@ def graph_of(
 
 
 @functools.lru_cache(maxsize=MAX_GRAPHS)
-def _graph(data: bytes, num_sites: int, device: torch.device) -> Graph:
+def _graph(data: bytes, num_sites: int, device: torch.device) -> InteractionGraph:
     edges = np.frombuffer(data, dtype=np.int64).reshape(-1, 2)
     _check_edges(edges, num_sites)
 
@@ -302,7 +302,7 @@ def _graph(data: bytes, num_sites: int, device: torch.device) -> Graph:
             blocks.append(tensor(sites))
             colour_of.append(colour)
     largest = np.bincount(colours).argmax()
-    return Graph(
+    return InteractionGraph(
         num_sites,
         tensor(edges.copy()),
         tuple(blocks),
@@ -379,7 +379,7 @@ def _check_edges(edges: np.ndarray, num_sites: int) -> None:
 
 __all__ = [
     "CompleteGraph",
-    "Graph",
+    "InteractionGraph",
     "Pairs",
     "colour_sites",
     "complete_graph",

@@ -1,14 +1,14 @@
 r"""Pairwise energies of discrete sites: what Boltzmann machines and Potts models share.
 
-Each of :math:`n` sites takes one of :math:`K` codewords :math:`c \in \mathbb R^b`, and sites
-interact in pairs, through the inner products of their codewords:
+Each of :math:`n` sites takes one of :math:`K` support values :math:`c \in \mathbb R^b`, and sites
+interact in pairs, through the inner products of their support values:
 
 .. math:: p(s) \propto e^{-E(s)}, \qquad
           -E(s) = \sum_{i<j} J_{ij} \langle s_i, s_j \rangle + \sum_i \langle b_i, s_i \rangle .
 
-With the codewords -1 and 1 this is the Ising model, with 0 and 1 the Boltzmann machine as Hinton
-writes it, with the unit vectors of :math:`\mathbb R^q` the Potts model. The energy is linear in
-each site: all that a site knows of the others is its *local field*,
+With the support values -1 and 1 this is the Ising model, with 0 and 1 the Boltzmann machine as
+Hinton writes it, with the unit vectors of :math:`\mathbb R^q` the Potts model. The energy is
+linear in each site: all that a site knows of the others is its *local field*,
 
 .. math:: f_i = \sum_j J_{ij} s_j + b_i, \qquad
           p(s_i = c \mid \text{rest}) \propto e^{\langle c, f_i \rangle},
@@ -36,7 +36,7 @@ from pyro.distributions import Categorical, constraints
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating, interactions
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import readable
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.integration.enumerate import (
@@ -56,7 +56,7 @@ NUMBERS_PER_CHUNK = 2**20
 class PairwiseEnergy(UnnormalizedEnergy):
     r"""Discrete sites that interact in pairs, the base of Boltzmann machines and Potts models.
 
-    A member says which codewords its sites take. Everything else, sweeps and sums over states
+    A member says which support values its sites take. Everything else, sweeps and sums over states
     included, is here.
 
     Args:
@@ -70,8 +70,8 @@ class PairwiseEnergy(UnnormalizedEnergy):
             default.
         edges: pairs of sites, shape ``(E, 2)``, each pair once, such as ``lattice_edges(10, 10)``.
         num_sites: n, by default the bias's, else one more than the largest site of an edge.
-        values: the constraint of one site: its codewords are those of
-            :func:`~pyro_ebm.distributions.core.discrete.codewords`.
+        values: the constraint of one site: its support values are those of
+            :func:`~pyro_ebm.distributions.core.discrete.support_values_of`.
         num_states: K where ``values`` are one-hot rows, which alone do not tell.
         log_normalizer: as in :class:`~pyro_ebm.UnnormalizedEnergy`, as are the rest.
         kernel: makes the draws of ``sample``; block Gibbs sweeps by default.
@@ -99,7 +99,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         torch.Size([2, 3])
     """
 
-    tempers = True
+    supports_tempering = True
 
     def __init__(
         self,
@@ -126,15 +126,15 @@ class PairwiseEnergy(UnnormalizedEnergy):
         self.couplings, self.pairs = interactions(couplings, edges, num_sites)
         n = self.pairs.num_sites
         event_shape = torch.Size((n,) if num_states is None else (n, num_states))
-        codes = codewords(values, event_shape)
-        if codes is None:
+        support_values = support_values_of(values, event_shape)
+        if support_values is None:
             raise ValueError(f"values must be a discrete constraint, got {values}")
-        self._codes = codes.to(self.couplings.device, self.couplings.dtype)
-        bias = torch.zeros_like(self._codes[:1]) if bias is None else bias
-        if bias.shape[-2] not in (1, n) or bias.shape[-1] != codes.shape[1]:
+        self._support_values = support_values.to(self.couplings.device, self.couplings.dtype)
+        bias = torch.zeros_like(self._support_values[:1]) if bias is None else bias
+        if bias.shape[-2] not in (1, n) or bias.shape[-1] != support_values.shape[1]:
             raise ValueError(
                 f"the bias or field has {bias.shape[-1]} number(s) for each of {bias.shape[-2]}"
-                f" site(s), but there are {n} sites of {codes.shape[1]} number(s)"
+                f" site(s), but there are {n} sites of {support_values.shape[1]} number(s)"
             )
         self._bias = bias.to(self.couplings.dtype)
         batches = [self.couplings.shape[: -self.pairs.coupling_dim], bias.shape[:-2]]
@@ -231,10 +231,10 @@ class PairwiseEnergy(UnnormalizedEnergy):
 
     def _draw_given(self, field: Tensor, uniform: Tensor) -> Tensor:
         """Codewords ``(..., c, b)`` of sites in local fields ``(..., c, b)``, by inverse cdf."""
-        logits = field @ self._codes.mT.to(field.dtype)
+        logits = field @ self._support_values.mT.to(field.dtype)
         cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)  # times a constant
         which = (uniform[..., None] * cdf[..., -1:] >= cdf[..., :-1]).sum(-1)
-        return self._codes.index_select(0, which.flatten()).reshape(field.shape)
+        return self._support_values.index_select(0, which.flatten()).reshape(field.shape)
 
     # -- sums over all states ------------------------------------------------------------------
 
@@ -256,8 +256,8 @@ class PairwiseEnergy(UnnormalizedEnergy):
         """
         log_f, count, chunk_size = self._enumeration(max_units)
         if count == 0:
-            return log_f(self._codes.new_zeros(1, 0))[0]
-        return log_sum_over_states(log_f, self._codes, count, chunk_size, 2**max_units)
+            return log_f(self._support_values.new_zeros(1, 0))[0]
+        return log_sum_over_states(log_f, self._support_values, count, chunk_size, 2**max_units)
 
     @torch.no_grad()
     def exact_sample(
@@ -278,15 +278,15 @@ class PairwiseEnergy(UnnormalizedEnergy):
         log_f, count, chunk_size = self._enumeration(max_units)
         shape = torch.Size(sample_shape) + self.batch_shape
         if count:
-            table = values_of_states(log_f, self._codes, count, chunk_size, 2**max_units)
+            table = values_of_states(log_f, self._support_values, count, chunk_size, 2**max_units)
             if table[0].numel() == 1:  # one table for all rows of a plate
                 which = Categorical(logits=table.flatten()).sample(shape)
             else:
                 logits = table.movedim(0, -1).expand(self.batch_shape + (len(table),))
                 which = Categorical(logits=logits).sample(torch.Size(sample_shape))
-            enumerated = states(self._codes, count)[which]
+            enumerated = states(self._support_values, count)[which]
         else:
-            enumerated = self._codes.new_zeros(shape + (0,))
+            enumerated = self._support_values.new_zeros(shape + (0,))
         s = self._embedded(enumerated)
         weights = self.pairs.weights(self.couplings)
         for k in self.pairs.independent:
@@ -297,7 +297,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
 
     def _enumeration(self, max_units: int) -> tuple[Any, int, int]:
         count, batch = len(self.pairs.rest), self.unexpanded.batch_shape
-        check_enumerable(len(self._codes), count, 2**max_units)
+        check_enumerable(len(self._support_values), count, 2**max_units)
         chunk_size = max(NUMBERS_PER_CHUNK // (self._numbers * max(batch.numel(), 1)), 64)
 
         def log_f(enumerated: Tensor) -> Tensor:  # (chunk, count * b) -> (chunk, *batch)
@@ -306,7 +306,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
             total = self.pairs.pair_sum(self.couplings, s) + (self._bias * s).sum((-1, -2))
             weights = self.pairs.weights(self.couplings)
             for k in self.pairs.independent:
-                logits = self._block_field(weights[k], s, k) @ self._codes.mT
+                logits = self._block_field(weights[k], s, k) @ self._support_values.mT
                 total = total + logits.logsumexp(-1).sum(-1)
             return total
 
@@ -315,11 +315,11 @@ class PairwiseEnergy(UnnormalizedEnergy):
     @property
     def _numbers(self) -> int:
         """How many numbers the energy of one point holds at once, about."""
-        return (self.pairs.num_edges + self.num_sites) * self._codes.shape[1]
+        return (self.pairs.num_edges + self.num_sites) * self._support_values.shape[1]
 
     def _embedded(self, enumerated: Tensor) -> Tensor:
         """States ``(..., n, b)`` that have these at all sites but the independent ones, 0 there."""
-        rest, b = self.pairs.rest, self._codes.shape[1]
+        rest, b = self.pairs.rest, self._support_values.shape[1]
         s = enumerated.new_zeros(enumerated.shape[:-1] + (self.num_sites, b))
         return s.index_copy(-2, rest, enumerated.reshape(enumerated.shape[:-1] + (len(rest), b)))
 
@@ -364,7 +364,9 @@ class PairwiseEnergy(UnnormalizedEnergy):
         new._batch_shape = torch.broadcast_shapes(scale.shape, new.batch_shape)
         new._log_normalizer = new._learned_normalizer = None
         if not isinstance(beta, Tensor) and beta == 0:
-            new._log_normalizer = scale.new_tensor(self.num_sites * math.log(len(self._codes)))
+            new._log_normalizer = scale.new_tensor(
+                self.num_sites * math.log(len(self._support_values))
+            )
             new._normalized_parts = ()
         return new if new._batch_shape == batch else new.expand(batch)
 

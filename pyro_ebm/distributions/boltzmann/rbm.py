@@ -154,7 +154,7 @@ class RBM(BinaryLayers):
         torch.Size([64, 3])
     """
 
-    tempers = False  # of e^{-beta F} the layers are not independent given each other
+    supports_tempering = False  # of e^{-beta F} the layers are not independent given each other
 
     def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
         n, _ = check_weights(weights)
@@ -249,7 +249,7 @@ class JointRBM(BinaryLayers):
         True
     """
 
-    tempers = True
+    supports_tempering = True
 
     def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
         units = (sum(check_weights(weights)),)

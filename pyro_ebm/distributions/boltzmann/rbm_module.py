@@ -160,7 +160,7 @@ class RBMModule(nn.Module):
         self.hidden_offset += hidden
 
     @torch.no_grad()
-    def contrast(self, x: Tensor, negatives: Tensor) -> dict[str, Tensor]:
+    def cd_gradient(self, x: Tensor, negatives: Tensor) -> dict[str, Tensor]:
         r"""The gradient of contrastive divergence in closed form, without autograd.
 
         That of the contrast :math:`\overline{F(x)} - \overline{F(x')}` of mean free energies,
@@ -183,16 +183,18 @@ class RBMModule(nn.Module):
             >>> net = RBMModule(6, 4, centered=True)
             >>> x, negatives = torch.bernoulli(torch.full((2, 50, 6), 0.3))
             >>> (net().energy(x).mean() - net().energy(negatives).mean()).backward()
-            >>> torch.allclose(net.contrast(x, negatives)["weights"], net.weights.grad, atol=1e-6)
-            True
+            >>> torch.allclose(net.cd_gradient(x, negatives)["weights"], net.weights.grad,
+            atol=1e-6) True
         """
         machine = self()
         x, negatives = x.to(self.weights.dtype), negatives.to(self.weights.dtype)
         p, q = (machine.hidden_logits(units).sigmoid() for units in (x, negatives))
-        return self.contrast_of(x, p, negatives, q)
+        return self.cd_gradient_of(x, p, negatives, q)
 
-    def contrast_of(self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor) -> dict[str, Tensor]:
-        """:meth:`contrast` where the means of the hidden units are known, those of data first."""
+    def cd_gradient_of(
+        self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor
+    ) -> dict[str, Tensor]:
+        """:meth:`cd_gradient` where the means ``p``, ``q`` of the hidden units are known."""
         x, negatives = self._drive(x), self._drive(negatives)
         # with D f = <f>_negatives - <f>_data, and d = x, or x / s^2 for real units:
         #   D[(d - mu)(p - lambda)^T] = D[d p^T] - mu D[p]^T - D[d] lambda^T
@@ -308,9 +310,11 @@ class GaussianRBMModule(RBMModule):
         super().refresh(machine)
         machine.scale = self.log_scale.exp()
 
-    def contrast_of(self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor) -> dict[str, Tensor]:
+    def cd_gradient_of(
+        self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor
+    ) -> dict[str, Tensor]:
         """As for bits, and the log of the scale."""
-        grads = super().contrast_of(x, p, negatives, q)
+        grads = super().cd_gradient_of(x, p, negatives, q)
         # -dF / d log s = (x - b')^2 / s^2 - 2 sum_j W_j (x - mu) p_j / s^2, where b' = b - W lambda
         bias = self.visible_bias - self.weights @ self.hidden_offset
         square = (negatives - bias).square().mean(0) - (x - bias).square().mean(0)

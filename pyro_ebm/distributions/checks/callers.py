@@ -85,11 +85,11 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _codes(*functions: Any) -> frozenset[CodeType]:
+def _support_values(*functions: Any) -> frozenset[CodeType]:
     return frozenset(function.__code__ for function in functions)
 
 
-_SAMPLERS = _codes(
+_SAMPLERS = _support_values(
     Importance._traces,
     vectorized_importance_weights,
     WeighedPredictive.forward,

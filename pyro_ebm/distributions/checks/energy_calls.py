@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_ebm.ops.arguments import first_line
+
 NARROW = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16})
 """Dtypes of pixels and flags, in which the arithmetic of an energy overflows in silence."""
 

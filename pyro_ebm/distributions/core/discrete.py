@@ -1,6 +1,6 @@
 r"""Discrete supports: which values an element may take, and distributions that know their blocks.
 
-A discrete event is a set of *variables*, each of which takes one of :math:`K` *codewords* in
+A discrete event is a set of *variables*, each of which takes one of :math:`K` *support values* in
 :math:`\mathbb R^b`: a binary element one of ``[0], [1]``, a spin one of ``[-1], [1]``, a one-hot
 row one of the :math:`K` unit vectors. Samplers of discrete states see nothing else: a flat event
 of ``n * b`` numbers is ``n`` variables of ``b`` coordinates.
@@ -33,8 +33,8 @@ class _Spin(constraints.Constraint):
 spin = _Spin()
 
 
-def codewords(support: constraints.Constraint, event_shape: torch.Size) -> Tensor | None:
-    r"""The codewords of each variable of a discrete event, shape ``(K, b)``; None if continuous.
+def support_values_of(support: constraints.Constraint, event_shape: torch.Size) -> Tensor | None:
+    r"""The values of each variable of a discrete event, shape ``(K, b)``; None if continuous.
 
     Args:
         support: the support of a whole event.
@@ -47,12 +47,12 @@ def codewords(support: constraints.Constraint, event_shape: torch.Size) -> Tenso
         ValueError: for a discrete support without two finite bounds that all elements share.
 
     Example:
-        >>> codewords(constraints.boolean, torch.Size([3]))
+        >>> support_values_of(constraints.boolean, torch.Size([3]))
         tensor([[0.],
                 [1.]])
-        >>> codewords(constraints.one_hot, torch.Size([5, 3])).shape
+        >>> support_values_of(constraints.one_hot, torch.Size([5, 3])).shape
         torch.Size([3, 3])
-        >>> codewords(constraints.positive, torch.Size([])) is None
+        >>> support_values_of(constraints.positive, torch.Size([])) is None
         True
     """
     if not support.is_discrete:
@@ -91,7 +91,7 @@ class BlockGibbs(Protocol):
     of random numbers drawn beforehand, batched over everything in front of the event.
     """
 
-    tempers: bool
+    supports_tempering: bool
     r"""Whether a sweep can leave :math:`e^{-\beta E}` invariant at other :math:`\beta` than 1."""
 
     def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:

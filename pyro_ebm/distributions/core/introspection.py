@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 
 
 def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
@@ -37,11 +37,13 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         bijection = biject_to(support)
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
-    codes = codewords(support, shape)
-    assert codes is not None
-    codes = codes.to(like)
-    variables = shape[: len(shape) - (codes.shape[1] > 1)]
-    return codes[torch.randint(len(codes), variables, device=like.device)].reshape(shape)
+    support_values = support_values_of(support, shape)
+    assert support_values is not None
+    support_values = support_values.to(like)
+    variables = shape[: len(shape) - (support_values.shape[1] > 1)]
+    return support_values[
+        torch.randint(len(support_values), variables, device=like.device)
+    ].reshape(shape)
 
 
 def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:

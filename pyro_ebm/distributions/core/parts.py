@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_ebm.distributions.checks.arguments import lift_support
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import sources
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, _name_of
 from pyro_ebm.ops.arguments import shown
@@ -157,7 +157,7 @@ def is_finite(support: constraints.Constraint, event_shape: torch.Size) -> bool:
         False
     """
     try:
-        return codewords(support, event_shape) is not None
+        return support_values_of(support, event_shape) is not None
     except ValueError:
         return False
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_ebm.distributions.checks.arguments import checked_shape, lift_support
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.supports import same_support
 from pyro_ebm.distributions.exponential.formulas import FORMULAS, Formula
 from pyro_ebm.distributions.exponential.quadrature import (
@@ -282,7 +282,7 @@ class OwnFamily(Family):
         self.support = lift_support(support, self.event_shape)
         self._statistic, self._log_normalizer = statistic, log_normalizer
         self.log_base_measure = log_base_measure
-        if log_normalizer is None and self._codes() is None:
+        if log_normalizer is None and self._support_values() is None:
             check_dimensions(self.support, self.event_shape, torch.Size(), f"log Z of {self}")
 
     def statistic(self, x: Tensor) -> Tensor:
@@ -308,19 +308,19 @@ class OwnFamily(Family):
                     f" tensor of shape {tuple(theta.shape[:-1])}, got {tuple(log_z.shape)}"
                 )
             return log_z
-        codes = self._codes()
-        if codes is None:
+        support_values = self._support_values()
+        if support_values is None:
             return differentiable_log_integral(self._integrand, theta)[0]
         shape = (1,) * (theta.dim() - 1) + tuple(self.event_shape)
         return log_sum_over_states(
             lambda states: self.log_density(theta, states.reshape((-1, *shape))),
-            codes.to(theta),
-            self.event_shape.numel() // codes.shape[1],
+            support_values.to(theta),
+            self.event_shape.numel() // support_values.shape[1],
         )
 
     def complaint(self, theta: Tensor) -> str:
         """What quadrature says, or what log Z is."""
-        if self._log_normalizer is None and self._codes() is None:
+        if self._log_normalizer is None and self._support_values() is None:
             _, failure, grid = differentiable_log_integral(self._integrand, theta)
             return f"the density {failure_message(failure, grid)}"
         return super().complaint(theta)
@@ -329,8 +329,8 @@ class OwnFamily(Family):
         log_density = partial(self.log_density, theta)
         return Integrand(log_density, self.support, self.event_shape, theta.shape[:-1])
 
-    def _codes(self) -> Tensor | None:
-        return codewords(self.support, self.event_shape)
+    def _support_values(self) -> Tensor | None:
+        return support_values_of(self.support, self.event_shape)
 
     def __repr__(self) -> str:
         name = getattr(self._statistic, "__name__", type(self._statistic).__name__)

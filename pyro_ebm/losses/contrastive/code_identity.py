@@ -27,7 +27,7 @@ LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "pyro_ebm", "numpy", "zu
 SCALARS = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 )
-BESIDE = {"_unexpanded", "_modules", "kernel", "num_steps", "_validate_args"}
+IGNORED = {"_unexpanded", "_modules", "kernel", "num_steps", "_validate_args"}
 """Attributes of an energy that its density does not depend on."""
 
 
@@ -35,7 +35,7 @@ class _UnsureError(Exception):
     """There is no fingerprint."""
 
 
-class Fingerprint:
+class CodeIdentity:
     """What values are made of.
 
     Attributes:
@@ -50,11 +50,11 @@ class Fingerprint:
         >>> def made(w, power):
         ...     return lambda x: w * x**power
         >>> w = torch.ones(())
-        >>> Fingerprint(made(w, 2)).key == Fingerprint(made(w, 2)).key
+        >>> CodeIdentity(made(w, 2)).key == CodeIdentity(made(w, 2)).key
         True
-        >>> Fingerprint(made(w, 2)).key == Fingerprint(made(w, 4)).key
+        >>> CodeIdentity(made(w, 2)).key == CodeIdentity(made(w, 4)).key
         False
-        >>> Fingerprint(made(w, 2)).key == Fingerprint(made(w.clone(), 2)).key
+        >>> CodeIdentity(made(w, 2)).key == CodeIdentity(made(w.clone(), 2)).key
         False
     """
 
@@ -133,7 +133,7 @@ class Fingerprint:
         elif isinstance(value, Distribution | Constraint | Transform):
             # made anew, and not changed once made
             self._class(kind)
-            self._attributes({k: v for k, v in vars(value).items() if k not in BESIDE})
+            self._attributes({k: v for k, v in vars(value).items() if k not in IGNORED})
         elif hasattr(value, "__dict__"):
             self._same(value)
             self._class(kind)

@@ -280,7 +280,7 @@ class ContrastiveDivergence(EnergyLoss):
         """Chains, step sizes and what was monitored, to go on exactly where training stopped."""
         return {
             "steps_seen": dict(self._steps_seen),
-            "monitored": {name: dict(told) for name, told in self._monitored.items()},
+            "monitored": {name: dict(reported) for name, reported in self._monitored.items()},
             "chains": {name: chain.clone() for name, chain in self.chains.items()},
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
         }
@@ -290,7 +290,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.chains = {name: chain.clone() for name, chain in state["chains"].items()}
         self.step_sizes = {name: step.clone() for name, step in state["step_sizes"].items()}
         self._steps_seen = dict(state["steps_seen"])
-        self._monitored = {name: dict(told) for name, told in state["monitored"].items()}
+        self._monitored = {name: dict(reported) for name, reported in state["monitored"].items()}
 
 
 def _differs_by_row(site: EnergySite) -> bool:

@@ -76,8 +76,8 @@ def fit_rbm(
         >>> from pyro_ebm.distributions import RBM
         >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
         >>> net = RBM.module(4, 3, data)
-        >>> told = fit_rbm(net, data, num_epochs=5, disable_progbar=True)
-        >>> sorted(told[-1])
+        >>> history = fit_rbm(net, data, num_epochs=5, disable_progbar=True)
+        >>> sorted(history[-1])
         ['acceptance_rate', 'energy_data', 'energy_negatives', 'step_size']
     """
     for name, value in {"num_epochs": num_epochs, "batch_size": batch_size}.items():
@@ -106,7 +106,7 @@ def fit_rbm(
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=data.device.type in FUSED)
     decay = FINAL_RATE ** (1 / (num_epochs * in_epoch))
     step = ClosedFormStep.of(net, loss) or _TracedStep(net, loss)
-    told = []
+    history = []
     with tqdm(range(num_epochs), disable=disable_progbar, desc=f"fit {net()!r}") as bar:
         for epoch in bar:
             shuffled = data[torch.randperm(len(data))]
@@ -116,11 +116,11 @@ def fit_rbm(
                 optimizer.step()
                 for group in optimizer.param_groups:
                     group["lr"] *= decay
-            told.append(loss.diagnostics)
+            history.append(loss.diagnostics)
             if callback is not None:
-                callback(epoch, told[-1])
+                callback(epoch, history[-1])
     optimizer.zero_grad()  # SVI adds to the gradients that it finds
-    return told
+    return history
 
 
 def fit_layers(
@@ -155,22 +155,22 @@ def fit_layers(
         >>> from pyro_ebm.distributions import RBM, DeepBeliefNetwork
         >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
         >>> network = DeepBeliefNetwork([RBM.module(4, 3, data), RBM.module(3, 2)])
-        >>> told = fit_layers(network, data, num_epochs=2, disable_progbar=True)
-        >>> [len(epochs) for epochs in told]
+        >>> history = fit_layers(network, data, num_epochs=2, disable_progbar=True)
+        >>> [len(epochs) for epochs in history]
         [2, 2]
     """
     if "loss" in kwargs:
         raise ValueError(
             "a loss holds the chains of one machine: call fit_rbm for each with its own"
         )
-    told, inner = [], None
+    history, inner = [], None
     for index, net in enumerate(network.machines):
         assert isinstance(net, RBMModule)
         below = network.transform if means else network.propagate
         if callback is not None:
             inner = functools.partial(callback, index)
-        told.append(fit_rbm(net, below(data, index), callback=inner, **kwargs))
-    return told
+        history.append(fit_rbm(net, below(data, index), callback=inner, **kwargs))
+    return history
 
 
 class _TracedStep:

@@ -4,7 +4,7 @@ Capturing a transition takes as long as a few hundred of them, and compiling it 
 serves a whole training run, since it reads the parameters where the optimiser changes them. But a
 model makes its energy anew at each step, and a graph of another energy would be silently wrong:
 the graph is used again only where a
-:class:`~pyro_ebm.losses.contrastive.code_identity.Fingerprint` says that the energy computes the
+:class:`~pyro_ebm.losses.contrastive.code_identity.CodeIdentity` says that the energy computes the
 same, and captured only when an energy has come a second time.
 
 Graphs are no state: a training that was loaded meets its energies anew. A captured graph computes
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.losses.contrastive.code_identity import Fingerprint
+from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
@@ -68,8 +68,8 @@ class NegativeKernels:
             name: the site's.
         """
         if not runs_as_graph(template):
-            return _bound(template.copy(), EnergyPotential(energy, like=start, groups=1))
-        fingerprint = Fingerprint(template, energy)
+            return _bound(template.copy(), EnergyPotential(energy, like=start, targets=1))
+        fingerprint = CodeIdentity(template, energy)
         key = (fingerprint.key, start.dtype, start.device)
         kept = None if fingerprint.key is None else self._seen.get(key)
         if isinstance(kept, _Kept):
@@ -77,16 +77,16 @@ class NegativeKernels:
             kept.potential.use_graph(kept.kernel)
             return kept.kernel, kept.potential
         if kept is None:
-            self._meet(key, fingerprint, name)
-            return _bound(_eager(template), EnergyPotential(energy, like=start, groups=1))
-        potential = KeptPotential(energy, like=start, groups=1)
+            self._register(key, fingerprint, name)
+            return _bound(_eager(template), EnergyPotential(energy, like=start, targets=1))
+        potential = KeptPotential(energy, like=start, targets=1)
         kernel, _ = _bound(template.copy(), potential)
         fresh = copy.deepcopy(kernel.state_dict())
         self._seen[key] = _Kept(kernel, potential, fresh, fingerprint.held)
         self._strangers = 0
         return kernel, potential
 
-    def _meet(self, key: Hashable, fingerprint: Fingerprint, name: str) -> None:
+    def _register(self, key: Hashable, fingerprint: CodeIdentity, name: str) -> None:
         """Remembers an energy that comes for the first time."""
         if fingerprint.key is not None:
             while len(self._seen) >= MAX_KEPT:

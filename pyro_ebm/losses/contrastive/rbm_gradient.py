@@ -4,7 +4,7 @@ What :class:`~pyro_ebm.ContrastiveDivergence` does at a site that is an
 :class:`~pyro_ebm.distributions.RBM` is known in advance: the negatives come from block Gibbs
 sweeps, and the gradient of the contrast :math:`\overline{F(x)} - \overline{F(x')}` is a difference
 of mean products of units
-(:meth:`~pyro_ebm.distributions.boltzmann.rbm_module.RBMModule.contrast`). A step then is a few
+(:meth:`~pyro_ebm.distributions.boltzmann.rbm_module.RBMModule.cd_gradient`). A step then is a few
 products of small matrices. It makes the same draws as the loss in a model does, leaves its chains
 in the loss, and its gradients agree to rounding.
 """
@@ -72,7 +72,7 @@ class ClosedFormStep:
             loss.chains[SITE] = negatives
         negatives = negatives.to(units.dtype)
         q = machine.hidden_logits(negatives).sigmoid()
-        grads = net.contrast_of(units, p, negatives, q)
+        grads = net.cd_gradient_of(units, p, negatives, q)
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 parameter.grad = grads[name]
@@ -82,13 +82,13 @@ class ClosedFormStep:
 
     def _tell(self, x: Tensor, negatives: Tensor) -> None:
         machine = self.net()  # which looks at its parameters
-        data, dreams = (machine.energy(units).mean() for units in (x, negatives))
-        warn_if_nan(data - dreams, "loss")
+        data, negatives_energy = (machine.energy(units).mean() for units in (x, negatives))
+        warn_if_nan(data - negatives_energy, "loss")
         kernel = self.loss.kernel or GibbsKernel()
         self.loss._records = {
             SITE: {
                 "energy_data": data,
-                "energy_negatives": dreams,
+                "energy_negatives": negatives_energy,
                 "acceptance_rate": x.new_ones(()),
                 "step_size": x.new_tensor(kernel.step_size),
             }

@@ -158,14 +158,14 @@ def load_training(
     if held != given:
         raise CheckpointError(f"{name} holds {_listed(held)}, and given are {_listed(given)}")
     states = [piece["state"] for piece in payload["pieces"]]
-    told = [
+    misfits = [
         f"{title}: {difference}"
         for (title, piece), state in zip(pieces, states)
         for difference in differences(piece, state)
     ]
-    told += _differences_of_store(payload, _parameters_in(pieces))
-    if told:
-        raise CheckpointError(f"{name} does not fit: {'; '.join(told)}")
+    misfits += _differences_of_store(payload, _parameters_in(pieces))
+    if misfits:
+        raise CheckpointError(f"{name} does not fit: {'; '.join(misfits)}")
     with ExitStack() as undo:
         undo.callback(files.set_random_state, files.random_state())
         undo.callback(_set_store, {name: _stored()[name].clone() for name in payload["store"]})
@@ -345,9 +345,9 @@ def _read(path: str | os.PathLike[str], missing_ok: bool) -> dict[str, Any] | No
     if not behind:
         payload, mark = _try(files.previous(mine))
     if target[0] == ABSENT or {m.save for m in _of_all_ranks(mark)} != {target}:
-        told = ", ".join(f"rank {r} has {m}" for r, m in enumerate(marks))
+        saves = ", ".join(f"rank {r} has {m}" for r, m in enumerate(marks))
         raise CheckpointError(
-            f"the files of the ranks for {os.fspath(path)} are of different saves ({told}), and no"
+            f"the files of the ranks for {os.fspath(path)} are of different saves ({saves}), and no"
             " save is kept by all of them: bring back files of one save, or remove them all to"
             " start anew"
         )

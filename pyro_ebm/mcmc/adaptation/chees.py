@@ -46,13 +46,13 @@ class Learned(NamedTuple):
     """What warmup knows of the trajectory length."""
 
     length: Tensor
-    """:math:`T`, shape ``(groups,)``."""
+    """:math:`T`, shape ``(targets,)``."""
     log_mean: Tensor
-    """A running average of its logarithm, shape ``(groups,)``."""
+    """A running average of its logarithm, shape ``(targets,)``."""
     recent: Tensor
-    """How steep the last climbs were, shape ``(MEMORY, groups)``, those to come first and 0."""
+    """How steep the last climbs were, shape ``(MEMORY, targets)``, those to come first and 0."""
     center: Tensor
-    """The mean position, shape ``(groups, dim)``."""
+    """The mean position, shape ``(targets, dim)``."""
     since: int
     """The number of updates since the last start."""
     t: int
@@ -64,9 +64,9 @@ RATE = 0.25  # of the first update; the t-th one's is this over the root of t
 MEMORY = 30  # updates
 
 
-def by_group(x: Tensor, groups: int) -> Tensor:
-    """Rows of chains, shape ``(chains per group, groups, ...)``."""
-    return x.unflatten(0, (-1, groups))
+def by_target(x: Tensor, targets: int) -> Tensor:
+    """Rows of chains, shape ``(chains per group, targets, ...)``."""
+    return x.unflatten(0, (-1, targets))
 
 
 def around(known: Learned, mean: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def around(known: Learned, mean: Tensor) -> Tensor:
 
     Args:
         known: what was known before.
-        mean: of the positions now, shape ``(groups, dim)``.
+        mean: of the positions now, shape ``(targets, dim)``.
     """
     t = known.t + 1
     return torch.lerp(known.center, mean, 1 / (t - t // 2))
@@ -87,26 +87,26 @@ def slopes(
     momentum: Tensor,
     time: Tensor,
     weight: Tensor,
-    factor: Tensor | None,
+    inverse_mass_sqrt: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     r"""How steep :math:`\log C(T) / T^{1/4}` is at the trajectories, and what they weigh.
 
     Args:
-        center: the mean position, shape ``(groups, dim)``.
+        center: the mean position, shape ``(targets, dim)``.
         start: where they started.
         end: where they ended, accepted or not.
         momentum: the momenta at their ends, shape ``(chains, dim)``.
         time: how long they took, shape ``(chains,)``.
         weight: the probabilities with which they were accepted, shape ``(chains,)``.
-        factor: the factor of the inverse mass matrix.
+        inverse_mass_sqrt: the factor of the inverse mass matrix.
 
     Returns:
-        The weighted sum of the slopes and the sum of the weights, both of shape ``(groups,)``.
+        The weighted sum of the slopes and the sum of the weights, both of shape ``(targets,)``.
     """
-    groups = center.shape[0]
-    z = torch.stack([start.z, end.z]).unflatten(1, (-1, groups)) - center
-    w = z if factor is None else _whiten(factor, z)
-    momentum, time, weight = (by_group(x, groups) for x in (momentum, time, weight))
+    targets = center.shape[0]
+    z = torch.stack([start.z, end.z]).unflatten(1, (-1, targets)) - center
+    w = z if inverse_mass_sqrt is None else _whiten(inverse_mass_sqrt, z)
+    momentum, time, weight = (by_target(x, targets) for x in (momentum, time, weight))
     #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
     before, after = w.square().sum(-1)
     jump = after - before
@@ -122,10 +122,10 @@ def ascend(known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: 
 
     Args:
         known: what was known before.
-        center: the mean position now, shape ``(groups, dim)``.
-        slope: the weighted sum of the slopes, shape ``(groups,)``.
-        weight: the sum of the weights, shape ``(groups,)``.
-        most: the longest :math:`T` that can be, shape ``(groups,)``.
+        center: the mean position now, shape ``(targets, dim)``.
+        slope: the weighted sum of the slopes, shape ``(targets,)``.
+        weight: the sum of the weights, shape ``(targets,)``.
+        most: the longest :math:`T` that can be, shape ``(targets,)``.
     """
     length, t = known.length, known.t + 1
     slope = slope / weight.clamp_min(1e-10)
@@ -149,7 +149,7 @@ class TrajectoryAdaptation:
     r"""The longest time :math:`T` of a trajectory, climbing :math:`C(T) / T^{1/4}` on a log scale.
 
     Args:
-        length: the first :math:`T`, shape ``(groups,)``.
+        length: the first :math:`T`, shape ``(targets,)``.
         dim: the dimension of a position.
 
     Attributes:
@@ -159,11 +159,11 @@ class TrajectoryAdaptation:
     def __init__(self, length: Tensor, dim: int):
         recent, center = length.new_zeros(MEMORY, len(length)), length.new_zeros(len(length), dim)
         self.known = Learned(length, length.log(), recent, center, since=0, t=0)
-        self.population = current()
+        self.ranks = current()
 
     @property
     def length(self) -> Tensor:
-        """:math:`T`, shape ``(groups,)``."""
+        """:math:`T`, shape ``(targets,)``."""
         return self.known.length
 
     def start(self, length: Tensor) -> None:
@@ -182,7 +182,7 @@ class TrajectoryAdaptation:
         momentum: Tensor,
         time: Tensor,
         weight: Tensor,
-        factor: Tensor | None,
+        inverse_mass_sqrt: Tensor | None,
         most: Tensor,
     ) -> None:
         """Learns from the trajectories of one transition: arguments as for :func:`slopes`.
@@ -193,14 +193,14 @@ class TrajectoryAdaptation:
             momentum: see there.
             time: see there.
             weight: see there.
-            factor: see there.
+            inverse_mass_sqrt: see there.
             most: as for :func:`ascend`.
         """
-        known, over = self.known, self.population
-        center = around(known, over.mean(by_group(start.z, len(known.length))))
-        slope, total = slopes(center, start, end, momentum, time, weight, factor)
-        if over.size > 1:
-            slope, total = over.total(torch.stack([slope, total]))
+        known, ranks = self.known, self.ranks
+        center = around(known, ranks.mean(by_target(start.z, len(known.length))))
+        slope, total = slopes(center, start, end, momentum, time, weight, inverse_mass_sqrt)
+        if ranks.size > 1:
+            slope, total = ranks.total(torch.stack([slope, total]))
         self.known = ascend(known, center, slope, total, most)
 
     def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
@@ -234,10 +234,10 @@ class TrajectoryAdaptation:
         self.known = Learned(**{name: to_device(x, device) for name, x in state.items()})
 
 
-def _whiten(factor: Tensor, z: Tensor) -> Tensor:
-    r"""The product :math:`L^{-1} z`, of ``z`` of shape ``(..., groups, dim)``."""
-    if factor.dim() == 2:
-        return z / factor
+def _whiten(inverse_mass_sqrt: Tensor, z: Tensor) -> Tensor:
+    r"""The product :math:`L^{-1} z`, of ``z`` of shape ``(..., targets, dim)``."""
+    if inverse_mass_sqrt.dim() == 2:
+        return z / inverse_mass_sqrt
     columns = z.flatten(end_dim=-3).permute(1, 2, 0)
-    solved = torch.linalg.solve_triangular(factor, columns, upper=False)
+    solved = torch.linalg.solve_triangular(inverse_mass_sqrt, columns, upper=False)
     return solved.permute(2, 0, 1).reshape(z.shape)

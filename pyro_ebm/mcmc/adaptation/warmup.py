@@ -27,7 +27,7 @@ import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-from pyro_ebm.mcmc.ranks import Population, current
+from pyro_ebm.mcmc.ranks import ProcessGroup, current
 
 START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
 POOLED_AT_ONCE = 2**16  # numbers
@@ -76,29 +76,29 @@ class PooledCovariance:
     r"""Welford's running mean and (co)variance, fed by all chains of each group at once.
 
     Args:
-        groups: number of groups.
+        targets: number of groups.
         dense: whether to keep the whole matrix or its diagonal.
 
     Reference:
         Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance.
 
     Example:
-        >>> stats = PooledCovariance(groups=1, dense=False)
+        >>> stats = PooledCovariance(targets=1, dense=False)
         >>> stats.update(torch.tensor([[0.0], [2.0]]))
         >>> stats.update(torch.tensor([[4.0], [6.0]]))
         >>> stats.covariance()  # of 0, 2, 4, 6
         tensor([[6.6667]])
     """
 
-    def __init__(self, groups: int, dense: bool):
-        self.groups, self.dense = groups, dense
+    def __init__(self, targets: int, dense: bool):
+        self.targets, self.dense = targets, dense
         self.count = 0
         self.mean: Tensor | None = None
         self.moment: Tensor | None = None
 
     def update(self, z: Tensor) -> None:
         """Adds positions, shape ``(chains, dim)``."""
-        z = z.reshape(-1, self.groups, z.shape[-1])
+        z = z.reshape(-1, self.targets, z.shape[-1])
         count, mean = z.shape[0], z.mean(0)
         moment = self._outer(z - mean)
         if self.mean is None or self.moment is None:
@@ -113,23 +113,23 @@ class PooledCovariance:
         self.count = total
 
     def covariance(self) -> Tensor:
-        """The variances ``(groups, dim)``, or covariances ``(groups, dim, dim)`` if dense."""
+        """The variances ``(targets, dim)``, or covariances ``(targets, dim, dim)`` if dense."""
         if self.moment is None or self.count < 2:
             raise RuntimeError("a covariance needs at least two positions")
         return self.moment / (self.count - 1)
 
-    def over(self, population: Population) -> "PooledCovariance":
+    def over_ranks(self, ranks: ProcessGroup) -> "PooledCovariance":
         """What those of all ranks were fed together; a collective call."""
-        if population.size == 1 or self.mean is None or self.moment is None:
+        if ranks.size == 1 or self.mean is None or self.moment is None:
             return self
         # M2 = sum_r  M2_r + n_r (mean_r - mean)^2
-        pooled = PooledCovariance(self.groups, self.dense)
+        pooled = PooledCovariance(self.targets, self.dense)
         count = self.mean.new_tensor([self.count])
-        total = population.total(torch.cat([count, (self.count * self.mean).flatten()]))
+        total = ranks.total(torch.cat([count, (self.count * self.mean).flatten()]))
         pooled.count = int(total[0])
         pooled.mean = (total[1:] / total[0]).reshape(self.mean.shape)
         between = self._outer((self.mean - pooled.mean)[None]) * self.count
-        pooled.moment = population.total(self.moment + between)
+        pooled.moment = ranks.total(self.moment + between)
         return pooled
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Adaptation:
     its factor :math:`L`.
 
     Args:
-        groups: number of groups of chains.
+        targets: number of groups of chains.
         dim: dimension of a position.
         warmup_steps: length of the warmup.
         step_size: the first step size.
@@ -205,12 +205,13 @@ class Adaptation:
         max_step_size: no step size is larger, if given.
 
     Attributes:
-        factor: :math:`L`, shape ``(groups, dim)`` or ``(groups, dim, dim)``; None is the identity.
+        inverse_mass_sqrt: :math:`L`, shape ``(targets, dim)`` or ``(targets, dim, dim)``; None is
+            the identity.
     """
 
     def __init__(
         self,
-        groups: int,
+        targets: int,
         dim: int,
         warmup_steps: int,
         step_size: float,
@@ -222,26 +223,26 @@ class Adaptation:
         max_step_size: float | None = None,
     ):
         self.max_step_size = max_step_size
-        self.groups, self.warmup_steps = groups, warmup_steps
+        self.targets, self.warmup_steps = targets, warmup_steps
         self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
         self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
-        self.step_size = torch.full((groups,), step_size, dtype=like.dtype, device=like.device)
+        self.step_size = torch.full((targets,), step_size, dtype=like.dtype, device=like.device)
         self.t = 0
         self._windows = slow_windows(warmup_steps) if adapt_mass_matrix else []
-        self.factor: Tensor | None = None
+        self.inverse_mass_sqrt: Tensor | None = None
         if self._windows:
-            ones = torch.ones(groups, dim, dtype=like.dtype, device=like.device)
-            self.factor = torch.diag_embed(ones) if full_mass else ones
-        self.population = current()
+            ones = torch.ones(targets, dim, dtype=like.dtype, device=like.device)
+            self.inverse_mass_sqrt = torch.diag_embed(ones) if full_mass else ones
+        self.ranks = current()
         self._typical = torch.empty(0), torch.empty(0)  # of which step sizes, and the median
         self._own = False  # whether each chain has a step size of its own
-        self._pool = PooledCovariance(groups, full_mass)
+        self._pool = PooledCovariance(targets, full_mass)
         self._waiting: list[Tensor] = []  # positions to be pooled
         self.restart(self.step_size)
 
     @property
     def step_size(self) -> Tensor:
-        """Shape ``(groups,)``; from :meth:`start` to the fast end of the warmup ``(chains,)``.
+        """Shape ``(targets,)``; from :meth:`start` to the fast end of the warmup ``(chains,)``.
 
         It changes by another tensor in its place: what is computed of one is kept, so never write
         into it.
@@ -267,18 +268,18 @@ class Adaptation:
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""
         sharing = accept_prob.reshape(-1, self.step_size.shape[0])
-        return sharing.mean(0) if self._own else self.population.mean(sharing)
+        return sharing.mean(0) if self._own else self.ranks.mean(sharing)
 
     def typical_step_size(self) -> Tensor:
-        """The median of each group's step sizes, shape ``(groups,)``."""
+        """The median of each group's step sizes, shape ``(targets,)``."""
         if self._typical[0] is not self.step_size:
             self._typical = self.step_size, self._median(self.step_size)
         return self._typical[1]
 
     def _median(self, step_size: Tensor) -> Tensor:
         if self._own:
-            step_size = self.population.rows(step_size)
-        return step_size.reshape(-1, self.groups).median(0).values
+            step_size = self.ranks.rows(step_size)
+        return step_size.reshape(-1, self.targets).median(0).values
 
     def restart(self, step_size: Tensor) -> None:
         """Starts the search for the step size again, from here."""
@@ -325,7 +326,7 @@ class Adaptation:
             "t": self.t,
             "step_size": self.step_size,
             "own": self._own,
-            "factor": self.factor,
+            "inverse_mass_sqrt": self.inverse_mass_sqrt,
             "windows": list(self._windows),
             "covariance": self._pool.state_dict(),
             "waiting": list(self._waiting),  # to be pooled together, as they would have been
@@ -338,7 +339,7 @@ class Adaptation:
         self.t, self._windows = state["t"], list(state["windows"])
         self._own = state["own"]
         self.step_size = to_device(state["step_size"], device)
-        self.factor = to_device(state["factor"], device)
+        self.inverse_mass_sqrt = to_device(state["inverse_mass_sqrt"], device)
         self._pool.load_state_dict(state["covariance"], device)
         waiting = state.get("waiting", ())  # in older files everything is pooled
         self._waiting = [to_device(z, device) for z in waiting]
@@ -352,27 +353,27 @@ class Adaptation:
 
     def _renew_factor(self) -> None:
         self._pool_positions()
-        pool = self._pool.over(self.population)
+        pool = self._pool.over_ranks(self.ranks)
         if pool.count < 2:
             return
         # Shrunk, as in Stan, with the weight of five draws towards 1/1000 of what was believed
         # before. A dense matrix is also shrunk towards its diagonal: else a direction in which the
         # few draws of a first window hardly moved is taken for narrow, and never moved in again.
         n, new = pool.count, pool.covariance()
-        belief = 1e-3 * _not_none(self.factor).square()
+        belief = 1e-3 * _not_none(self.inverse_mass_sqrt).square()
         if self.full_mass:  # the diagonal of L L^T is the row sum of squares
             belief = torch.diag_embed(belief.sum(-1) + new.diagonal(dim1=-2, dim2=-1))
         new = (n * new + 5 * belief) / (n + 5)
-        self.factor = _cholesky(new) if self.full_mass else new.sqrt()
-        self._pool = PooledCovariance(self.groups, self.full_mass)
+        self.inverse_mass_sqrt = _cholesky(new) if self.full_mass else new.sqrt()
+        self._pool = PooledCovariance(self.targets, self.full_mass)
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
     """The Cholesky factors of a batch; the diagonal's root where rounding made one indefinite."""
-    factor, info = torch.linalg.cholesky_ex(covariance)
+    inverse_mass_sqrt, info = torch.linalg.cholesky_ex(covariance)
     diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1).sqrt())
     # laid out by rows, as the first one: a compiled graph is for one layout
-    return torch.where((info == 0)[:, None, None], factor, diagonal).contiguous()
+    return torch.where((info == 0)[:, None, None], inverse_mass_sqrt, diagonal).contiguous()
 
 
 _AVERAGING = ("prox_center", "_x_avg", "_g_avg", "_x_t", "_t")  # of Pyro's DualAveraging

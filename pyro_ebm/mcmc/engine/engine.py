@@ -38,7 +38,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.engine.graph import Graph, SolvesTogether, describe, tensors_of
+from pyro_ebm.mcmc.engine.graph import FxGraph, SolvesTogether, describe, tensors_of
 from pyro_ebm.ops.arguments import first_line
 
 JitCompile = bool | Literal["capture", "auto"]
@@ -87,7 +87,7 @@ class Engine:
         self.function, self.state = function, state
         self.jit_compile: JitCompile = jit_compile
         self.ignore_jit_warnings = ignore_jit_warnings
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, FxGraph] = {}
         self._singular = 0
         self._told: list[str] = []
 
@@ -122,13 +122,13 @@ class Engine:
             found = self(*found[: len(carried)], *fixed)
         return found
 
-    def _run(self, graph: "Graph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
+    def _run(self, graph: "FxGraph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
         if graph is not None:
             with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
                 return graph(tensors)
         return self.function(*inputs)
 
-    def _find(self, inputs: tuple[Any, ...]) -> "tuple[Graph | None, list[Tensor]]":
+    def _find(self, inputs: tuple[Any, ...]) -> "tuple[FxGraph | None, list[Tensor]]":
         """The graph for such inputs, if they can have one, and the tensors in them."""
         if not self.jit_compile:
             return None, []
@@ -144,13 +144,13 @@ class Engine:
             graph = None
         return graph, tensors
 
-    def _add_graph(self, key: Hashable, inputs: Any, tensors: list[Tensor]) -> "Graph | None":
+    def _add_graph(self, key: Hashable, inputs: Any, tensors: list[Tensor]) -> "FxGraph | None":
         self.function(*inputs)  # an error of the model itself is raised as it is
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         try:
             with self._silenced():
-                graph = Graph(self.function, inputs, tensors)
+                graph = FxGraph(self.function, inputs, tensors)
         except torch.linalg.LinAlgError:  # a bad moment: the next call may be a better one
             self._singular += 1
             if self._singular >= MAX_SINGULAR:
@@ -164,7 +164,7 @@ class Engine:
         self._graphs[key] = graph
         return graph
 
-    def _compile(self, graph: "Graph", tensors: list[Tensor]) -> None:
+    def _compile(self, graph: "FxGraph", tensors: list[Tensor]) -> None:
         """Compiles a graph if it can be, and else leaves it as it is."""
         why = None
         if not any(x.is_cuda for x in tensors) and not any(map(shutil.which, _COMPILERS)):
@@ -181,7 +181,7 @@ class Engine:
             self.jit_compile = "capture"
             self._tell(f"the model is captured as a graph, not compiled: {why}")
 
-    def _agrees(self, graph: "Graph", inputs: Any, tensors: list[Tensor]) -> bool:
+    def _agrees(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool:
         """Compares the graph with the function at other inputs than it was captured at."""
         try:
             found = graph.captured_value(tensors)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_ebm.ops.compiled import as_written
 
 
-class Graph:
+class FxGraph:
     """The operations that a function makes with tensors of some shapes.
 
     Args:

@@ -63,7 +63,7 @@ class ExactSampler(Protocol):
         ...
 
 
-class Draw(NamedTuple):
+class AuxiliaryDraw(NamedTuple):
     """The auxiliary of a site, with what its inner chain learns from."""
 
     y: Tensor
@@ -106,7 +106,7 @@ class Auxiliary:
         zero: Tensor,
         num_steps: int | None = None,
         position: Tensor | None = None,
-    ) -> Draw:
+    ) -> AuxiliaryDraw:
         """A draw.
 
         Args:
@@ -119,7 +119,7 @@ class Auxiliary:
         rows = x.shape[: x.dim() - energy.event_dim - len(energy.batch_shape)]
         units = {"max_units": MAX_EXACT_UNITS} if self.takes_units else {}
         y = _exact(energy)(rows, **units).to(x.dtype)
-        return Draw(y, x.new_empty(0, 0), x.new_empty(0))
+        return AuxiliaryDraw(y, x.new_empty(0, 0), x.new_empty(0))
 
     def __repr__(self) -> str:
         return "exact draws"
@@ -142,12 +142,12 @@ class Sweeps(Auxiliary):
         zero: Tensor,
         num_steps: int | None = None,
         position: Tensor | None = None,
-    ) -> Draw:
+    ) -> AuxiliaryDraw:
         """As for every :class:`Auxiliary`."""
         assert isinstance(energy, BlockGibbs)
         for _ in range(self.num_steps):
             x = energy.gibbs_sweep(x, energy.gibbs_noise(x), None)
-        return Draw(x, x.new_empty(0, 0), x.new_empty(0))
+        return AuxiliaryDraw(x, x.new_empty(0, 0), x.new_empty(0))
 
     def __repr__(self) -> str:
         return f"{self.num_steps} Gibbs sweeps"
@@ -195,13 +195,13 @@ class InnerChain(Auxiliary):
         zero: Tensor,
         num_steps: int | None = None,
         position: Tensor | None = None,
-    ) -> Draw:
+    ) -> AuxiliaryDraw:
         """As for every :class:`Auxiliary`."""
         potential, kernel = _RowsPotential(energy, x), self.kernel.copy()
         kernel.bind(potential, warmup_steps=0)
         if self.adaptation is not None:
             kernel.adaptation.step_size = self.adaptation.step_size.clone()
-            kernel.adaptation.factor = self.adaptation.factor
+            kernel.adaptation.inverse_mass_sqrt = self.adaptation.inverse_mass_sqrt
         step_size = kernel.adaptation.step_size
         cuts = kernel.adapt_step_size and not isinstance(kernel, BarkerKernel | MHKernel)
         z = potential.to_position(x) if position is None else position
@@ -215,14 +215,14 @@ class InnerChain(Auxiliary):
             state, info = kernel.step(state)
             accept = accept + info.accept_prob / num_steps
         y = potential.to_points(state.z).reshape(x.shape)
-        return Draw(y, state.z, accept)
+        return AuxiliaryDraw(y, state.z, accept)
 
     @property
     def is_adapting(self) -> bool:
         """Whether it may still learn."""
         return self.adaptation is not None and self.adaptation.active
 
-    def learn(self, draw: Draw) -> bool:
+    def learn(self, draw: AuxiliaryDraw) -> bool:
         """Learns from a draw of all chains; tells whether the step size must be found again."""
         assert self.adaptation is not None
         self.position = draw.position
@@ -245,11 +245,11 @@ class InnerChain(Auxiliary):
         self.acceptance_rate, self._too_short = state["acceptance_rate"], state["too_short"]
         self.position = to_device(state["position"], self.adaptation.step_size.device)
 
-    def search(self, draw: Draw) -> bool:
+    def search(self, draw: AuxiliaryDraw) -> bool:
         """Doubles or halves the step size after a draw of one step; tells whether to go on."""
         adaptation = self.adaptation
         assert adaptation is not None
-        rate = adaptation.population.mean(draw.accept_prob.flatten())
+        rate = adaptation.ranks.mean(draw.accept_prob.flatten())
         too_short = float(rate) > adaptation.target_accept_prob
         if not adaptation.adapt_step_size or self._too_short not in (None, too_short):
             self._too_short = None
@@ -267,7 +267,7 @@ class _RowsPotential(EnergyPotential):
     """The rows of an energy as chains that share what they adapt, differentiable under ``vmap``."""
 
     def __init__(self, energy: UnnormalizedEnergy, x: Tensor):
-        super().__init__(energy, like=x, groups=1)
+        super().__init__(energy, like=x, targets=1)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(rows,)`` and its gradient ``(rows, dim)``."""
@@ -336,7 +336,7 @@ def check_inner_kernel(name: str, kernel: Any) -> None:
     plain = f"{name} must be one plain kernel, {such}, got {shown(kernel)}"
     if not isinstance(kernel, Kernel):
         raise ValueError(f"{plain}, which is no kernel of pyro_ebm")
-    if isinstance(kernel, CompositeKernel | TemperingKernel) or kernel.cancels_normalizers:
+    if isinstance(kernel, CompositeKernel | TemperingKernel) or kernel.samples_intractable:
         raise ValueError(plain)
     refuse_temperature(kernel, f"{name} is to draw from the energy itself")
 
@@ -356,7 +356,9 @@ def _exact(energy: Any) -> Callable[..., Tensor]:
     return energy.exact_sample
 
 
-def draw_inside(fn: Any, x: Tensor, draw: Callable[[UnnormalizedEnergy, Tensor], Draw]) -> Draw:
+def draw_inside(
+    fn: Any, x: Tensor, draw: Callable[[UnnormalizedEnergy, Tensor], AuxiliaryDraw]
+) -> AuxiliaryDraw:
     """Draws from the energy inside a distribution: wrapped, or seen through bijections.
 
     Args:

@@ -109,7 +109,7 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         raise ValueError(f"factor must be an integer of at least 2, got {shown(factor)}")
     before = mcmc.get_samples(group_by_chain=True)
     kernel: Any = mcmc.kernel
-    if not getattr(kernel, "cancels_normalizers", False):
+    if not getattr(kernel, "samples_intractable", False):
         raise ValueError(f"only an ExchangeKernel has inner steps, not {kernel!r}")
     if mcmc.num_samples // mcmc.thinning < 4:
         raise ValueError("a comparison needs at least 4 draws of each chain")

@@ -140,7 +140,7 @@ class ExchangeKernel(MHKernel):
         {'x': exact draws}
     """
 
-    cancels_normalizers = True
+    samples_intractable = True
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
 from pyro_ebm.mcmc.exchange.auxiliary import (
     Auxiliary,
-    Draw,
+    AuxiliaryDraw,
     InnerChain,
     auxiliary_of,
     draw_inside,
@@ -50,7 +50,7 @@ MAX_DOUBLINGS = 60
 class AuxiliaryDraws(NamedTuple):
     """The auxiliaries of all sites."""
 
-    sites: dict[str, Draw]
+    sites: dict[str, AuxiliaryDraw]
     """One draw for each site, all its tensors led by the chains."""
     terms: Terms
     """What is said of them by the positions where they were drawn."""
@@ -83,7 +83,7 @@ class ExchangePotential(ModelPotential):
 
     Attributes:
         auxiliaries: how the auxiliary is drawn of each site whose unknown log Z moves.
-        moving: the latents that move one.
+        intractable_sites: the latents that move one.
 
     Raises:
         NormalizerError: for a Z that does not cancel.
@@ -184,7 +184,9 @@ class ExchangePotential(ModelPotential):
                 )
         self._moved = [one.name for one in moved]
         known = all(one.latents for one in moved)
-        self.moving = frozenset().union(*(one.latents if known else latents for one in moved))
+        self.intractable_sites = frozenset().union(
+            *(one.latents if known else latents for one in moved)
+        )
 
     # -- auxiliary draws -------------------------------------------------------------------------
 
@@ -376,9 +378,9 @@ def _rows(node: Any) -> Tensor:
 def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:
     found: list[tuple[UnnormalizedEnergy, Tensor]] = []
 
-    def remember(energy: UnnormalizedEnergy, x: Tensor) -> Draw:
+    def remember(energy: UnnormalizedEnergy, x: Tensor) -> AuxiliaryDraw:
         found.append((energy, x))
-        return Draw(x, x, x)
+        return AuxiliaryDraw(x, x, x)
 
     draw_inside(node["fn"], _rows(node), remember)
     return found[0]

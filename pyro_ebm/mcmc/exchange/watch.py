@@ -35,7 +35,7 @@ class Watch:
         self.steps = 0
         self.counts: Tensor | None = None
         """Moves, accepted, of these while inner chains stood still, lost: shape ``(4, chains)``."""
-        self.told: list[str] = []
+        self.reported: list[str] = []
 
     def add(
         self, accepted: Tensor, still: Tensor, lost: Tensor, chains: Mapping[str, Any], dtype: Any
@@ -96,17 +96,17 @@ class Watch:
             )
 
     def _warn(self, what: str, message: str) -> None:
-        if what not in self.told:
-            self.told.append(what)
+        if what not in self.reported:
+            self.reported.append(what)
             warnings.warn(message, stacklevel=7)
 
     def state_dict(self) -> dict[str, Any]:
         """What it has counted."""
-        return {"steps": self.steps, "counts": self.counts, "told": list(self.told)}
+        return {"steps": self.steps, "counts": self.counts, "reported": list(self.reported)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from where another one was."""
-        self.steps, self.told = state["steps"], list(state["told"])
+        self.steps, self.reported = state["steps"], list(state["reported"])
         self.counts = to_device(state["counts"], device)
 
 

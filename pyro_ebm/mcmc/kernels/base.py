@@ -48,7 +48,7 @@ class Kernel(MCMCKernel):
         ...     needs_grad = False
         ...     def draw(self, state):
         ...         step = self.step_size_of(state)
-        ...         jump = step * precondition(self.factor, torch.randn_like(state.z))
+        ...         jump = step * precondition(self.inverse_mass_sqrt, torch.randn_like(state.z))
         ...         return state.z + jump, log_uniform(state.potential)
         ...     def transition(self, state, new_z, log_u):
         ...         new = self.evaluate(new_z)
@@ -89,7 +89,7 @@ class Kernel(MCMCKernel):
     has_momentum = False
     discrete = False
     """Whether it moves discrete sites; they are then not summed out."""
-    cancels_normalizers = False
+    samples_intractable = False
     """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
     checks_potential = True
     """Whether ``init`` may take its time to see that the potential suits the kernel."""
@@ -150,12 +150,12 @@ class Kernel(MCMCKernel):
         """The next state of all chains: a pure function of its arguments."""
 
     @property
-    def captured(self) -> Callable[..., Any]:
+    def compiled_fn(self) -> Callable[..., Any]:
         """What the engine runs: the transition, or the part of it that is repeated."""
         return self.transition
 
     @property
-    def own_stats(self) -> dict[str, Tensor]:
+    def extra_fields(self) -> dict[str, Tensor]:
         """What else it tells of the last transition, each of shape ``()`` or ``(chains,)``."""
         return {}
 
@@ -190,13 +190,13 @@ class Kernel(MCMCKernel):
         return self._adaptation
 
     @property
-    def factor(self) -> Tensor | None:
+    def inverse_mass_sqrt(self) -> Tensor | None:
         """:math:`L` of the inverse mass matrix, see :mod:`pyro_ebm.ops.steps.precondition`."""
-        return self.adaptation.factor
+        return self.adaptation.inverse_mass_sqrt
 
     @property
     def step_size(self) -> Tensor | float:
-        """The step size as :class:`Adaptation` holds it, ``(groups,)``; before setup, the first."""
+        """The step size of each target, ``(targets,)``; before setup, the first."""
         return self._init_step_size if self._adaptation is None else self.adaptation.step_size
 
     def step_size_of(self, state: State) -> Tensor:
@@ -240,7 +240,7 @@ class Kernel(MCMCKernel):
 
     def moves(self, site: Site) -> bool:
         """Whether it moves sites like this one."""
-        return (site.codes is not None) == self.discrete and not site.is_unbounded
+        return (site.support_values is not None) == self.discrete and not site.is_unbounded
 
     def check(self, potential: Potential) -> None:
         """Raises a ValueError if the potential has sites that the kernel does not move."""
@@ -276,7 +276,7 @@ class Kernel(MCMCKernel):
         self.transforms = potential.transforms
         moves = potential.dim > 0
         self._adaptation = Adaptation(
-            groups=potential.groups,
+            targets=potential.targets,
             dim=potential.dim,
             warmup_steps=warmup_steps,
             step_size=self._init_step_size,
@@ -288,7 +288,7 @@ class Kernel(MCMCKernel):
             max_step_size=self.MAX_STEP_SIZE,
         )
         self._engine = Engine(
-            self.captured,
+            self.compiled_fn,
             self.jit_compile,
             Dependencies(potential),
             self.ignore_jit_warnings,
@@ -328,7 +328,7 @@ class Kernel(MCMCKernel):
             mean = adaptation.pooled(info.accept_prob)
             now = torch.where(mean > adaptation.target_accept_prob, 1.0, -1.0)
             direction = now if direction is None else torch.where(now == direction, direction, 0.0)
-            if not adaptation.population.any(direction != 0):
+            if not adaptation.ranks.any(direction != 0):
                 break
             adaptation.step_size = adaptation.step_size * 2.0**direction
         adaptation.restart(adaptation.step_size)
@@ -392,7 +392,7 @@ class Kernel(MCMCKernel):
             "acceptance_rate": float(info.accept_prob),
             "step_size": float(self.adaptation.step_size.mean()),
             "diverging": bool(info.diverging),
-            **{name: stat.item() for name, stat in self.own_stats.items()},
+            **{name: stat.item() for name, stat in self.extra_fields.items()},
         }
         if self._steps > self._warmup_steps:
             for name, number in self.last_stats.items():

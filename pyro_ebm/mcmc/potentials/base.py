@@ -55,7 +55,7 @@ class Potential(ABC):
 
     Args:
         sites: the latents, in the order of the flat position.
-        groups: chains ``c`` with the same ``c % groups`` have the same target, see
+        targets: chains ``c`` with the same ``c % targets`` have the same target, see
             :mod:`pyro_ebm.ops.steps.precondition`.
 
     A model without latents has no sites: positions of dimension 0, which stand still.
@@ -66,20 +66,20 @@ class Potential(ABC):
 
     lp_name = "lp"
     """What the statistic :math:`-U(z)` of a draw is called."""
-    moving: frozenset[str] = frozenset()
+    intractable_sites: frozenset[str] = frozenset()
     """The sites on which a log Z depends that the potential lacks: for exchange moves alone."""
     blocks: BlockGibbs | None = None
     """The distribution, where it knows how to resample its own variables in blocks."""
 
-    def __init__(self, sites: Sequence[Site], groups: int = 1):
+    def __init__(self, sites: Sequence[Site], targets: int = 1):
         for site in sites:
-            if site.codes is None and not site.dtype.is_floating_point:
+            if site.support_values is None and not site.dtype.is_floating_point:
                 raise ValueError(
                     f"site {site.name!r} has dtype {site.dtype}, but positions are continuous:"
                     " start it at floating values, or marginalize it"
                 )
         self.sites = tuple(sites)
-        self.groups = groups
+        self.targets = targets
         self.sizes = [site.shape.numel() for site in sites]
         self.dim = sum(self.sizes)
         floating = [site.dtype for site in sites if site.dtype.is_floating_point]
@@ -161,11 +161,11 @@ class Potential(ABC):
         bad = self._not_finite(z)
         for _ in range(MAX_INIT_TRIES):
             if not bad.any():
-                self._check_repeats(z[: NUM_REPEATED * self.groups])
+                self._check_repeats(z[: NUM_REPEATED * self.targets])
                 return z
             # draws come with one chain of each group: ask for those that hold a bad chain
-            rows = bad.reshape(-1, self.groups).any(-1)
-            again = rows.repeat_interleave(self.groups).nonzero().flatten()
+            rows = bad.reshape(-1, self.targets).any(-1)
+            again = rows.repeat_interleave(self.targets).nonzero().flatten()
             z[again] = torch.where(bad[again, None], self._draw(len(again)), z[again])
             bad[again] = self._not_finite(z[again])
         raise ValueError(
@@ -195,18 +195,19 @@ class Potential(ABC):
                 )
         z = self.ravel(params).detach().reshape(num_chains, self.dim).to(self.device)
         for site, part in zip(self.sites, z.split(self.sizes, -1), strict=True):
-            if site.codes is None:
+            if site.support_values is None:
                 continue
-            codes = site.codes.to(part)
+            support_values = site.support_values.to(part)
             if site.is_unbounded and (part != part.round()).any():
                 raise ValueError(f"initial_params[{site.name!r}] must hold whole numbers")
             if site.is_unbounded:
                 continue
-            variables = part.reshape(-1, 1, codes.shape[-1])
-            if not (variables == codes).all(-1).any(-1).all():
+            variables = part.reshape(-1, 1, support_values.shape[-1])
+            if not (variables == support_values).all(-1).any(-1).all():
                 raise ValueError(
-                    f"initial_params[{site.name!r}] must hold the values {codes.tolist()} of a"
-                    " discrete site, and holds others"
+                    f"initial_params[{site.name!r}] must hold the values"
+                    f" {support_values.tolist()} of"
+                    " a discrete site, and holds others"
                 )
         bad = self._not_finite(z)
         if bad.any():
@@ -214,7 +215,7 @@ class Potential(ABC):
                 f"initial_params of chain {int(bad.nonzero()[0])} do not do:"
                 f" {self.blame(z[bad][0])}"
             )
-        self._check_repeats(z[: NUM_REPEATED * self.groups])
+        self._check_repeats(z[: NUM_REPEATED * self.targets])
         return z
 
     def _draw(self, num_chains: int) -> Tensor:
@@ -229,7 +230,9 @@ class Potential(ABC):
 
     def _evaluated(self, z: Tensor) -> tuple[Tensor, ...]:
         """The potential, and its gradient in the continuous sites if there are any."""
-        if all(site.codes is not None for site in self.sites):  # there may be no gradient at all
+        if all(
+            site.support_values is not None for site in self.sites
+        ):  # there may be no gradient at all
             with torch.no_grad():
                 return (self(z),)
         value, grad = self.value_and_grad(z)
@@ -246,7 +249,9 @@ class Potential(ABC):
     def _of_reals(self, z: Tensor) -> Tensor:
         """The columns of the continuous sites."""
         parts = zip(self.sites, z.split(self.sizes, -1), strict=True)
-        return torch.cat([z[:, :0], *(part for site, part in parts if site.codes is None)], -1)
+        return torch.cat(
+            [z[:, :0], *(part for site, part in parts if site.support_values is None)], -1
+        )
 
     def blame(self, z: Tensor) -> str:
         """What is not finite at the position ``(dim,)``, in words."""
@@ -256,7 +261,7 @@ class Potential(ABC):
             bad = [
                 site.name
                 for site, grad in zip(self.sites, grads, strict=True)
-                if site.codes is None and not grad.isfinite().all()
+                if site.support_values is None and not grad.isfinite().all()
             ]
             return f"the gradient of the potential in site(s) {_listed(bad)} is not finite"
         return f"the potential is {value.item()}"
@@ -393,7 +398,7 @@ class FunctionPotential(Potential):
 
 
 def nan_where_singular(
-    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, groups: int = 1
+    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, targets: int = 1
 ) -> tuple[Tensor, ...]:
     """Calls a batched function that may meet a singular matrix: NaN for the chains that do.
 
@@ -403,7 +408,7 @@ def nan_where_singular(
     Args:
         function: maps positions to potentials, or to potentials and gradients.
         z: positions, shape ``(chains, dim)``.
-        groups: the least number of chains that can be evaluated at once.
+        targets: the least number of chains that can be evaluated at once.
 
     Example:
         >>> def function(z):
@@ -416,11 +421,11 @@ def nan_where_singular(
     except torch.linalg.LinAlgError:
         if get_proxy_mode() is not None:  # a graph is being captured, and would split for ever
             raise
-        rows = z.shape[0] // groups
+        rows = z.shape[0] // targets
         if rows <= 1:  # a potential, and a gradient for those who ask for one
             return z.new_full(z.shape[:1], torch.nan), torch.full_like(z, torch.nan)
-    halves = z.split((rows + 1) // 2 * groups)
-    parts = [nan_where_singular(function, half, groups) for half in halves]
+    halves = z.split((rows + 1) // 2 * targets)
+    parts = [nan_where_singular(function, half, targets) for half in halves]
     return tuple(torch.cat(part) for part in zip(*parts, strict=False))
 
 

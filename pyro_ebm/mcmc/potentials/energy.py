@@ -11,7 +11,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.checks.boundary import check_inside
 from pyro_ebm.distributions.checks.rows import check_function
-from pyro_ebm.distributions.core.discrete import BlockGibbs, codewords
+from pyro_ebm.distributions.core.discrete import BlockGibbs, support_values_of
 from pyro_ebm.distributions.core.introspection import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.base import Potential, nan_where_singular
@@ -30,7 +30,7 @@ class EnergyPotential(Potential):
         energy: the distribution.
         name: what to call its site.
         like: a point of the support, which tells dtype and device; else one is drawn.
-        groups: number of groups, where the batch elements should share their adaptation.
+        targets: number of groups, where the batch elements should share their adaptation.
 
     Example:
         >>> p = UnnormalizedEnergy(lambda x: x, support=dist.constraints.positive)
@@ -43,19 +43,21 @@ class EnergyPotential(Potential):
         energy: UnnormalizedEnergy,
         name: str = "x",
         like: Tensor | None = None,
-        groups: int | None = None,
+        targets: int | None = None,
     ):
         self.energy: UnnormalizedEnergy = unvalidated(energy)
         start = energy.starting_points() if like is None else like
-        codes = codewords(energy.support, energy.event_shape)
+        support_values = support_values_of(energy.support, energy.event_shape)
         # the support of a discrete event is what it is: positions are its points, as numbers
-        self.bijection: Any = identity_transform if codes is not None else biject_to(energy.support)
+        self.bijection: Any = (
+            identity_transform if support_values is not None else biject_to(energy.support)
+        )
         # of batch and event together: the bounds of a support may have the batch's shape
         shape = self.bijection.inverse_shape(energy.batch_shape + energy.event_shape)
         shape = torch.Size(shape[len(energy.batch_shape) :])
-        site = Site(name, shape, start.dtype, self.bijection.inv, start.device, codes)
+        site = Site(name, shape, start.dtype, self.bijection.inv, start.device, support_values)
         self._rows = max(energy.batch_shape.numel(), 1)
-        super().__init__([site], groups=self._rows if groups is None else groups)
+        super().__init__([site], targets=self._rows if targets is None else targets)
         if not start.is_floating_point():  # as precise as the energy
             self.dtype = torch.promote_types(self.dtype, energy._like().dtype)
         self._modules = energy.modules

@@ -31,7 +31,12 @@ from pyro_ebm.models.checks.intractability import check_normalizers
 from pyro_ebm.models.checks.validity import Checked, Unvalidated, invalid_parts, what_to_check
 from pyro_ebm.models.masks import FillMasked, idle_elements, masked_elements, with_normal
 from pyro_ebm.models.provenance import HostReads, trace_latents
-from pyro_ebm.models.sites.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site_codes
+from pyro_ebm.models.sites.discrete_sites import (
+    OTHER_WAYS,
+    UNBOUNDED,
+    is_integer,
+    site_support_values,
+)
 from pyro_ebm.models.sites.given_transforms import check_transform
 from pyro_ebm.models.sites.init import latents_of, started, trace_from_start
 from pyro_ebm.models.sites.latents import DataError, refuse_arrays, transform_of, without_density
@@ -115,10 +120,12 @@ class ModelPotential(FunctionPotential):
             self._checked = what_to_check(tracked, trace, reads.latents)
             model = self._unvalidated = self._fixed(Unvalidated(self._checked)(model))
             latents = {name: node["fn"] for name, node in latents_of(trace).items()}
-            codes = {name: site_codes(name, latents[name]) for name in all_transforms}
-            for name in self._moving_supports.intersection(codes):
-                codes[name] = UNBOUNDED  # whole numbers whose bounds move
-            whole = [name for name, values in codes.items() if values is UNBOUNDED]
+            support_values = {
+                name: site_support_values(name, latents[name]) for name in all_transforms
+            }
+            for name in self._moving_supports.intersection(support_values):
+                support_values[name] = UNBOUNDED  # whole numbers whose bounds move
+            whole = [name for name, values in support_values.items() if values is UNBOUNDED]
             potential_fn = functools.partial(
                 _potential, model, args, self.kwargs, all_transforms, whole
             )
@@ -143,7 +150,7 @@ class ModelPotential(FunctionPotential):
         for name, transform in all_transforms.items():
             value = _to_reals(transform, _value(trace, name))
             site = Site(name, value.shape, value.dtype, transform, value.device)
-            sites.append(site._replace(codes=codes[name]))
+            sites.append(site._replace(support_values=support_values[name]))
         super().__init__(potential_fn, sites, modules=unique(held, called))
         if any(_is_masked(node) for node in latents_of(trace).values()):
             self._without_idle()
@@ -194,12 +201,12 @@ class ModelPotential(FunctionPotential):
                     self._blame_start(error)
                     raise
             except (RuntimeError, TypeError) as error:
-                told, kind = without_density(trace), type(error)
-                if told is None or kind not in (RuntimeError, TypeError, NotImplementedError):
+                reason, kind = without_density(trace), type(error)
+                if reason is None or kind not in (RuntimeError, TypeError, NotImplementedError):
                     raise
                 if kind is NotImplementedError:
-                    kind, told = ValueError, f"{told}; rewrite it, or see pyro.infer.reparam"
-                raise kind(f"{told}: {error}") from error
+                    kind, reason = ValueError, f"{reason}; rewrite it, or see pyro.infer.reparam"
+                raise kind(f"{reason}: {error}") from error
         return trace
 
     def _blame_start(self, error: Exception) -> None:
@@ -269,7 +276,7 @@ class ModelPotential(FunctionPotential):
 
     def _draw(self, num_chains: int) -> Tensor:
         radius = _uniform_radius(self.init_strategy)
-        if radius is not None and all(site.codes is None for site in self.sites):
+        if radius is not None and all(site.support_values is None for site in self.sites):
             z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.device)
             return z.uniform_(-radius, radius)
         return torch.stack([self._draw_one() for _ in range(num_chains)])
@@ -412,7 +419,7 @@ def _position(site: Site, trace: poutine.Trace) -> Tensor:
     """The unconstrained value of a site, infinite where the value lies on the boundary."""
     x, fn = _value(trace, site.name), cast(Any, trace.nodes[site.name]["fn"])
     z = _to_reals(site.transform, x)
-    if site.codes is None and site.transform is not identity_transform:
+    if site.support_values is None and site.transform is not identity_transform:
         try:
             support = plain_support(fn.support)
         except NotImplementedError:  # it does not tell

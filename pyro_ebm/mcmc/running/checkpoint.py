@@ -28,7 +28,7 @@ from torch import Tensor
 from pyro_ebm import files
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.mcmc.running.draws import Memory
-from pyro_ebm.mcmc.running.run_settings import Fingerprint, differences, machine
+from pyro_ebm.mcmc.running.run_settings import RunSettings, differences, machine
 from pyro_ebm.mcmc.running.vectorized import VectorizedRun
 
 Every = int | datetime.timedelta
@@ -44,7 +44,7 @@ class Checkpoint:
         settings: what the run was asked to do.
     """
 
-    def __init__(self, path: files.PathLike, every: Every, settings: Fingerprint):
+    def __init__(self, path: files.PathLike, every: Every, settings: RunSettings):
         self.path, self.every, self.settings = Path(path), every, settings
         self.folder = Path(f"{self.path}.draws")
         self.chunks, self.last = 0, ""  # how many files of draws there are, and the last checksum

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_ebm import files
 from pyro_ebm.files import CheckpointError, PathLike
-from pyro_ebm.mcmc.ranks import Population
+from pyro_ebm.mcmc.ranks import ProcessGroup
 from pyro_ebm.mcmc.running.checkpoint import KIND, Checkpoint
 from pyro_ebm.mcmc.running.vectorized import VectorizedRun
 from pyro_ebm.ops.distributed import gathered
@@ -23,19 +23,19 @@ BETWEEN = 1.0
 """Seconds between two waits, about."""
 
 
-class InStep:
+class RankSync:
     """Called after each transition of a run.
 
     Rank 0 says how many transitions there are to the next wait, and whether its clock asks for a
     checkpoint.
 
     Args:
-        over: the ranks.
+        ranks: the ranks.
         checkpoint: of this rank.
     """
 
-    def __init__(self, over: Population, checkpoint: Checkpoint | None):
-        self.over, self.checkpoint = over, checkpoint
+    def __init__(self, ranks: ProcessGroup, checkpoint: Checkpoint | None):
+        self.ranks, self.checkpoint = ranks, checkpoint
         self._next = self._stride = 0
         self._time = time.monotonic()
 
@@ -54,8 +54,8 @@ class InStep:
         due = checkpoint is not None and checkpoint.is_due(run)
         mine = torch.tensor([stride, due], dtype=torch.float64)
         failed = torch.tensor(checkpoint is not None and checkpoint.failed)
-        self._stride, due = map(int, self.over.from_first(mine))
-        any_failed = self.over.any(failed)
+        self._stride, due = map(int, self.ranks.from_first(mine))
+        any_failed = self.ranks.any(failed)
         self._next = run.t + self._stride
         if checkpoint is not None and due:
             # who saved the last one alone keeps the one before, which all have
@@ -63,27 +63,27 @@ class InStep:
             checkpoint.try_to_save(run)
 
 
-def common_checkpoint(over: Population, path: PathLike) -> dict[str, Any]:
+def common_checkpoint(ranks: ProcessGroup, path: PathLike) -> dict[str, Any]:
     """This rank's state file after the last transition after which all ranks have one.
 
     A kill may come between the saves of two ranks. The others then go back to the file before,
     which takes the place of the last one.
 
     Args:
-        over: the ranks.
+        ranks: the ranks.
         path: of this rank's state file.
 
     Raises:
         CheckpointError: if there is no such transition, or a file cannot be read.
     """
-    with over.all_or_none("reading the checkpoint"):
+    with ranks.fail_together("reading the checkpoint"):
         payload = Checkpoint.read(path)
-    if over.size == 1:
+    if ranks.size == 1:
         return payload
     t = payload["run"]["t"]
     if (gathered(torch.tensor(t)) == t).all():  # so say all ranks, or none
         return payload
-    with over.all_or_none("reading the checkpoint before"):
+    with ranks.fail_together("reading the checkpoint before"):
         before = files.previous(path)
         earlier = files.load(before, KIND) if before.exists() else payload
     mine = [t, earlier["run"]["t"]]
@@ -94,7 +94,7 @@ def common_checkpoint(over: Population, path: PathLike) -> dict[str, Any]:
             f"the checkpoints of the ranks were made after different transitions, {there}, and none"
             " after which all have one: start anew"
         )
-    with over.all_or_none("going back to the checkpoint before"):
+    with ranks.fail_together("going back to the checkpoint before"):
         if max(common) != t:
             payload = earlier
             before.replace(path)
@@ -104,36 +104,36 @@ def common_checkpoint(over: Population, path: PathLike) -> dict[str, Any]:
 CALLS = ("run", "resume")
 
 
-def check_call(over: Population, name: str) -> None:
+def check_call(ranks: ProcessGroup, name: str) -> None:
     """Raises a ValueError unless all ranks make this call.
 
     Args:
-        over: the ranks.
+        ranks: the ranks.
         name: ``"run"`` or ``"resume"``.
     """
     number = torch.tensor(float(CALLS.index(name)))
-    over.check_alike(number, f"what they call: this one calls {name}, another one does not")
+    ranks.check_alike(number, f"what they call: this one calls {name}, another one does not")
 
 
-def check_alike(over: Population, run: VectorizedRun, z: Tensor, num_chains: int) -> None:
+def check_alike(ranks: ProcessGroup, run: VectorizedRun, z: Tensor, num_chains: int) -> None:
     """Raises a ValueError unless all ranks run the same.
 
     Args:
-        over: the ranks.
+        ranks: the ranks.
         run: before its start.
         z: where the chains here will start, shape ``(rows, dim)``.
         num_chains: of all ranks.
     """
-    if over.size == 1:
+    if ranks.size == 1:
         return
     numbers = [num_chains, run.goal, run.warmup_steps, run.thinning, run.potential.dim]
-    over.check_alike(
+    ranks.check_alike(
         torch.tensor(numbers, dtype=torch.float64),
         "num_chains, num_samples, warmup_steps, thinning or the dimension of the model",
     )
-    here = over.here(num_chains)
-    first = over.from_first(z[: len(z) // (here.stop - here.start)])
-    over.check_alike(run.kernel.evaluate(first).potential, "the log density of the model")
+    here = ranks.here(num_chains)
+    first = ranks.from_first(z[: len(z) // (here.stop - here.start)])
+    ranks.check_alike(run.kernel.evaluate(first).potential, "the log density of the model")
 
 
-__all__ = ["InStep", "check_alike", "check_call", "common_checkpoint"]
+__all__ = ["RankSync", "check_alike", "check_call", "common_checkpoint"]

@@ -21,7 +21,7 @@ TOGETHER = 32  # draws written at once: a copy costs less than its call
 POSITION = "z"
 
 
-class Draws:
+class DrawBuffer:
     """Positions and statistics of all chains, flat and unconstrained, collected block by block.
 
     Args:
@@ -177,7 +177,7 @@ def samples_of(
     """Each site's draws in its support, shape ``(chains, draws, *site)``.
 
     Args:
-        rows: what :class:`Draws` collected.
+        rows: what :class:`DrawBuffer` collected.
         sites: those that were kept, in the order of the position.
         transforms: from the supports to the reals.
     """
@@ -242,12 +242,14 @@ def fields_of(
         Shapes ``(chains, draws)``.
     """
     thin = slice(thinning - 1, thinning * num_draws, thinning)
-    if all("sample_stats" in told for told in diagnostics):
-        stats = [told["sample_stats"] for told in diagnostics]
+    if all("sample_stats" in reported for reported in diagnostics):
+        stats = [reported["sample_stats"] for reported in diagnostics]
         return {name: torch.stack([s[name][thin] for s in stats]) for name in stats[0]}
-    if all("divergences" in told for told in diagnostics):
+    if all("divergences" in reported for reported in diagnostics):
         steps = torch.arange(thinning * num_draws)
-        rows = [torch.isin(steps, torch.tensor(told["divergences"])) for told in diagnostics]
+        rows = [
+            torch.isin(steps, torch.tensor(reported["divergences"])) for reported in diagnostics
+        ]
         return {"diverging": torch.stack(rows)[:, thin]}
     return {}
 

@@ -20,9 +20,9 @@ from pyro_ebm.files import PathLike
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
-from pyro_ebm.mcmc.ranks import binding_to, population_of
+from pyro_ebm.mcmc.ranks import binding_to, process_group_of
 from pyro_ebm.mcmc.running.checkpoint import Checkpoint, checked_every
-from pyro_ebm.mcmc.running.distributed import InStep, check_alike, check_call, common_checkpoint
+from pyro_ebm.mcmc.running.distributed import RankSync, check_alike, check_call, common_checkpoint
 from pyro_ebm.mcmc.running.draws import Bar, cut_short
 from pyro_ebm.mcmc.running.run_settings import fingerprint, of_sites
 from pyro_ebm.mcmc.running.sequential import ChainByChain, check_run
@@ -176,8 +176,8 @@ class MCMC(ChainByChain):
             ValueError: if no finite starting point is found, or ``initial_params`` do not fit.
         """
         self._start_anew(args, kwargs)
-        check_call(self._over, "run")
-        with self._over.all_or_none("the check of the run"):
+        check_call(self._ranks, "run")
+        with self._ranks.fail_together("the check of the run"):
             self._check(args, kwargs)
         run = {"vectorized": self._run_vectorized, "sequential": self._run_sequential}
         with self._checked_model(args, kwargs):
@@ -193,7 +193,7 @@ class MCMC(ChainByChain):
         # the kernels of this package check for themselves, but too late in a worker process
         ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
         if model is not None and not ours:
-            if getattr(self.kernel, "cancels_normalizers", False):
+            if getattr(self.kernel, "samples_intractable", False):
                 self.kernel.make_potential(*args, **kwargs)  # which refuses what does not cancel
             else:
                 check_normalizers(model, args, kwargs)
@@ -228,11 +228,11 @@ class MCMC(ChainByChain):
             raise RuntimeError(
                 'there is nothing to resume from: give a file, as in MCMC(..., checkpoint="a.ckpt")'
             )
-        over = self._over = population_of(self.num_chains, self.distributed)
-        check_call(over, "resume")
-        payload = common_checkpoint(over, self._own(self.checkpoint))
+        ranks = self._ranks = process_group_of(self.num_chains, self.distributed)
+        check_call(ranks, "resume")
+        payload = common_checkpoint(ranks, self._own(self.checkpoint))
         self._start_anew(args, kwargs)
-        with over.all_or_none("going on from the checkpoint"):
+        with ranks.fail_together("going on from the checkpoint"):
             potential, _ = self._potential_and_start(args, kwargs, start=False)
             run = self._new_run(potential)
             checkpoint = self._new_checkpoint(run, args, kwargs)
@@ -283,29 +283,29 @@ class MCMC(ChainByChain):
             self._checkpoint.save(run)  # which failed at the end of the run
         run.extend(num_samples)
         if self._checkpoint is not None:  # which from now on speaks of the longer run
-            with self._over.all_or_none("the checkpoint of the extension"):
+            with self._ranks.fail_together("the checkpoint of the extension"):
                 self._checkpoint.save(run)
         self._go_on(run, self._checkpoint)
 
     def _start_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._clear()
-        self._over = population_of(self.num_chains, self.distributed)
+        self._ranks = process_group_of(self.num_chains, self.distributed)
         self._run = self._checkpoint = None
         self._args, self._kwargs = args, kwargs
         self.transforms = self._given_transforms
 
     def _run_vectorized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        over = self._over
-        over.seed()
-        with over.all_or_none("the start of the chains"):
+        ranks = self._ranks
+        ranks.seed()
+        with ranks.fail_together("the start of the chains"):
             potential, z = self._potential_and_start(args, kwargs)
             run = self._new_run(potential)
             if self.store is not None:
                 run.store = ZarrStore(self._own(self.store), run.sites, self._transforms)
             checkpoint = self._new_checkpoint(run, args, kwargs)
-        check_alike(over, run, z, self.num_chains)
+        check_alike(ranks, run, z, self.num_chains)
         run.start(z)
-        with over.all_or_none("the first checkpoint"):
+        with ranks.fail_together("the first checkpoint"):
             if checkpoint is not None:
                 checkpoint.start(run)
             if run.store is not None:
@@ -327,9 +327,9 @@ class MCMC(ChainByChain):
             potential = kernel.make_potential(*args, **kwargs)
             if not start:
                 return potential, torch.empty(0)
-            here = self._over.here(self.num_chains)
+            here = self._ranks.here(self.num_chains)
             if self.initial_params is not None:
-                shared_out, given = self._over.size > 1, self.initial_params
+                shared_out, given = self._ranks.size > 1, self.initial_params
                 kernel.initial_params = {k: v[here] if shared_out else v for k, v in given.items()}
             return potential, kernel.initial_position(potential, here.stop - here.start)
 
@@ -337,7 +337,7 @@ class MCMC(ChainByChain):
         assert isinstance(self.kernel, Kernel)
         if self.transforms is None:
             self.transforms = potential.transforms
-        with binding_to(self._over):
+        with binding_to(self._ranks):
             return VectorizedRun(
                 self.kernel,
                 potential,
@@ -370,16 +370,16 @@ class MCMC(ChainByChain):
         return Checkpoint(self._own(self.checkpoint), self.checkpoint_every, settings)
 
     def _go_on(self, run: VectorizedRun, checkpoint: Checkpoint | None) -> None:
-        over, draws = self._over, run.records["draws"]
+        ranks, draws = self._ranks, run.records["draws"]
         after = None if checkpoint is None else checkpoint.after_transition
-        if over.size > 1:
-            after = InStep(over, checkpoint)
-        silent = self.disable_progbar or over.rank > 0
+        if ranks.size > 1:
+            after = RankSync(ranks, checkpoint)
+        silent = self.disable_progbar or ranks.rank > 0
         try:
             with Bar(run.goal, self.num_chains, silent, done=run.t) as bar:
                 run.advance(bar, self.hook_fn, after)
         except KeyboardInterrupt:
-            if draws.count == 0 or over.size > 1:  # where each rank was at another transition
+            if draws.count == 0 or ranks.size > 1:  # where each rank was at another transition
                 raise
             cut_short(draws.count, (run.goal - self.warmup_steps) // self.thinning)
         self._run, self._checkpoint = run, checkpoint

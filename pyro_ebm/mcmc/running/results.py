@@ -12,7 +12,7 @@ from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.ranks import ALONE, Population
+from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup
 from pyro_ebm.mcmc.running.vectorized import VectorizedRun
 
 
@@ -40,29 +40,29 @@ class Results(AbstractMCMC):
         self._warmup_fields: dict[str, Tensor] = {}
         self._diagnostics: list[dict[str, Any]] = []
         self._stored: Path | None = None
-        self._over: Population = ALONE
+        self._ranks: ProcessGroup = ALONE
 
     def _take(self, run: VectorizedRun, transforms: Mapping[str, Transform]) -> None:
         """Takes the new draws of a run, of all ranks to the first."""
-        over, records = self._over, run.records
+        ranks, records = self._ranks, run.records
         if "warmup" in records and self._warmup_samples is None:
             read = run.read(records["warmup"], transforms)
-            self._warmup_samples, self._warmup_fields = (_to_first(over, part) for part in read)
+            self._warmup_samples, self._warmup_fields = (_to_first(ranks, part) for part in read)
         if run.store is not None:
             records["draws"].flush()
             self._stored = run.store.path
             return
         read = run.read(records["draws"], transforms)
-        samples, fields = (_to_first(over, part) for part in read)
+        samples, fields = (_to_first(ranks, part) for part in read)
         self._samples = _joined(self._samples, samples)
         self._fields = _joined(self._fields, fields)
-        if over.rank > 0:
+        if ranks.rank > 0:
             return
-        told = dict(run.kernel.diagnostics())
-        told.pop("sample_stats", None)
+        reported = dict(run.kernel.diagnostics())
+        reported.pop("sample_stats", None)
         rates = self._fields["acceptance_rate"].mean(1).tolist()
         self._diagnostics = [
-            {**told, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
+            {**reported, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
             for bad, rate in zip(self._fields["diverging"], rates, strict=True)
         ]
 
@@ -147,9 +147,9 @@ class Results(AbstractMCMC):
         return self._samples
 
     def _refuse_elsewhere(self) -> None:
-        if self._over.rank > 0 and self._stored is None:
+        if self._ranks.rank > 0 and self._stored is None:
             raise RuntimeError(
-                f"this is rank {self._over.rank} of {self._over.size}, and the draws of all ranks"
+                f"this is rank {self._ranks.rank} of {self._ranks.size}, and the draws of all ranks"
                 " are on rank 0: read them there, as in"
                 " `if pyro_ebm.ops.distributed.rank() == 0: mcmc.summary()`"
             )
@@ -183,9 +183,9 @@ def _selected(
     return {name: value.index_select(dim, index) for name, value in draws.items()}
 
 
-def _to_first(over: Population, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_first(ranks: ProcessGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Draws ``(chains, draws, ...)`` of all chains on rank 0; nothing elsewhere."""
-    found = {name: over.to_first(value) for name, value in values.items()}
+    found = {name: ranks.to_first(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -18,7 +18,7 @@ from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal
 from pyro_ebm.mcmc.potentials.base import Potential
 
-Fingerprint = dict[str, str]
+RunSettings = dict[str, str]
 
 # Of a kernel: what says where to start, how to show itself, or is told by the model's values.
 NOT_COMPARED = {
@@ -27,7 +27,7 @@ NOT_COMPARED = {
 }
 
 
-def fingerprint(value: Any, name: str) -> Fingerprint:
+def fingerprint(value: Any, name: str) -> RunSettings:
     """The parts of a value, each with its name and a description.
 
     Example:
@@ -100,7 +100,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:30]}... {_hash(text.encode())}"
 
 
-def of_sites(potential: Potential) -> Fingerprint:
+def of_sites(potential: Potential) -> RunSettings:
     """The sites of a potential, and how it calculates."""
     found = {
         f"site {site.name!r}": f"{tuple(site.shape)} {str(site.dtype).removeprefix('torch.')}"
@@ -110,7 +110,7 @@ def of_sites(potential: Potential) -> Fingerprint:
     return {**found, "positions": f"{dtype} on {device}"}
 
 
-def differences(now: Fingerprint, then: Fingerprint) -> list[str]:
+def differences(now: RunSettings, then: RunSettings) -> list[str]:
     """In words, what is not the same.
 
     Example:
@@ -125,7 +125,7 @@ def differences(now: Fingerprint, then: Fingerprint) -> list[str]:
     return found
 
 
-def machine() -> Fingerprint:
+def machine() -> RunSettings:
     """What rounding may depend on."""
     return {
         "torch": str(torch.__version__),

@@ -169,14 +169,14 @@ class ChainByChain(Results):
         samples = mcmc.get_samples(group_by_chain=True)
         assert samples is not None
         self._samples = {k: v[:, self.thinning - 1 :: self.thinning] for k, v in samples.items()}
-        told: list[Any] = mcmc._diagnostics
-        self._diagnostics = [dict(d) for d in told]
+        reported: list[Any] = mcmc._diagnostics
+        self._diagnostics = [dict(d) for d in reported]
         self._take_fields(self.num_samples // self.thinning)
 
     def _take_fields(self, num_draws: int) -> None:
         self._fields = fields_of(self._diagnostics, num_draws, self.thinning)
-        for told in self._diagnostics:
-            told.pop("sample_stats", None)
+        for reported in self._diagnostics:
+            reported.pop("sample_stats", None)
 
     def _kept(self, names: Any) -> list[str]:
         names = sorted(names)

@@ -17,7 +17,7 @@ from pyro_ebm.files import CheckpointError, random_state, set_random_state
 from pyro_ebm.mcmc.adaptation.warmup import to_device
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
-from pyro_ebm.mcmc.running.draws import Bar, Draws, Memory, samples_of, statistics_of
+from pyro_ebm.mcmc.running.draws import Bar, DrawBuffer, Memory, samples_of, statistics_of
 from pyro_ebm.mcmc.running.zarr_store import ZarrStore
 from pyro_ebm.mcmc.state import State
 
@@ -63,8 +63,8 @@ class VectorizedRun:
         kernel.planned_steps = self.goal
         kernel.bind(potential, warmup_steps)
         self.state: Any = None
-        self.warmup: Draws | None = None
-        self.draws: Draws | None = None
+        self.warmup: DrawBuffer | None = None
+        self.draws: DrawBuffer | None = None
 
     def start(self, z: Tensor) -> None:
         """Starts at the positions ``z``, shape ``(chains, dim)``."""
@@ -82,13 +82,13 @@ class VectorizedRun:
         if self.save_warmup:
             steps = self.warmup_steps
             memory = Memory(steps, self.device)
-            self.warmup = Draws(self.potential, self.keep, steps, 1, state, memory)
+            self.warmup = DrawBuffer(self.potential, self.keep, steps, 1, state, memory)
         self.draws = self._new_draws(self.goal - self.warmup_steps)
 
-    def _new_draws(self, num_samples: int, first: int = 0) -> Draws:
+    def _new_draws(self, num_samples: int, first: int = 0) -> DrawBuffer:
         num = num_samples // self.thinning - first
         store = Memory(num, self.device, first) if self.store is None else self.store
-        return Draws(self.potential, self.keep, num, self.thinning, self.state, store)
+        return DrawBuffer(self.potential, self.keep, num, self.thinning, self.state, store)
 
     # -- going on ------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class VectorizedRun:
             step_size = kernel.adaptation.step_size
             self.state, info = kernel.step(self.state)
             if into is not None:
-                into.add(self.state, info, step_size, kernel.own_stats)
+                into.add(self.state, info, step_size, kernel.extra_fields)
             self.t += 1
             bar.update(stage.lower(), kernel, info)
             if hook_fn is not None:
@@ -129,18 +129,18 @@ class VectorizedRun:
     # -- what came of it -----------------------------------------------------------------------
 
     @property
-    def _draws(self) -> Draws:
+    def _draws(self) -> DrawBuffer:
         assert self.draws is not None
         return self.draws
 
     @property
-    def records(self) -> dict[str, Draws]:
+    def records(self) -> dict[str, DrawBuffer]:
         """What is collected: the draws, and the warmup if it is kept."""
         records = {"warmup": self.warmup, "draws": self.draws}
         return {name: record for name, record in records.items() if record is not None}
 
     def read(
-        self, record: Draws, transforms: Mapping[str, Transform]
+        self, record: DrawBuffer, transforms: Mapping[str, Transform]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draws ``(chains, draws, *site)`` and their statistics ``(chains, draws)``."""
         record.flush()

@@ -21,7 +21,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.energy import starting_points_only
-from pyro_ebm.models.sites.discrete_sites import site_codes
+from pyro_ebm.models.sites.discrete_sites import site_support_values
 from pyro_ebm.models.sites.site import Site
 
 # what arithmetic, indices and a user's own assertions may raise at values that no chain has
@@ -54,7 +54,7 @@ def _scattered(i: int) -> Callable[..., Any]:
     def start(site: Any) -> Any:
         name, fn = site["name"], site["fn"]
         if fn.support.is_discrete:
-            return _anywhere(name, fn)
+            return _init_uniform_discrete(name, fn)
         if i % 4 == 0:
             return init_to_uniform(site)
         if i % 4 == 1:
@@ -70,16 +70,23 @@ def _scattered(i: int) -> Callable[..., Any]:
     return start
 
 
-def _anywhere(name: str, fn: Any) -> Tensor | None:
+def _init_uniform_discrete(name: str, fn: Any) -> Tensor | None:
     try:
-        codes = site_codes(name, fn)
+        support_values = site_support_values(name, fn)
     except ValueError:  # without a finite set of values
         return None
-    assert codes is not None
-    if not len(codes):
+    assert support_values is not None
+    if not len(support_values):
         return fn()
-    site = Site(name, fn.shape(), codes.dtype, identity_transform, codes.device, codes)
-    return site.start(1, codes.dtype).reshape(fn.shape())
+    site = Site(
+        name,
+        fn.shape(),
+        support_values.dtype,
+        identity_transform,
+        support_values.device,
+        support_values,
+    )
+    return site.start(1, support_values.dtype).reshape(fn.shape())
 
 
 __all__ = ["scattered_trace"]

@@ -8,12 +8,12 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_ebm.distributions.core.discrete import codewords
+from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 
 
-def site_codes(name: str, fn: Any) -> Tensor | None:
-    """The codewords ``(K, b)`` of the variables of a discrete site; None if it is continuous.
+def site_support_values(name: str, fn: Any) -> Tensor | None:
+    """The support values ``(K, b)`` of the variables of a discrete site; None if it is continuous.
 
     They are ``UNBOUNDED``, none, where its elements are whole numbers without a bound.
 
@@ -22,7 +22,7 @@ def site_codes(name: str, fn: Any) -> Tensor | None:
             share.
 
     Example:
-        >>> site_codes("k", dist.Categorical(torch.ones(3)).expand([5]).to_event(1))
+        >>> site_support_values("k", dist.Categorical(torch.ones(3)).expand([5]).to_event(1))
         tensor([[0],
                 [1],
                 [2]])
@@ -32,7 +32,7 @@ def site_codes(name: str, fn: Any) -> Tensor | None:
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     if isinstance(fn, UnnormalizedEnergy):
-        return codewords(fn.support, fn.event_shape)
+        return support_values_of(fn.support, fn.event_shape)
     error: Exception | None = None
     if fn.has_enumerate_support:
         try:
@@ -52,7 +52,7 @@ OTHER_WAYS = (
     " total_count; where counts share a total, one Binomial after another), or sum it out"
 )
 UNBOUNDED = torch.empty(0, 1)
-"""The codewords of whole numbers without fixed bounds."""
+"""The support values of whole numbers without fixed bounds."""
 
 
 def is_integer(support: Any) -> bool:

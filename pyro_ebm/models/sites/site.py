@@ -20,26 +20,26 @@ class Site(NamedTuple):
     transform: Transform
     """From the support to the reals, as in Pyro's ``kernel.transforms``."""
     device: torch.device = torch.device("cpu")
-    codes: Tensor | None = None
+    support_values: Tensor | None = None
     """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers; none,
     ``(0, 1)``, where they are whole numbers without fixed bounds."""
 
     @property
     def is_unbounded(self) -> bool:
         """Whether its values are whole numbers without fixed bounds, as of a Poisson."""
-        return self.codes is not None and not len(self.codes)
+        return self.support_values is not None and not len(self.support_values)
 
     def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
-        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or over codewords, or 0."""
+        """Random positions ``(num_chains, size)``: uniform on (-2, 2), or on the support values."""
         size = self.shape.numel()
-        if self.codes is None:
+        if self.support_values is None:
             z = torch.empty(num_chains, size, dtype=dtype, device=self.device)
             return z.uniform_(-2.0, 2.0)
-        k, b = self.codes.shape
+        k, b = self.support_values.shape
         if not k:
             return torch.zeros(num_chains, size, dtype=dtype, device=self.device)
         which = torch.randint(k, (num_chains, size // b), device=self.device)
-        return self.codes.to(self.device, dtype)[which].reshape(num_chains, size)
+        return self.support_values.to(self.device, dtype)[which].reshape(num_chains, size)
 
 
 def to_support(transform: Transform, z: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 r"""Annealed importance sampling, forward and in reverse.
 
 A chain starts at an exact draw :math:`z_0` of a known density :math:`\tilde p_0` and passes through
-the densities of a :class:`~pyro_ebm.normalizer.Path`, moved at each by a kernel that leaves it
-invariant. Its weight
+the densities of a :class:`~pyro_ebm.normalizer.AnnealingPath`, moved at each by a kernel that
+leaves it invariant. Its weight
 
 .. math:: w = \prod_{t=1}^T \frac{\tilde p_{\beta_t}(z_{t-1})}{\tilde p_{\beta_{t-1}}(z_{t-1})},
           \qquad \mathbb E\, w = \frac{Z_1}{Z_0},
@@ -51,14 +51,14 @@ from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.potentials.base import NUM_REPEATED
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.mcmc.ranks import Population, population_of
+from pyro_ebm.mcmc.ranks import ProcessGroup, process_group_of
 from pyro_ebm.mcmc.short_run import short_run
 from pyro_ebm.models.checks.fixed_density import check_repeats
 from pyro_ebm.normalizer.annealing.function_path import FunctionPath
 from pyro_ebm.normalizer.annealing.graphed import GraphedAnnealing
-from pyro_ebm.normalizer.annealing.path import GeometricPath, Path, TemperedPath
+from pyro_ebm.normalizer.annealing.path import AnnealingPath, GeometricPath, TemperedPath
 from pyro_ebm.normalizer.annealing.rbm_path import LayersPath
-from pyro_ebm.normalizer.annealing.schedule import Ladder, ladder_of, pilot
+from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule, pilot, schedule_of
 from pyro_ebm.normalizer.estimate_result import (
     NormalizerEstimate,
     check_weights,
@@ -106,32 +106,32 @@ def annealed(
 ) -> NormalizerEstimate:
     """``method="ais"`` and ``"reverse_ais"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
     given = None if betas is None else checked_betas(betas)
-    over = population_of(num_chains if samples is None else len(samples), distributed)
-    over.seed(alike=True)  # one path and one pilot run on all ranks
-    disable_progbar = disable_progbar or over.rank > 0
+    ranks = process_group_of(num_chains if samples is None else len(samples), distributed)
+    ranks.seed(alike=True)  # one path and one pilot run on all ranks
+    disable_progbar = disable_progbar or ranks.rank > 0
     way = path_of(p, proposal, path, like=samples)
     kernel = kernel_of(kernel, p, way)
     kernel.bind(way, warmup_steps=0)
     levels = []
     if given is None or kernel.adapt_step_size or kernel.adapt_mass_matrix:
         levels = pilot(way, kernel, disable_progbar)
-    chosen = given or ladder_of(levels, num_temperatures, ess_drop)
-    ladder = Ladder(levels, _agreed(chosen, over, way))
-    over.seed()
+    chosen = given or schedule_of(levels, num_temperatures, ess_drop)
+    schedule = TemperatureSchedule(levels, _agreed(chosen, ranks, way))
+    ranks.seed()
     results = []
     if method == FORWARD:
-        over = population_of(num_chains, distributed)
-        with over.all_or_none("annealing"):
-            z = way.at(0.0).draw(len(range(num_chains)[over.here(num_chains)]))
-            log_w = _log_weights(way, kernel, ladder, z, FORWARD, num_steps, disable_progbar)
-        results.append(_estimate(way, ladder, over.rows(log_w), FORWARD))
+        ranks = process_group_of(num_chains, distributed)
+        with ranks.fail_together("annealing"):
+            z = way.at(0.0).draw(len(range(num_chains)[ranks.here(num_chains)]))
+            log_w = _log_weights(way, kernel, schedule, z, FORWARD, num_steps, disable_progbar)
+        results.append(_estimate(way, schedule, ranks.rows(log_w), FORWARD))
     if samples is not None:
         z = way.target.inner_position(samples, "the samples")
-        over = population_of(len(samples), distributed)
-        z = z.reshape(len(samples), -1, way.dim)[over.here(len(samples))].flatten(0, 1)
-        with over.all_or_none("annealing in reverse"):
-            log_w = _log_weights(way, kernel, ladder, z, REVERSE, num_steps, disable_progbar)
-        results.append(_estimate(way, ladder, over.rows(log_w), REVERSE))
+        ranks = process_group_of(len(samples), distributed)
+        z = z.reshape(len(samples), -1, way.dim)[ranks.here(len(samples))].flatten(0, 1)
+        with ranks.fail_together("annealing in reverse"):
+            log_w = _log_weights(way, kernel, schedule, z, REVERSE, num_steps, disable_progbar)
+        results.append(_estimate(way, schedule, ranks.rows(log_w), REVERSE))
     forward, backward = results[0], results[-1]
     if len(results) == 2:
         _compare(forward, backward)
@@ -141,33 +141,35 @@ def annealed(
     return replace(forward, **reverse, exact_samples=exact_samples)
 
 
-def _agreed(betas: list[float], over: Population, path: Path) -> list[float]:
+def _agreed(betas: list[float], ranks: ProcessGroup, path: AnnealingPath) -> list[float]:
     """The temperatures of rank 0, after a look whether all ranks have one energy."""
-    if over.size == 1:
+    if ranks.size == 1:
         return betas
-    z = over.from_first(path.at(0.0).draw(AGREED))
-    over.check_alike(path.at(1.0)(z), "the log density of the energy")
-    num = int(over.from_first(torch.tensor(len(betas))))
+    z = ranks.from_first(path.at(0.0).draw(AGREED))
+    ranks.check_alike(path.at(1.0)(z), "the log density of the energy")
+    num = int(ranks.from_first(torch.tensor(len(betas))))
     mine = betas if len(betas) == num else [0.0] * num
-    return over.from_first(torch.tensor(mine, dtype=torch.float64)).tolist()
+    return ranks.from_first(torch.tensor(mine, dtype=torch.float64)).tolist()
 
 
 def _log_weights(
-    path: Path,
+    path: AnnealingPath,
     kernel: Kernel,
-    ladder: Ladder,
+    schedule: TemperatureSchedule,
     z: Tensor,
     method: str,
     num_steps: int,
     disable_progbar: bool,
 ) -> Tensor:
     """Of the chains in one direction, shape ``(chains, *batch)``."""
-    betas = ladder.betas if method == FORWARD else ladder.betas[::-1]
-    log_w = anneal(path, kernel, ladder, z, betas, num_steps, disable_progbar)
+    betas = schedule.betas if method == FORWARD else schedule.betas[::-1]
+    log_w = anneal(path, kernel, schedule, z, betas, num_steps, disable_progbar)
     return log_w.reshape((-1,) + path.target.energy.batch_shape)
 
 
-def _estimate(path: Path, ladder: Ladder, log_w: Tensor, method: str) -> NormalizerEstimate:
+def _estimate(
+    path: AnnealingPath, schedule: TemperatureSchedule, log_w: Tensor, method: str
+) -> NormalizerEstimate:
     """The estimate of one direction."""
     name = "annealing" if method == FORWARD else "reverse annealing"
     check_weights(log_w, name)
@@ -175,7 +177,7 @@ def _estimate(path: Path, ladder: Ladder, log_w: Tensor, method: str) -> Normali
     log_w = log_w + sign * path.log_normalizer
     value, ess, k = sign * log_mean_exp(log_w), effective_sample_size(log_w), tail_shape(log_w)
     remedy = (
-        f"anneal at more temperatures than {len(ladder.betas)}, or with more transitions at each"
+        f"anneal at more temperatures than {len(schedule.betas)}, or with more transitions at each"
         " (num_steps=), or with a better kernel, or from a nearer start (proposal=)"
     )
     side = "too low" if method == FORWARD else "too high"
@@ -189,14 +191,14 @@ def _estimate(path: Path, ladder: Ladder, log_w: Tensor, method: str) -> Normali
         lower=value if method == FORWARD else None,
         zeros=(log_w == -torch.inf).to(log_w.dtype).mean(0),
         pareto_k=k,
-        betas=torch.tensor(ladder.betas, dtype=torch.float64),
+        betas=torch.tensor(schedule.betas, dtype=torch.float64),
     )
 
 
 def anneal(
-    path: Path,
+    path: AnnealingPath,
     kernel: Kernel,
-    ladder: Ladder,
+    schedule: TemperatureSchedule,
     z: Tensor,
     betas: Sequence[float],
     num_steps: int = 1,
@@ -207,7 +209,7 @@ def anneal(
     Args:
         path: the densities.
         kernel: bound to the path.
-        ladder: its settings at each temperature.
+        schedule: its settings at each temperature.
         z: exact draws at the first temperature, shape ``(chains, dim)``.
         betas: the temperatures, in either direction.
         num_steps: transitions at each.
@@ -221,7 +223,7 @@ def anneal(
     """
     path.at(max(betas))
     path.at(max(betas))
-    some = z[: NUM_REPEATED * path.groups]
+    some = z[: NUM_REPEATED * path.targets]
     with torch.no_grad():
         check_repeats(lambda: (path(some),), lambda: "the energy")
     path.at(betas[0])
@@ -231,7 +233,7 @@ def anneal(
     graphs = GraphedAnnealing.of(path, kernel, planned=num_steps * (len(betas) - 2))
     if graphs is not None:
         with tqdm(betas[1:], disable=disable_progbar, desc=label, delay=1.0) as bar:
-            log_w = graphs.run(ladder, z, betas, num_steps, bar)
+            log_w = graphs.run(schedule, z, betas, num_steps, bar)
         if log_w is not None:
             return log_w
     state = path.at(betas[0]).state(kernel, z)
@@ -244,7 +246,7 @@ def anneal(
             log_w = torch.where(log_w == -torch.inf, log_w, log_w + state.potential - new.potential)
             state = new
             if beta != betas[-1]:
-                ladder.set(kernel, beta)
+                schedule.set(kernel, beta)
                 for _ in range(num_steps):
                     state, _ = kernel.step(state)
                     if not kernel.jit_compile:
@@ -276,7 +278,7 @@ def _compare(forward: NormalizerEstimate, backward: NormalizerEstimate) -> None:
 
 def path_of(
     p: UnnormalizedEnergy, proposal: Any = None, path: Any = None, like: Tensor | None = None
-) -> Path:
+) -> AnnealingPath:
     """The path that was given, or the one that suits an energy.
 
     Args:
@@ -292,7 +294,7 @@ def path_of(
         >>> type(path_of(UnnormalizedEnergy(lambda x: x**2))).__name__
         'GeometricPath'
     """
-    if isinstance(path, Path):
+    if isinstance(path, AnnealingPath):
         if proposal is not None:
             raise ValueError("a path has its own start: give path or proposal, not both")
         end = path.target.energy
@@ -325,14 +327,14 @@ def path_of(
     if LayersPath.suits(p):
         return LayersPath.fitted(target, x)
     z = target.to_position(x)
-    finite = z.isfinite().all(-1).reshape(-1, target.groups).all(-1)
+    finite = z.isfinite().all(-1).reshape(-1, target.targets).all(-1)
     if finite.sum() < 2:
         raise ValueError("a start needs at least two finite points to be fitted to: give proposal=")
-    z = z[finite.repeat_interleave(target.groups)]
-    return GeometricPath(target, GaussianStart.fitted(z, target.groups, WIDTH))
+    z = z[finite.repeat_interleave(target.targets)]
+    return GeometricPath(target, GaussianStart.fitted(z, target.targets, WIDTH))
 
 
-def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: Path) -> Kernel:
+def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: AnnealingPath) -> Kernel:
     """A kernel that leaves each density of the path invariant.
 
     Args:
@@ -347,7 +349,7 @@ def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: Path) -> Kerne
     if kernel is None and isinstance(p.kernel, Kernel) and _objection(p.kernel, path) is None:
         kernel = p.kernel
     if kernel is None:
-        discrete = path.blocks is not None or path.sites[0].codes is not None
+        discrete = path.blocks is not None or path.sites[0].support_values is not None
         kernel = GibbsKernel() if discrete else LangevinKernel()
     if not isinstance(kernel, Kernel):
         raise TypeError(
@@ -358,7 +360,7 @@ def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: Path) -> Kerne
     return kernel.copy()
 
 
-def _objection(kernel: Kernel, path: Path) -> str | None:
+def _objection(kernel: Kernel, path: AnnealingPath) -> str | None:
     for part in (kernel, *getattr(kernel, "kernels", ())):
         if not getattr(part, "adjusted", True):
             return (

@@ -9,11 +9,11 @@ from torch import Tensor
 from pyro_ebm.distributions.core.supports import same_support
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.normalizer.annealing.path import Path
+from pyro_ebm.normalizer.annealing.path import AnnealingPath
 from pyro_ebm.normalizer.proposals import DistributionStart, checked_proposal
 
 
-class FunctionPath(Path):
+class FunctionPath(AnnealingPath):
     r"""A path given as a function from :math:`\beta` to an energy.
 
     The function is called anew for each :math:`\beta`. At 0 it must have exact draws and a known
@@ -49,7 +49,7 @@ class FunctionPath(Path):
         self._check_end()
         self.at(0.0)
 
-    def at(self, beta: Tensor | float) -> "Path":
+    def at(self, beta: Tensor | float) -> "AnnealingPath":
         r"""This path, with the energy at :math:`\beta`."""
         super().at(beta)
         self.now = self._energy_at(beta)
@@ -108,7 +108,7 @@ class FunctionPath(Path):
             )
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, shape ``(num * groups, dim)``."""
+        """Exact draws of the start, shape ``(num * targets, dim)``."""
         return self.start.sample(num)
 
     def combine(self, *parts: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.state import State
-from pyro_ebm.normalizer.annealing.path import Known, Path
-from pyro_ebm.normalizer.annealing.schedule import Ladder
+from pyro_ebm.normalizer.annealing.path import AnnealingPath, Known
+from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule
 from pyro_ebm.ops.steps.metropolis import select
 
 Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -34,7 +34,7 @@ class GraphedAnnealing:
         planned: how many transitions to expect.
     """
 
-    def __init__(self, path: Path, kernel: Kernel, planned: int):
+    def __init__(self, path: AnnealingPath, kernel: Kernel, planned: int):
         self.path, self.kernel = path, kernel
         self.engine = Engine(
             self.leap,
@@ -45,13 +45,13 @@ class GraphedAnnealing:
         )
 
     @classmethod
-    def of(cls, path: Path, kernel: Kernel, planned: int) -> "GraphedAnnealing | None":
+    def of(cls, path: AnnealingPath, kernel: Kernel, planned: int) -> "GraphedAnnealing | None":
         """The graphs of a kernel on a path, those of an earlier run among them.
 
         None if it asks for none, could not be captured, or does more than one transition.
         """
         blocks = isinstance(kernel, GibbsKernel) and path.blocks is not None
-        plain = type(kernel).evaluate is Kernel.evaluate and kernel.captured == kernel.transition
+        plain = type(kernel).evaluate is Kernel.evaluate and kernel.compiled_fn == kernel.transition
         if not kernel.jit_compile or not plain or not (blocks or type(kernel).move is Kernel.move):
             return None
         kept = path.graphed
@@ -61,7 +61,7 @@ class GraphedAnnealing:
 
     def run(
         self,
-        ladder: Ladder,
+        schedule: TemperatureSchedule,
         z: Tensor,
         betas: Sequence[float],
         num_steps: int,
@@ -73,7 +73,7 @@ class GraphedAnnealing:
         last, so that what is known there is not true.
 
         Args:
-            ladder: the kernel's settings at each temperature.
+            schedule: the kernel's settings at each temperature.
             z: exact draws at the first temperature, shape ``(chains, dim)``.
             betas: the temperatures.
             num_steps: transitions at each.
@@ -90,7 +90,7 @@ class GraphedAnnealing:
             path.at(beta)
             last = beta == betas[-1]
             fall = potential - self._potential(z, known) if last else torch.zeros_like(potential)
-            ladder.set(kernel, beta)
+            schedule.set(kernel, beta)
             for step in range(0 if last else num_steps):
                 draws = kernel.draw(State(z, potential, None))
                 z, potential, known, change, away = self.engine(z, potential, known, draws)

@@ -2,8 +2,8 @@ r"""Paths of densities, from one that is known to one that is not.
 
 Annealing needs densities :math:`\tilde p_\beta`, :math:`0 \le \beta \le 1`, from a *start*
 :math:`\tilde p_0` with a known :math:`\log Z_0` and exact draws to the target :math:`\tilde p_1`.
-A :class:`Path` is a potential :math:`U_\beta(z) = -\log \tilde p_\beta(z)`, as kernels move on,
-that reads :math:`\beta` from a tensor which annealing changes in place.
+A :class:`AnnealingPath` is a potential :math:`U_\beta(z) = -\log \tilde p_\beta(z)`, as kernels
+move on, that reads :math:`\beta` from a tensor which annealing changes in place.
 
 * The *geometric* path :math:`\tilde p_\beta = q^{1 - \beta}\, \tilde p^\beta` leads from any start
   to any target.
@@ -47,7 +47,7 @@ class Known(NamedTuple):
     grads: tuple[Tensor, ...] | None
 
 
-class Path(Potential):
+class AnnealingPath(Potential):
     r"""Densities :math:`\tilde p_\beta` on the positions of a target, as a potential that moves.
 
     A new path says how to draw from its start, and what the potential is at :attr:`beta`: the
@@ -56,8 +56,8 @@ class Path(Potential):
     next :math:`\beta`.
 
     Example:
-        >>> class Narrowing(Path):  # from N(0, 1) to N(0, 1 / 100), both without a constant
-        ...     def sample(self, num):
+        >>> class Narrowing(AnnealingPath):  # from N(0, 1) to N(0, 1 / 100), both without a
+        constant ...     def sample(self, num):
         ...         return torch.randn(num, self.dim)
         ...     def parts(self, z):
         ...         return (z.square().sum(-1) / 2,)
@@ -80,7 +80,7 @@ class Path(Potential):
     def __init__(self, target: UnnormalizedEnergy | EnergyPotential, log_normalizer: Any = 0.0):
         if isinstance(target, UnnormalizedEnergy):
             target = EnergyPotential(target)
-        super().__init__(target.sites, target.groups)
+        super().__init__(target.sites, target.targets)
         self.target, self.dtype = target, target.dtype
         self._modules = target._modules
         device = target.sites[0].device
@@ -95,7 +95,7 @@ class Path(Potential):
 
     @abstractmethod
     def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, ``num`` for each group, shape ``(num * groups, dim)``."""
+        """Exact draws of the start, ``num`` for each group, shape ``(num * targets, dim)``."""
 
     @abstractmethod
     def combine(self, *parts: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Path(Potential):
 
     # -- what annealing uses -------------------------------------------------------------------
 
-    def at(self, beta: Tensor | float) -> "Path":
+    def at(self, beta: Tensor | float) -> "AnnealingPath":
         r"""This path, with :attr:`beta` set."""
         self.beta.fill_(beta)
         return self
@@ -179,10 +179,10 @@ class Path(Potential):
             ValueError: if the path returns another shape.
         """
         z = self.sample(num).to(self.dtype)
-        if z.shape != (num * self.groups, self.dim):
+        if z.shape != (num * self.targets, self.dim):
             raise ValueError(
                 f"{type(self).__name__}.sample({num}) must return positions of shape"
-                f" {(num * self.groups, self.dim)}, got {tuple(z.shape)}"
+                f" {(num * self.targets, self.dim)}, got {tuple(z.shape)}"
             )
         return z
 
@@ -191,7 +191,7 @@ class Path(Potential):
         return torch.where(beta == 0, torch.zeros_like(value), beta * value)
 
 
-class GeometricPath(Path):
+class GeometricPath(AnnealingPath):
     r"""The path :math:`\tilde p_\beta = q^{1 - \beta}\, \tilde p^\beta` from a normalized start.
 
     .. math:: U_\beta(z) = -(1 - \beta) \log q(z) - \beta \log \tilde p(z)
@@ -223,7 +223,7 @@ class GeometricPath(Path):
         return cls(target, DistributionStart(checked_proposal(proposal, p), target))
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, shape ``(num * groups, dim)``."""
+        """Exact draws of the start, shape ``(num * targets, dim)``."""
         return self.start.sample(num)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -243,7 +243,7 @@ class GeometricPath(Path):
         return (u_start, u_target), (g_start, g_target)
 
 
-class TemperedPath(Path):
+class TemperedPath(AnnealingPath):
     r"""The path :math:`\tilde p_\beta = e^{-\beta E}` from the uniform density on a finite set.
 
     Args:
@@ -264,13 +264,13 @@ class TemperedPath(Path):
                 f"a tempered path is for discrete energies without a base, got {target.energy!r}"
             )
         self.start = uniform(target)
-        states = math.log(len(self.start.codes)) * self.start.log_probs.shape[1]
+        states = math.log(len(self.start.support_values)) * self.start.log_probs.shape[1]
         super().__init__(target, states)
-        if target.blocks is not None and target.blocks.tempers:
+        if target.blocks is not None and target.blocks.supports_tempering:
             self.blocks = target.blocks
 
     def sample(self, num: int) -> Tensor:
-        """Uniform states, shape ``(num * groups, dim)``."""
+        """Uniform states, shape ``(num * targets, dim)``."""
         return self.start.sample(num)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -298,4 +298,4 @@ class TemperedPath(Path):
         return self.target.gibbs_sweep(z, noise, own if beta is None else own * beta)
 
 
-__all__ = ["GeometricPath", "Known", "Path", "TemperedPath"]
+__all__ = ["AnnealingPath", "GeometricPath", "Known", "TemperedPath"]

@@ -29,11 +29,11 @@ from pyro_ebm.distributions.boltzmann.bipartite import TwoLayers, dot, softplus
 from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
 from pyro_ebm.distributions.boltzmann.rbm import RBM
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.normalizer.annealing.path import Path
+from pyro_ebm.normalizer.annealing.path import AnnealingPath
 from pyro_ebm.normalizer.proposals import WIDTH
 
 
-class LayersPath(Path):
+class LayersPath(AnnealingPath):
     """From independent visible units to an :class:`~pyro_ebm.distributions.RBM`, or a Gaussian one.
 
     Args:
@@ -94,7 +94,7 @@ class LayersPath(Path):
         return None
 
     def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, shape ``(num * groups, dim)``."""
+        """Exact draws of the start, shape ``(num * targets, dim)``."""
         return self.start.sample(torch.Size((num,))).reshape(-1, self.dim)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.normalizer.annealing.path import Path
+from pyro_ebm.normalizer.annealing.path import AnnealingPath
 from pyro_ebm.normalizer.estimate_result import check_weights, log_mean_exp, warn
 from pyro_ebm.normalizer.proposals import deviations
 
@@ -68,7 +68,7 @@ SHORTEST = 1e-12
 """The shortest step of beta."""
 
 
-class Level(NamedTuple):
+class SchedulePoint(NamedTuple):
     """What the pilot found at a temperature."""
 
     beta: float
@@ -77,12 +77,12 @@ class Level(NamedTuple):
     slowness: float
     r""":math:`\tau`, transitions that the kernel needs to forget."""
     step_size: Tensor
-    """Shape ``(groups,)``."""
-    factor: Tensor | None
-    """Of the preconditioner, shape ``(groups, dim)`` or ``(groups, dim, dim)``."""
+    """Shape ``(targets,)``."""
+    inverse_mass_sqrt: Tensor | None
+    """Of the preconditioner, shape ``(targets, dim)`` or ``(targets, dim, dim)``."""
 
 
-class Ladder:
+class TemperatureSchedule:
     """Temperatures, and the settings of the kernel at each.
 
     Args:
@@ -90,7 +90,7 @@ class Ladder:
         betas: temperatures from 0 to 1.
     """
 
-    def __init__(self, levels: list[Level], betas: list[float]):
+    def __init__(self, levels: list[SchedulePoint], betas: list[float]):
         self.levels, self.betas = levels, betas
         self._knots = [level.beta for level in levels]
 
@@ -103,12 +103,14 @@ class Ladder:
         share = 1.0 if high.beta == low.beta else (beta - low.beta) / (high.beta - low.beta)
         log_step = torch.lerp(low.step_size.log(), high.step_size.log(), share)
         kernel.adaptation.step_size = log_step.exp()
-        if low.factor is not None and high.factor is not None:
-            kernel.adaptation.factor = torch.lerp(low.factor, high.factor, share)
+        if low.inverse_mass_sqrt is not None and high.inverse_mass_sqrt is not None:
+            kernel.adaptation.inverse_mass_sqrt = torch.lerp(
+                low.inverse_mass_sqrt, high.inverse_mass_sqrt, share
+            )
 
 
-def ladder_of(
-    levels: list[Level], num_temperatures: int | None = None, ess_drop: float | None = None
+def schedule_of(
+    levels: list[SchedulePoint], num_temperatures: int | None = None, ess_drop: float | None = None
 ) -> list[float]:
     """Temperatures from 0 to 1, spaced by what the pilot found.
 
@@ -119,8 +121,8 @@ def ladder_of(
 
     Example:
         >>> one = torch.ones(1)
-        >>> levels = [Level(b, 1.0, 1.0, one, None) for b in (0.0, 0.1, 1.0)]
-        >>> ladder_of(levels, num_temperatures=5)
+        >>> levels = [SchedulePoint(b, 1.0, 1.0, one, None) for b in (0.0, 0.1, 1.0)]
+        >>> schedule_of(levels, num_temperatures=5)
         [0.0, 0.05, 0.1, 0.55, 1.0]
     """
     if ess_drop is not None:
@@ -142,7 +144,9 @@ def ladder_of(
     return [0.0, *betas[1:-1], 1.0]
 
 
-def pilot(path: Path, kernel: Kernel, disable_progbar: bool = False) -> list[Level]:
+def pilot(
+    path: AnnealingPath, kernel: Kernel, disable_progbar: bool = False
+) -> list[SchedulePoint]:
     """Anneals a small population, and tells what it found at each temperature.
 
     Args:
@@ -157,8 +161,8 @@ def pilot(path: Path, kernel: Kernel, disable_progbar: bool = False) -> list[Lev
     kernel.init(z)
     step_size = kernel.adaptation.step_size
     if kernel.adapt_mass_matrix:  # before a graph is captured
-        kernel.adaptation.factor = deviations(z, path.groups, kernel.full_mass)[1]
-    levels = [Level(0.0, 0.0, 1.0, step_size, kernel.adaptation.factor)]
+        kernel.adaptation.inverse_mass_sqrt = deviations(z, path.targets, kernel.full_mass)[1]
+    levels = [SchedulePoint(0.0, 0.0, 1.0, step_size, kernel.adaptation.inverse_mass_sqrt)]
     with tqdm(total=1.0, disable=disable_progbar, desc="pilot", delay=1.0) as bar:
         while beta < 1:
             if len(levels) > MAX_LEVELS:
@@ -175,22 +179,24 @@ def pilot(path: Path, kernel: Kernel, disable_progbar: bool = False) -> list[Lev
             z, slowness = _tuned(path, kernel, z, beta, new, first=len(levels) == 1)
             length = math.sqrt(max(-float(length), 0.0))
             adaptation = kernel.adaptation
-            settings = adaptation.step_size, adaptation.factor
-            levels.append(Level(new, length, slowness, *settings))
+            settings = adaptation.step_size, adaptation.inverse_mass_sqrt
+            levels.append(SchedulePoint(new, length, slowness, *settings))
             beta = new
-    _warn_if_standing(kernel, z, path.groups)
-    levels[0] = levels[0]._replace(step_size=levels[1].step_size, factor=levels[1].factor)
+    _warn_if_standing(kernel, z, path.targets)
+    levels[0] = levels[0]._replace(
+        step_size=levels[1].step_size, inverse_mass_sqrt=levels[1].inverse_mass_sqrt
+    )
     return levels
 
 
-def _next_beta(path: Path, z: Tensor, beta: float) -> tuple[float, Tensor]:
-    """How far the drop of the CESS allows to go, and the log weights ``(chains, groups)``."""
+def _next_beta(path: AnnealingPath, z: Tensor, beta: float) -> tuple[float, Tensor]:
+    """How far the drop of the CESS allows to go, and the log weights ``(chains, targets)``."""
     parts = path.parts(z)
     here = path.at(beta).combine(*parts)
 
     def log_weights(new: float) -> Tensor:
         log_w = here - path.at(new).combine(*parts)
-        return log_w.reshape(-1, path.groups)
+        return log_w.reshape(-1, path.targets)
 
     log_w = log_weights(1.0)
     check_weights(log_w, "annealing")
@@ -214,7 +220,7 @@ def _lasts(log_w: Tensor) -> bool:
 
 
 def _resampled(z: Tensor, log_w: Tensor) -> Tensor:
-    """Positions ``(chains, groups, dim)`` drawn by their weights: systematic resampling."""
+    """Positions ``(chains, targets, dim)`` drawn by their weights: systematic resampling."""
     n = len(z)
     cdf = log_w.softmax(0).cumsum(0)
     points = (
@@ -226,12 +232,12 @@ def _resampled(z: Tensor, log_w: Tensor) -> Tensor:
 
 
 def _tuned(
-    path: Path, kernel: Kernel, z: Tensor, old: float, new: float, first: bool
+    path: AnnealingPath, kernel: Kernel, z: Tensor, old: float, new: float, first: bool
 ) -> tuple[Tensor, float]:
     """Moves the population, tunes the kernel to it, and measures how slowly it forgets."""
     adaptation = kernel.adaptation
     if kernel.adapt_mass_matrix:
-        adaptation.factor = deviations(z, path.groups, kernel.full_mass)[1]
+        adaptation.inverse_mass_sqrt = deviations(z, path.targets, kernel.full_mass)[1]
     state = kernel.evaluate(z)
     log_ratios = []
     moves = NUM_MOVES * (2 if first and kernel.adapt_step_size else 1)
@@ -246,7 +252,7 @@ def _tuned(
     return state.z, _slowness(*log_ratios)
 
 
-def _warn_if_standing(kernel: Kernel, z: Tensor, groups: int) -> None:
+def _warn_if_standing(kernel: Kernel, z: Tensor, targets: int) -> None:
     """Warns if the kernel hardly moves some of the chains at the target.
 
     There the density is narrower than its step, as in the neck of a funnel. Chains that come in do
@@ -259,7 +265,7 @@ def _warn_if_standing(kernel: Kernel, z: Tensor, groups: int) -> None:
         if (info.accept_prob == 1).all():  # Gibbs sweeps
             return
         accepted = accepted + info.accept_prob
-    accepted = accepted.reshape(-1, groups)
+    accepted = accepted.reshape(-1, targets)
     still = float((accepted < STILL * accepted.mean(0)).double().mean(0).max())
     if still > MAX_STILL:
         warn(
@@ -270,11 +276,11 @@ def _warn_if_standing(kernel: Kernel, z: Tensor, groups: int) -> None:
         )
 
 
-def _log_ratio(path: Path, z: Tensor, old: float, new: float) -> Tensor:
-    """The log weight of the step that led here, ``(chains, groups)``."""
+def _log_ratio(path: AnnealingPath, z: Tensor, old: float, new: float) -> Tensor:
+    """The log weight of the step that led here, ``(chains, targets)``."""
     parts = path.parts(z)
     difference = path.at(old).combine(*parts) - path.at(new).combine(*parts)
-    return difference.reshape(-1, path.groups)
+    return difference.reshape(-1, path.targets)
 
 
 def _slowness(before: Tensor, after: Tensor) -> float:
@@ -288,4 +294,4 @@ def _slowness(before: Tensor, after: Tensor) -> float:
     return (1 + phi) / (1 - phi)
 
 
-__all__ = ["Ladder", "Level", "ladder_of", "pilot"]
+__all__ = ["SchedulePoint", "TemperatureSchedule", "pilot", "schedule_of"]

@@ -1,7 +1,7 @@
 r"""Sums over all states of discrete variables.
 
-A set of :math:`n` variables, each with :math:`K` codewords in :math:`\mathbb R^b`, has
-:math:`K^n` states: state number :math:`i` has at its variables the codewords of the digits of
+A set of :math:`n` variables, each with :math:`K` support values in :math:`\mathbb R^b`, has
+:math:`K^n` states: state number :math:`i` has at its variables the support values of the digits of
 :math:`i` in base :math:`K`, the first variable first. Sums over them,
 
 .. math:: \log Z = \log \sum_{s} e^{\log f(s)},
@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 MAX_STATES = 2**25
 
 
-def check_enumerable(codewords: int, variables: int, max_states: int = MAX_STATES) -> None:
+def check_enumerable(num_values: int, variables: int, max_states: int = MAX_STATES) -> None:
     """Raises a ValueError if there are too many states to sum over.
 
     Args:
-        codewords: K, how many values a variable takes.
+        num_values: K, how many values a variable takes.
         variables: n, how many variables there are.
         max_states: how many states are still few enough.
 
@@ -35,19 +35,21 @@ def check_enumerable(codewords: int, variables: int, max_states: int = MAX_STATE
         Traceback (most recent call last):
         ValueError: 784 variables of 2 values have 2^784 states, ...
     """
-    if codewords**variables > max_states:
+    if num_values**variables > max_states:
         raise ValueError(
-            f"{variables} variables of {codewords} values have {codewords}^{variables} states,"
+            f"{variables} variables of {num_values} values have {num_values}^{variables} states,"
             f" more than the {max_states:,} that may be summed over: use an estimate of log Z"
             " (annealed importance sampling), or, if you can wait, allow more"
         )
 
 
-def states(codes: Tensor, variables: int, start: int = 0, stop: int | None = None) -> Tensor:
+def states(
+    support_values: Tensor, variables: int, start: int = 0, stop: int | None = None
+) -> Tensor:
     r"""States number ``start`` to ``stop - 1``, of all :math:`K^n` by default.
 
     Args:
-        codes: the codewords of a variable, shape ``(K, b)``.
+        support_values: the support values of a variable, shape ``(K, b)``.
         variables: n, how many variables there are.
         start: the number of the first state.
         stop: one more than that of the last.
@@ -65,20 +67,20 @@ def states(codes: Tensor, variables: int, start: int = 0, stop: int | None = Non
                 [1., 0.],
                 [1., 1.]])
     """
-    base, total = len(codes), len(codes) ** variables
+    base, total = len(support_values), len(support_values) ** variables
     end = total if stop is None else stop
     if not 0 <= start <= end <= total:
         raise ValueError(f"states are numbered from 0 to {total - 1}, got {start} to {end - 1}")
-    numbers = torch.arange(start, end, device=codes.device)
+    numbers = torch.arange(start, end, device=support_values.device)
     powers = [base**i for i in reversed(range(variables))]
-    place = torch.tensor(powers, dtype=torch.long, device=codes.device)
+    place = torch.tensor(powers, dtype=torch.long, device=support_values.device)
     digits = (numbers[:, None] // place) % base
-    return codes[digits].reshape(len(numbers), variables * codes.shape[1])
+    return support_values[digits].reshape(len(numbers), variables * support_values.shape[1])
 
 
 def values_of_states(
     log_f: Callable[[Tensor], Tensor],
-    codes: Tensor,
+    support_values: Tensor,
     variables: int,
     chunk_size: int = 2**14,
     max_states: int = MAX_STATES,
@@ -87,7 +89,7 @@ def values_of_states(
 
     Args:
         log_f: as in :func:`log_sum_over_states`.
-        codes: as in :func:`log_sum_over_states`.
+        support_values: as in :func:`log_sum_over_states`.
         variables: n, how many variables there are.
         chunk_size: how many states ``log_f`` gets at once.
         max_states: how many states are still few enough.
@@ -103,13 +105,13 @@ def values_of_states(
         >>> values_of_states(lambda s: s.sum(-1), bits, 2)
         tensor([0., 1., 1., 2.])
     """
-    chunks = _chunks(len(codes), variables, chunk_size, max_states)
-    return torch.cat([_values(log_f, codes, variables, *chunk) for chunk in chunks])
+    chunks = _chunks(len(support_values), variables, chunk_size, max_states)
+    return torch.cat([_values(log_f, support_values, variables, *chunk) for chunk in chunks])
 
 
 def log_sum_over_states(
     log_f: Callable[[Tensor], Tensor],
-    codes: Tensor,
+    support_values: Tensor,
     variables: int,
     chunk_size: int = 2**14,
     max_states: int = MAX_STATES,
@@ -121,7 +123,8 @@ def log_sum_over_states(
 
     Args:
         log_f: maps flat states, shape ``(chunk, n * b)``, to ``(chunk, *batch)``.
-        codes: the codewords of a variable, shape ``(K, b)``; states have their dtype and device.
+        support_values: the values of a variable, shape ``(K, b)``; states have their dtype and
+            device.
         variables: n, how many variables there are.
         chunk_size: how many states ``log_f`` gets at once, to bound its memory.
         max_states: how many states are still few enough.
@@ -138,10 +141,10 @@ def log_sum_over_states(
         >>> log_sum_over_states(lambda s: s.sum(-1), bits, 3)  # 3 log(1 + e)
         tensor(3.9398)
     """
-    chunks = _chunks(len(codes), variables, chunk_size, max_states)
+    chunks = _chunks(len(support_values), variables, chunk_size, max_states)
 
     def log_sum(start: int, stop: int) -> Tensor:
-        return _values(log_f, codes, variables, start, stop).logsumexp(0)
+        return _values(log_f, support_values, variables, start, stop).logsumexp(0)
 
     if len(chunks) == 1:
         return log_sum(*chunks[0])
@@ -156,19 +159,19 @@ def log_sum_over_states(
 
 
 def _chunks(
-    codewords: int, variables: int, chunk_size: int, max_states: int
+    num_values: int, variables: int, chunk_size: int, max_states: int
 ) -> list[tuple[int, int]]:
-    check_enumerable(codewords, variables, max_states)
+    check_enumerable(num_values, variables, max_states)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    total = codewords**variables
+    total = num_values**variables
     return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
 
 
 def _values(
-    log_f: Callable[[Tensor], Tensor], codes: Tensor, variables: int, start: int, stop: int
+    log_f: Callable[[Tensor], Tensor], support_values: Tensor, variables: int, start: int, stop: int
 ) -> Tensor:
-    value = log_f(states(codes, variables, start, stop))
+    value = log_f(states(support_values, variables, start, stop))
     if value.dim() < 1 or len(value) != stop - start:
         raise ValueError(
             f"log_f must map {stop - start} states to a tensor whose first dimension is"

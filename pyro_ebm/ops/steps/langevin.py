@@ -30,7 +30,7 @@ def langevin_proposal(
     z: Tensor,
     grad: Tensor,
     step_size: Tensor,
-    factor: Tensor | None,
+    inverse_mass_sqrt: Tensor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def langevin_proposal(
         z: positions, shape ``(chains, dim)``.
         grad: the gradient :math:`g = \nabla U(z)`, shape ``(chains, dim)``.
         step_size: :math:`\varepsilon`, shape ``()`` or one per chain ``(chains, 1)``.
-        factor: :math:`L`, see :func:`~pyro_ebm.ops.steps.precondition.precondition`.
+        inverse_mass_sqrt: :math:`L`, see :func:`~pyro_ebm.ops.steps.precondition.precondition`.
         temperature: :math:`T`, shape ``()``.
         noise: :math:`\xi`, standard normal, shape ``(chains, dim)``.
 
@@ -54,7 +54,9 @@ def langevin_proposal(
     """
     # h (xi - (h / 2T) L^T g) = sqrt(2 eps T) xi - eps L^T g
     h = (2 * step_size * temperature).sqrt()
-    return drift(z, kick(noise, grad, h / (2 * temperature), factor), h, factor)
+    return drift(
+        z, kick(noise, grad, h / (2 * temperature), inverse_mass_sqrt), h, inverse_mass_sqrt
+    )
 
 
 def langevin_log_accept_ratio(
@@ -63,7 +65,7 @@ def langevin_log_accept_ratio(
     new_potential: Tensor,
     new_grad: Tensor,
     step_size: Tensor,
-    factor: Tensor | None,
+    inverse_mass_sqrt: Tensor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:
@@ -80,7 +82,7 @@ def langevin_log_accept_ratio(
         new_potential: :math:`U(z')`, shape ``(chains,)``.
         new_grad: :math:`\nabla U(z')`, shape ``(chains, dim)``.
         step_size: as in :func:`langevin_proposal`.
-        factor: as in :func:`langevin_proposal`.
+        inverse_mass_sqrt: as in :func:`langevin_proposal`.
         temperature: as in :func:`langevin_proposal`.
         noise: the noise :math:`\xi` that led from :math:`z` to :math:`z'`.
 
@@ -97,5 +99,5 @@ def langevin_log_accept_ratio(
     # add up to  -xi' = xi - sqrt(eps / 2T) L^T (g + g'),  the momentum after both half kicks: the
     # ratio is the change of the energy U / T + |xi|^2 / 2, with no linear system to solve.
     half = (step_size / (2 * temperature)).sqrt()
-    momentum = kick(noise, grad + new_grad, half, factor)
+    momentum = kick(noise, grad + new_grad, half, inverse_mass_sqrt)
     return -energy_change(potential / temperature, noise, new_potential / temperature, momentum)

@@ -22,14 +22,16 @@ from torch import Tensor
 from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
 
 
-def kick(momentum: Tensor, grad: Tensor, step_size: Tensor, factor: Tensor | None) -> Tensor:
+def kick(
+    momentum: Tensor, grad: Tensor, step_size: Tensor, inverse_mass_sqrt: Tensor | None
+) -> Tensor:
     r"""The momentum :math:`p' = p - h L^\top g` after a force was at work for a time :math:`h`.
 
     Args:
         momentum: :math:`p`, shape ``(chains, dim)``.
         grad: the gradient :math:`g = \nabla U(z)`, shape ``(chains, dim)``.
         step_size: :math:`h`, shape ``()`` or one per chain ``(chains, 1)``.
-        factor: :math:`L`, see :func:`~pyro_ebm.ops.steps.precondition.precondition`.
+        inverse_mass_sqrt: :math:`L`, see :func:`~pyro_ebm.ops.steps.precondition.precondition`.
 
     Returns:
         The new momentum, shape ``(chains, dim)``.
@@ -38,27 +40,29 @@ def kick(momentum: Tensor, grad: Tensor, step_size: Tensor, factor: Tensor | Non
         >>> kick(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.1), None)
         tensor([[-0.1000, -0.1000]])
     """
-    return momentum - step_size * precondition_transposed(factor, grad)
+    return momentum - step_size * precondition_transposed(inverse_mass_sqrt, grad)
 
 
-def drift(z: Tensor, momentum: Tensor, step_size: Tensor, factor: Tensor | None) -> Tensor:
+def drift(
+    z: Tensor, momentum: Tensor, step_size: Tensor, inverse_mass_sqrt: Tensor | None
+) -> Tensor:
     r"""The position :math:`z' = z + h L p` after a flight of a time :math:`h`.
 
     Args:
         z: positions, shape ``(chains, dim)``.
         momentum: :math:`p`, shape ``(chains, dim)``.
         step_size: :math:`h`, as in :func:`kick`.
-        factor: :math:`L`, as in :func:`kick`.
+        inverse_mass_sqrt: :math:`L`, as in :func:`kick`.
 
     Returns:
         The new positions, shape ``(chains, dim)``.
 
     Example:
-        >>> factor = torch.tensor([[1.0, 10.0]])
-        >>> drift(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.1), factor)
+        >>> inverse_mass_sqrt = torch.tensor([[1.0, 10.0]])
+        >>> drift(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.1), inverse_mass_sqrt)
         tensor([[0.1000, 1.0000]])
     """
-    return z + precondition(factor, step_size * momentum)
+    return z + precondition(inverse_mass_sqrt, step_size * momentum)
 
 
 def energy_change(

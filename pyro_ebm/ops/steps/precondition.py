@@ -3,20 +3,20 @@ r"""Linear preconditioning of batches of chains.
 A sampler that knows the covariance :math:`\Sigma = L L^\top` of its target moves in the whitened
 coordinates :math:`L^{-1} z`. Chains come in *groups* that share one factor :math:`L`: a Pyro model
 is one group; the batch elements of a conditional energy are a group each. Groups vary fastest:
-chain ``c`` belongs to group ``c % groups``.
+chain ``c`` belongs to group ``c % targets``.
 """
 
 import torch
 from torch import Tensor
 
 
-def precondition(factor: Tensor | None, v: Tensor) -> Tensor:
+def precondition(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tensor:
     r"""The product :math:`L v`.
 
     Args:
-        factor: a diagonal, shape ``(groups, dim)``, or lower triangular matrices, shape
-            ``(groups, dim, dim)``; ``None`` is the identity.
-        v: vectors, shape ``(chains, dim)``, ``chains`` a multiple of ``groups``.
+        inverse_mass_sqrt: a diagonal, shape ``(targets, dim)``, or lower triangular matrices, shape
+            ``(targets, dim, dim)``; ``None`` is the identity.
+        v: vectors, shape ``(chains, dim)``, ``chains`` a multiple of ``targets``.
 
     Returns:
         Vectors, shape ``(chains, dim)``.
@@ -26,10 +26,10 @@ def precondition(factor: Tensor | None, v: Tensor) -> Tensor:
         tensor([[2., 3.],
                 [2., 3.]])
     """
-    return _apply(factor, v, "gij,cgj->cgi")
+    return _apply(inverse_mass_sqrt, v, "gij,cgj->cgi")
 
 
-def precondition_transposed(factor: Tensor | None, v: Tensor) -> Tensor:
+def precondition_transposed(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tensor:
     r"""The product :math:`L^\top v`; arguments as for :func:`precondition`.
 
     Example:
@@ -37,13 +37,13 @@ def precondition_transposed(factor: Tensor | None, v: Tensor) -> Tensor:
         >>> precondition_transposed(L, torch.tensor([[1.0, 1.0]]))
         tensor([[3., 1.]])
     """
-    return _apply(factor, v, "gji,cgj->cgi")
+    return _apply(inverse_mass_sqrt, v, "gji,cgj->cgi")
 
 
-def _apply(factor: Tensor | None, v: Tensor, equation: str) -> Tensor:
-    if factor is None:
+def _apply(inverse_mass_sqrt: Tensor | None, v: Tensor, equation: str) -> Tensor:
+    if inverse_mass_sqrt is None:
         return v
-    grouped = v.unflatten(0, (-1, factor.shape[0]))
-    if factor.dim() == 2:
-        return (factor * grouped).reshape(v.shape)
-    return torch.einsum(equation, factor, grouped).reshape(v.shape)
+    grouped = v.unflatten(0, (-1, inverse_mass_sqrt.shape[0]))
+    if inverse_mass_sqrt.dim() == 2:
+        return (inverse_mass_sqrt * grouped).reshape(v.shape)
+    return torch.einsum(equation, inverse_mass_sqrt, grouped).reshape(v.shape)

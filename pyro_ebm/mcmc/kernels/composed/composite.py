@@ -36,7 +36,7 @@ class BlockPotential(Potential):
     """
 
     def __init__(self, whole: Potential, names: Sequence[str]):
-        super().__init__([site for site in whole.sites if site.name in names], whole.groups)
+        super().__init__([site for site in whole.sites if site.name in names], whole.targets)
         self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
         columns = torch.arange(whole.dim, device=whole.device).split(whole.sizes)
         self.columns = torch.cat(
@@ -153,14 +153,14 @@ class CompositeKernel(Kernel):
                 " 1)"
             )
         self.kernels = list(kernels)
-        exchanges = [kernel for kernel in kernels if kernel.cancels_normalizers]
+        exchanges = [kernel for kernel in kernels if kernel.samples_intractable]
         if len(exchanges) > 1:
             raise ValueError("one ExchangeKernel moves all sites on which an unknown log Z depends")
-        self.cancels_normalizers = bool(exchanges)
+        self.samples_intractable = bool(exchanges)
 
     @property
     def _exchange(self) -> Kernel | None:
-        return next((kernel for kernel in self.kernels if kernel.cancels_normalizers), None)
+        return next((kernel for kernel in self.kernels if kernel.samples_intractable), None)
 
     def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
         """The potential of the model at its arguments."""
@@ -173,14 +173,16 @@ class CompositeKernel(Kernel):
 
     def check(self, potential: Potential) -> None:
         """Every site needs a kernel that moves it."""
-        if self._exchange is not None and not potential.moving:
+        if self._exchange is not None and not potential.intractable_sites:
             raise ValueError(
                 f"{self._exchange!r} draws auxiliaries from the model, and the kernel that it is"
                 " a part of cannot be a part of another"
             )
         moved = {name for kernel in self.kernels for name in self._names(potential, kernel)}
         for discrete in (True, False):
-            sites = [site for site in potential.sites if (site.codes is not None) == discrete]
+            sites = [
+                site for site in potential.sites if (site.support_values is not None) == discrete
+            ]
             if names := [site.name for site in sites if site.name not in moved]:
                 kind = "discrete" if discrete else "continuous"
                 kernel = "GibbsKernel()" if discrete else "LangevinKernel()"
@@ -196,7 +198,8 @@ class CompositeKernel(Kernel):
         return [
             site.name
             for site in potential.sites
-            if kernel.moves(site) and (site.name in potential.moving) == kernel.cancels_normalizers
+            if kernel.moves(site)
+            and (site.name in potential.intractable_sites) == kernel.samples_intractable
         ]
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:

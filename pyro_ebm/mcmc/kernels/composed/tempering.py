@@ -38,7 +38,7 @@ from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
 class TemperedPotential(Potential):
     r"""A potential at several inverse temperatures: row ``c`` is :math:`\beta_r U`.
 
-    Rows are ``(chains, R, groups)``, flattened: each replica is a group of its own, and adapts by
+    Rows are ``(chains, R, targets)``, flattened: each replica is a group of its own, and adapts by
     itself.
 
     Args:
@@ -47,16 +47,16 @@ class TemperedPotential(Potential):
     """
 
     def __init__(self, whole: Potential, betas: Tensor):
-        super().__init__(whole.sites, whole.groups * len(betas))
+        super().__init__(whole.sites, whole.targets * len(betas))
         self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
         self.betas = betas
         self._modules = getattr(whole, "_modules", ())
-        if whole.blocks is not None and whole.blocks.tempers:
+        if whole.blocks is not None and whole.blocks.supports_tempering:
             self.blocks = whole.blocks
 
     def of_rows(self, num_rows: int) -> Tensor:
         r"""The :math:`\beta` of each row, shape ``(num_rows,)``."""
-        betas = self.betas.repeat_interleave(self.whole.groups)
+        betas = self.betas.repeat_interleave(self.whole.targets)
         return betas.repeat(num_rows // len(betas))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class TemperingKernel(Kernel):
         if self._inner is None:
             return super().adaptation
         step_size = self._rows(self._inner.adaptation.step_size)[:, 0].reshape(-1)
-        return SimpleNamespace(step_size=step_size, factor=None)
+        return SimpleNamespace(step_size=step_size, inverse_mass_sqrt=None)
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -254,8 +254,8 @@ class TemperingKernel(Kernel):
         return self._inner, self._tempered
 
     def _rows(self, x: Tensor) -> Tensor:
-        """``(rows, ...)`` as ``(chains per group, R, groups, ...)``."""
-        return x.unflatten(0, (-1, len(self.betas), self.potential.groups))
+        """``(rows, ...)`` as ``(chains per group, R, targets, ...)``."""
+        return x.unflatten(0, (-1, len(self.betas), self.potential.targets))
 
     def _take(self, x: Tensor, source: Tensor) -> Tensor:
         rows = self._rows(x)
@@ -263,8 +263,8 @@ class TemperingKernel(Kernel):
         return rows.gather(1, index).reshape(x.shape)
 
     def _replicated(self, z: Tensor) -> Tensor:
-        groups = z.unflatten(0, (-1, 1, self.potential.groups))
-        return groups.expand(-1, len(self.betas), -1, -1).flatten(0, 2)
+        targets = z.unflatten(0, (-1, 1, self.potential.targets))
+        return targets.expand(-1, len(self.betas), -1, -1).flatten(0, 2)
 
     def _outward(self, replicas: State) -> TemperedState:
         z, potential = (self._rows(x)[:, 0].flatten(0, 1) for x in (replicas.z, replicas.potential))

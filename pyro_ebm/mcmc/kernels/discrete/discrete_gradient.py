@@ -2,7 +2,7 @@ r"""Kernels that let the gradient of a discrete density say which variables to c
 
 A density on :math:`\{0, 1\}^n` or on one-hot rows is mostly a formula that makes sense for real
 :math:`x` too. Its gradient there says, to first order, what each *move* (one variable, another
-codeword) does to the log density,
+support value) does to the log density,
 
 .. math:: \log p(x') - \log p(x) \approx d(x \to x') = \nabla \log p(x)^\top (x' - x),
 
@@ -184,7 +184,7 @@ class GibbsWithGradientsKernel(GradientKernel):
         index = (log_q + noise).argmax(-1, keepdim=True)
         chosen = torch.zeros_like(stays).scatter(-1, index, True)
         new = self.evaluate(variables.after(z, chosen))
-        # the way back gives the same variable its old codeword
+        # the way back gives the same variable its old support value
         back = variables.flat(
             [
                 there.any(-1, keepdim=True) & old
@@ -319,14 +319,14 @@ class DiscreteLangevinKernel(GradientKernel):
             valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
             return self.choose(valid, new, state), Info(valid.to(state.z.dtype), ~valid)
         assert state.grad is not None
-        # the way back gives every variable its old codeword
+        # the way back gives every variable its old support value
         old = variables.moves(state.z, state.grad).stays
         forth = _log_prob(variables.flat(log_q), variables.flat(chosen))
         back = _log_prob(variables.flat(self._log_q(new, step_size)), old)
         return self._accept(state, new, back - forth, log_u)
 
     def _log_q(self, state: State, step_size: Tensor) -> list[Tensor]:
-        """Log probabilities of the codewords of each variable, ``(chains, n, K)`` by site."""
+        """Log probabilities of the support values of each variable, ``(chains, n, K)`` by site."""
         assert state.grad is not None
         moves = self.variables.moves(state.z, state.grad)
         logits = moves.change / 2 - moves.distance / (2 * step_size)

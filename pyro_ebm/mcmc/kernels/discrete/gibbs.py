@@ -99,9 +99,9 @@ class GibbsKernel(Kernel):
         if self.potential.blocks is not None:
             return super().move(state)
         diverging = torch.zeros_like(state.potential, dtype=torch.bool)
-        for columns, codes in self._columns:
-            noise = gumbel((len(codes), state.z.shape[0]), state.z)
-            state, info = self._engine(state, columns, codes, noise)
+        for columns, support_values in self._columns:
+            noise = gumbel((len(support_values), state.z.shape[0]), state.z)
+            state, info = self._engine(state, columns, support_values, noise)
             diverging = diverging | info.diverging
         return state, Info(torch.ones_like(state.potential), diverging)
 
@@ -119,12 +119,12 @@ class GibbsKernel(Kernel):
         return self.choose(valid, new, state), Info(valid.to(state.potential.dtype), ~valid)
 
     def _draw_variable(
-        self, state: State, columns: Tensor, codes: Tensor, noise: Tensor
+        self, state: State, columns: Tensor, support_values: Tensor, noise: Tensor
     ) -> tuple[State, Info]:
-        z, k, chains = state.z, len(codes), state.z.shape[0]
-        now = (z[:, None, columns] - codes).square().sum(-1).argmin(-1)
-        # candidate j holds codeword now + j mod K: the first is where the chain stands
-        others = codes[(now + torch.arange(1, k, device=z.device)[:, None]) % k]
+        z, k, chains = state.z, len(support_values), state.z.shape[0]
+        now = (z[:, None, columns] - support_values).square().sum(-1).argmin(-1)
+        # candidate j holds support value now + j mod K: the first is where the chain stands
+        others = support_values[(now + torch.arange(1, k, device=z.device)[:, None]) % k]
         moved = z.repeat(k - 1, 1).index_copy(1, columns, others.flatten(0, 1))
         with torch.no_grad():
             potential = self.potential(moved).reshape(k - 1, chains)

@@ -72,7 +72,7 @@ class Flip(DiscreteProposal):
         stays = variables.by_variable(variables.moves(z, torch.zeros_like(z)).stays)
         chosen = []
         for own, flips in zip(stays, picked.split(variables.counts, -1), strict=True):
-            # one of the other codewords, uniformly; a variable with a single one keeps it
+            # one of the other support values, uniformly; a variable with a single one keeps it
             noise = gumbel(own.shape, z).masked_fill(own, -torch.inf)
             other = torch.zeros_like(own).scatter(-1, noise.argmax(-1, keepdim=True), True)
             chosen.append(other & flips[..., None])

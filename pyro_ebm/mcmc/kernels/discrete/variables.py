@@ -1,9 +1,10 @@
 r"""The discrete variables of a position, and the moves that change one of them.
 
 A flat position :math:`z` of discrete sites is a row of *variables*, each of which holds one of the
-codewords of its site (:mod:`pyro_ebm.distributions.core.discrete`). A *move* gives one variable
-another codeword. All moves of a position, of all its variables and codewords, are laid side by
-side: ``(chains, moves)``, where a site of :math:`n` variables with :math:`K` codewords has
+support values of its site (:mod:`pyro_ebm.distributions.core.discrete`). A *move* gives one
+variable another support value. All moves of a position, of all its variables and support values,
+are laid side by
+side: ``(chains, moves)``, where a site of :math:`n` variables with :math:`K` support values has
     :math:`n K`.
 """
 
@@ -36,9 +37,9 @@ class Variables:
 
     Example:
         >>> from torch.distributions.transforms import identity_transform
-        >>> codes = torch.tensor([[0.0], [1.0], [2.0]])
-        >>> site = Site("k", torch.Size([2]), torch.float32, identity_transform, codes=codes)
-        >>> variables = Variables([site], torch.empty(()))
+        >>> support_values = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> site = Site("k", torch.Size([2]), torch.float32, identity_transform,
+        support_values=support_values) >>> variables = Variables([site], torch.empty(()))
         >>> z = torch.tensor([[0.0, 2.0]])
         >>> variables.moves(z, torch.tensor([[1.0, -1.0]])).distance
         tensor([[0., 1., 4., 4., 1., 0.]])
@@ -47,18 +48,23 @@ class Variables:
     """
 
     def __init__(self, sites: Sequence[Site], like: Tensor):
-        self.codes = [_codes(site).to(like) for site in sites]
+        self.support_values = [_support_values(site).to(like) for site in sites]
         self.sizes = [site.shape.numel() for site in sites]
         self.counts = [
-            size // codes.shape[1] for size, codes in zip(self.sizes, self.codes, strict=True)
+            size // support_values.shape[1]
+            for size, support_values in zip(self.sizes, self.support_values, strict=True)
         ]
-        self.num_moves = sum(n * len(c) for n, c in zip(self.counts, self.codes, strict=True))
+        self.num_moves = sum(
+            n * len(c) for n, c in zip(self.counts, self.support_values, strict=True)
+        )
 
     def _parts(self, z: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each site's variables ``(chains, n, b)`` and its codewords ``(K, b)``."""
+        """Each site's variables ``(chains, n, b)`` and its support values ``(K, b)``."""
         return [
-            (part.reshape(z.shape[0], n, codes.shape[1]), codes)
-            for part, n, codes in zip(z.split(self.sizes, -1), self.counts, self.codes, strict=True)
+            (part.reshape(z.shape[0], n, support_values.shape[1]), support_values)
+            for part, n, support_values in zip(
+                z.split(self.sizes, -1), self.counts, self.support_values, strict=True
+            )
         ]
 
     def moves(self, z: Tensor, grad: Tensor) -> Moves:
@@ -69,14 +75,14 @@ class Variables:
             grad: the gradient of the potential :math:`U = -\log p` there, shape ``(chains, dim)``.
         """
         change, distance, stays = [], [], []
-        for (x, codes), (g, _) in zip(self._parts(z), self._parts(grad), strict=True):
+        for (x, support_values), (g, _) in zip(self._parts(z), self._parts(grad), strict=True):
             #  -g . (c - x)   and   |c - x|^2
-            change.append((g * x).sum(-1, keepdim=True) - g @ codes.T)
-            if codes.shape[1] == 1:
-                square = (codes[:, 0] - x).square()
+            change.append((g * x).sum(-1, keepdim=True) - g @ support_values.T)
+            if support_values.shape[1] == 1:
+                square = (support_values[:, 0] - x).square()
             else:  # |c|^2 - 2 c . x + |x|^2: exact for unit vectors, and one number a move
-                square = codes.square().sum(-1) + x.square().sum(-1, keepdim=True)
-                square = square - 2 * x @ codes.T
+                square = support_values.square().sum(-1) + x.square().sum(-1, keepdim=True)
+                square = square - 2 * x @ support_values.T
             distance.append(square)
             stays.append(square == square.amin(-1, keepdim=True))
         return Moves(self.flat(change), self.flat(distance), self.flat(stays))
@@ -89,17 +95,24 @@ class Variables:
             chosen: boolean, shape ``(chains, moves)``.
         """
         new = []
-        for (x, codes), choice in zip(self._parts(z), self.by_variable(chosen), strict=True):
-            moved = codes[choice.long().argmax(-1)]
+        for (x, support_values), choice in zip(
+            self._parts(z), self.by_variable(chosen), strict=True
+        ):
+            moved = support_values[choice.long().argmax(-1)]
             new.append(torch.where(choice.any(-1, keepdim=True), moved, x).flatten(1))
         return torch.cat(new, -1)
 
     def by_variable(self, moves: Tensor) -> list[Tensor]:
         """``(chains, moves)`` as one tensor ``(chains, n, K)`` for each site."""
-        widths = [n * len(codes) for n, codes in zip(self.counts, self.codes, strict=True)]
+        widths = [
+            n * len(support_values)
+            for n, support_values in zip(self.counts, self.support_values, strict=True)
+        ]
         return [
-            part.reshape(moves.shape[0], n, len(codes))
-            for part, n, codes in zip(moves.split(widths, -1), self.counts, self.codes, strict=True)
+            part.reshape(moves.shape[0], n, len(support_values))
+            for part, n, support_values in zip(
+                moves.split(widths, -1), self.counts, self.support_values, strict=True
+            )
         ]
 
     def flat(self, by_variable: Sequence[Tensor]) -> Tensor:
@@ -107,15 +120,17 @@ class Variables:
         return torch.cat([part.flatten(1) for part in by_variable], -1)
 
     def columns(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each variable in turn its columns ``(b,)`` of the position, and its codewords.
+        """Of each variable in turn its columns ``(b,)`` of the position, and its support values.
 
-        Variables with a single codeword, which nothing can move, are left out.
+        Variables with a single support value, which nothing can move, are left out.
         """
         found, start = [], 0
-        for size, n, codes in zip(self.sizes, self.counts, self.codes, strict=True):
-            columns = torch.arange(start, start + size, device=codes.device)
-            rows = columns.reshape(n, codes.shape[1])
-            found += [(row, codes) for row in rows if len(codes) > 1]
+        for size, n, support_values in zip(
+            self.sizes, self.counts, self.support_values, strict=True
+        ):
+            columns = torch.arange(start, start + size, device=support_values.device)
+            rows = columns.reshape(n, support_values.shape[1])
+            found += [(row, support_values) for row in rows if len(support_values) > 1]
             start += size
         return found
 
@@ -131,6 +146,6 @@ def gumbel(shape: Sequence[int], like: Tensor) -> Tensor:
     return -noise.exponential_().log()
 
 
-def _codes(site: Site) -> Tensor:
-    assert site.codes is not None
-    return site.codes
+def _support_values(site: Site) -> Tensor:
+    assert site.support_values is not None
+    return site.support_values

@@ -126,21 +126,23 @@ class BarkerKernel(Kernel):
         length = (1 - self.spread**2) ** 0.5 + self.spread * torch.randn_like(state.z)
         return (
             (2 * self.step_size_of(state)).sqrt() * length,
-            self.factor,
+            self.inverse_mass_sqrt,
             torch.rand_like(state.z),
             log_uniform(state.potential),
         )
 
     def transition(
-        self, state: State, jump: Tensor, factor: Tensor | None, u: Tensor, log_u: Tensor
+        self, state: State, jump: Tensor, inverse_mass_sqrt: Tensor | None, u: Tensor, log_u: Tensor
     ) -> tuple[State, Info]:
         """One jump of every coordinate, and its acceptance or rejection."""
         assert state.grad is not None
-        slope = -precondition_transposed(factor, state.grad)  # of log p, in whitened coordinates
+        slope = -precondition_transposed(
+            inverse_mass_sqrt, state.grad
+        )  # of log p, in whitened coordinates
         jump = torch.where(u < (jump * slope).sigmoid(), jump, -jump)
-        new = self.evaluate(state.z + precondition(factor, jump))
+        new = self.evaluate(state.z + precondition(inverse_mass_sqrt, jump))
         assert new.grad is not None
-        new_slope = -precondition_transposed(factor, new.grad)
+        new_slope = -precondition_transposed(inverse_mass_sqrt, new.grad)
         #   p(z') q(z | z')     exp(-U(z'))         1 + exp(-jump_i slope_i)
         #   ---------------  =  -----------  prod_i ------------------------
         #   p(z)  q(z' | z)     exp(-U(z) )         1 + exp(jump_i slope'_i)

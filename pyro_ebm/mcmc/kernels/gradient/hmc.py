@@ -129,7 +129,7 @@ class ChEESKernel(Kernel):
         """The step size, the factor, the momentum, the uniform and each group's number of steps."""
         return (
             self.step_size_of(state),
-            self.factor,
+            self.inverse_mass_sqrt,
             torch.randn_like(state.z),
             log_uniform(state.potential),
             self._draw_num_steps(),
@@ -139,14 +139,14 @@ class ChEESKernel(Kernel):
         self,
         state: State,
         step_size: Tensor,
-        factor: Tensor | None,
+        inverse_mass_sqrt: Tensor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
     ) -> tuple[State, Info]:
         """A trajectory, and the verdict."""
         end, _, accepted, info = self.trajectory(
-            state, step_size, factor, momentum, log_u, num_steps
+            state, step_size, inverse_mass_sqrt, momentum, log_u, num_steps
         )
         return self.choose(accepted, end, state), info
 
@@ -154,7 +154,7 @@ class ChEESKernel(Kernel):
         self,
         state: State,
         step_size: Tensor,
-        factor: Tensor | None,
+        inverse_mass_sqrt: Tensor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
@@ -164,13 +164,13 @@ class ChEESKernel(Kernel):
         Args:
             state: where it starts.
             step_size: :math:`h`, shape ``(chains, 1)``.
-            factor: the factor of the inverse mass matrix.
+            inverse_mass_sqrt: the factor of the inverse mass matrix.
             momentum: the momentum that it starts with, shape ``(chains, dim)``.
             log_u: :math:`\log u` of the verdict, shape ``(chains,)``.
             num_steps: how many leapfrog steps the chains of each group make.
         """
         most, end = max(num_steps), (state, momentum)
-        fixed = factor, state.potential, momentum, log_u
+        fixed = inverse_mass_sqrt, state.potential, momentum, log_u
         if min(num_steps) == most:
             return self._engine.iterate(most, end, step_size, *fixed)
         counts = _of_chains(num_steps, state)[:, None]
@@ -186,7 +186,7 @@ class ChEESKernel(Kernel):
         state: State,
         momentum: Tensor,
         step_size: Tensor,
-        factor: Tensor | None,
+        inverse_mass_sqrt: Tensor | None,
         first_potential: Tensor,
         first_momentum: Tensor,
         log_u: Tensor,
@@ -200,21 +200,21 @@ class ChEESKernel(Kernel):
             state: where the step starts.
             momentum: with what momentum.
             step_size: as for :meth:`trajectory`.
-            factor: see there.
+            inverse_mass_sqrt: see there.
             first_potential: the potential where the trajectory started, shape ``(chains,)``.
             first_momentum: the momentum there, shape ``(chains, dim)``.
             log_u: as for :meth:`trajectory`.
         """
         assert state.grad is not None
-        momentum = kick(momentum, state.grad, step_size / 2, factor)
-        state = self.evaluate(drift(state.z, momentum, step_size, factor))
+        momentum = kick(momentum, state.grad, step_size / 2, inverse_mass_sqrt)
+        state = self.evaluate(drift(state.z, momentum, step_size, inverse_mass_sqrt))
         assert state.grad is not None
-        momentum = kick(momentum, state.grad, step_size / 2, factor)
+        momentum = kick(momentum, state.grad, step_size / 2, inverse_mass_sqrt)
         change = energy_change(first_potential, first_momentum, state.potential, momentum)
-        accepted, info = self.judge(-change, log_u)
+        accepted, info = self.accept(-change, log_u)
         return state, momentum, accepted, info
 
-    def judge(self, log_ratio: Tensor, log_u: Tensor) -> tuple[Tensor, Info]:
+    def accept(self, log_ratio: Tensor, log_u: Tensor) -> tuple[Tensor, Info]:
         """Which trajectories are accepted, and with what probability."""
         #   p(z') N(p')     exp(-U(z') - |p'|^2 / 2)
         #   -----------  =  ------------------------
@@ -225,7 +225,7 @@ class ChEESKernel(Kernel):
         return accepted, Info(accept_prob, diverging)
 
     @property
-    def captured(self) -> Callable[..., Any]:
+    def compiled_fn(self) -> Callable[..., Any]:
         """One leapfrog step, however many a transition makes, with the verdict."""
         return self.leap
 
@@ -233,13 +233,13 @@ class ChEESKernel(Kernel):
 
     @property
     def trajectory_length(self) -> Tensor | float:
-        """The longest time :math:`T`, shape ``(groups,)``; before setup, the first."""
+        """The longest time :math:`T`, shape ``(targets,)``; before setup, the first."""
         if self._trajectory is None:
             return self._init_trajectory_length
         return self._trajectory.length
 
     @property
-    def own_stats(self) -> dict[str, Tensor]:
+    def extra_fields(self) -> dict[str, Tensor]:
         """The number of leapfrog steps."""
         return {} if self._num_steps is None else {"n_steps": self._num_steps}
 
@@ -260,12 +260,21 @@ class ChEESKernel(Kernel):
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
-        active, learns, factor = self.adaptation.active, self._learns, self.factor
+        active, learns, inverse_mass_sqrt = (
+            self.adaptation.active,
+            self._learns,
+            self.inverse_mass_sqrt,
+        )
         state, info = super().step(state)
-        if learns and factor is not None and self.factor is not None and self.factor is not factor:
+        if (
+            learns
+            and inverse_mass_sqrt is not None
+            and self.inverse_mass_sqrt is not None
+            and self.inverse_mass_sqrt is not inverse_mass_sqrt
+        ):
             usual = self._init_trajectory_length
             if self._knows_units:
-                self._learner.remeasure(factor, self.factor, usual)
+                self._learner.remeasure(inverse_mass_sqrt, self.inverse_mass_sqrt, usual)
             else:
                 self._learner.start(torch.full_like(self._learner.length, usual))
             self._knows_units = True
@@ -277,23 +286,23 @@ class ChEESKernel(Kernel):
 
     def move(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what the trajectory length learns from it."""
-        step_size, factor, momentum, log_u, num_steps = self.draw(state)
+        step_size, inverse_mass_sqrt, momentum, log_u, num_steps = self.draw(state)
         end, end_momentum, accepted, info = self.trajectory(
-            state, step_size, factor, momentum, log_u, num_steps
+            state, step_size, inverse_mass_sqrt, momentum, log_u, num_steps
         )
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
             most = self.max_steps * self._typical_step_size()
             weight = info.accept_prob
-            self._learner.update(state, end, end_momentum, time, weight, factor, most)
+            self._learner.update(state, end, end_momentum, time, weight, inverse_mass_sqrt, most)
         return self.choose(accepted, end, state), info
 
     def trial(self, state: State) -> tuple[State, Info]:
         """A trajectory of one step, to find a first step size."""
-        step_size, factor, momentum, log_u, num_steps = self.draw(state)
+        step_size, inverse_mass_sqrt, momentum, log_u, num_steps = self.draw(state)
         one = [1] * len(num_steps)
-        return self.transition(state, step_size, factor, momentum, log_u, one)
+        return self.transition(state, step_size, inverse_mass_sqrt, momentum, log_u, one)
 
     @property
     def _learner(self) -> TrajectoryAdaptation:
@@ -306,7 +315,7 @@ class ChEESKernel(Kernel):
         return self.adapt_trajectory_length and self.adaptation.active
 
     def _typical_step_size(self) -> Tensor:
-        """Of each group, ``(groups,)``; during warmup chains have step sizes of their own."""
+        """Of each group, ``(targets,)``; during warmup chains have step sizes of their own."""
         return self.adaptation.typical_step_size()
 
     def _draw_num_steps(self) -> list[int]:

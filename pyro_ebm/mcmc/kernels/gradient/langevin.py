@@ -151,20 +151,20 @@ class LangevinKernel(Kernel):
             self._temperature = self.temperature, state.z.new_tensor(self.temperature)
         noise = torch.randn_like(state.z)
         log_u = log_uniform(state.potential) if self.adjusted else None
-        return self.step_size_of(state), self.factor, self._temperature[1], noise, log_u
+        return self.step_size_of(state), self.inverse_mass_sqrt, self._temperature[1], noise, log_u
 
     def transition(
         self,
         state: State,
         step_size: Tensor,
-        factor: Tensor | None,
+        inverse_mass_sqrt: Tensor | None,
         temperature: Tensor,
         noise: Tensor,
         log_u: Tensor | None,
     ) -> tuple[State, Info]:
         """One Langevin step, and its acceptance or rejection if ``adjusted``."""
         assert state.grad is not None
-        z = langevin_proposal(state.z, state.grad, step_size, factor, temperature, noise)
+        z = langevin_proposal(state.z, state.grad, step_size, inverse_mass_sqrt, temperature, noise)
         new = self.evaluate(z)
         assert new.grad is not None
         valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
@@ -179,7 +179,7 @@ class LangevinKernel(Kernel):
             new.potential,
             new.grad,
             step_size,
-            factor,
+            inverse_mass_sqrt,
             temperature,
             noise,
         )

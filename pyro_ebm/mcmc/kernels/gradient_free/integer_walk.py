@@ -57,18 +57,18 @@ class IntegerWalk(RandomWalk):
 
     def moves(self, site: Site) -> bool:
         """Whether the site holds whole numbers, without a bound or one after another."""
-        codes = site.codes
-        if codes is None or codes.shape[1] != 1:
+        support_values = site.support_values
+        if support_values is None or support_values.shape[1] != 1:
             return False
-        between = codes[1:] - codes[:-1]
-        return bool((between == 1).all() and (codes == codes.round()).all())
+        between = support_values[1:] - support_values[:-1]
+        return bool((between == 1).all() and (support_values == support_values.round()).all())
 
     def bind(self, potential: Potential) -> Proposal:
         """This walk within the bounds of a potential's sites."""
         new, low, high = copy.copy(self), [], []
         for site, size in zip(potential.sites, potential.sizes, strict=True):
-            assert site.codes is not None
-            bounds = (-torch.inf, torch.inf) if site.is_unbounded else site.codes.aminmax()
+            assert site.support_values is not None
+            bounds = (-torch.inf, torch.inf) if site.is_unbounded else site.support_values.aminmax()
             for ends, bound in zip((low, high), bounds, strict=True):
                 ends += [float(bound)] * size
         new._low, new._high = (

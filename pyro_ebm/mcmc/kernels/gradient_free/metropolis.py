@@ -62,7 +62,7 @@ class Proposal(ABC):
         r"""The log density :math:`\log q(new \mid old)`, shape ``(chains,)``."""
         raise NotImplementedError
 
-    def adapted(self, step_size: Tensor, factor: Tensor | None) -> "Proposal":
+    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Tensor | None) -> "Proposal":
         """This proposal with the adapted scale ``(chains, 1)`` and factor of the covariance."""
         return self
 
@@ -72,7 +72,7 @@ class Proposal(ABC):
 
     def moves(self, site: Site) -> bool:
         """Whether it moves sites like this one."""
-        return (site.codes is not None) == self.discrete and not site.is_unbounded
+        return (site.support_values is not None) == self.discrete and not site.is_unbounded
 
     @property
     def has_density(self) -> bool:
@@ -122,10 +122,10 @@ class RandomWalk(Proposal):
             return self._adapted
         return optimal_scale(z.shape[-1]) if self.scale is None else self.scale
 
-    def adapted(self, step_size: Tensor, factor: Tensor | None) -> "RandomWalk":
+    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Tensor | None) -> "RandomWalk":
         """A walk of this scale and shape."""
         new = copy.copy(self)
-        new._adapted, new._factor = step_size, factor
+        new._adapted, new._factor = step_size, inverse_mass_sqrt
         return new
 
 
@@ -330,7 +330,7 @@ class MHKernel(Kernel):
     def draw(self, state: State) -> tuple[Any, ...]:
         """The proposed positions, the log ratio of their densities, and the uniform."""
         assert self._bound is not None
-        q = self._bound.adapted(self.step_size_of(state), self.factor)
+        q = self._bound.adapted(self.step_size_of(state), self.inverse_mass_sqrt)
         new_z = q.sample(state.z)
         if new_z.shape != state.z.shape:
             raise ValueError(
