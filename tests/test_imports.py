@@ -174,9 +174,8 @@ def test_imports_point_one_way():
         ("distributions/flow.py", "import zuko"),
         ("distributions/flow.py", "from .energy import UnnormalizedEnergy"),
         ("diagnostics.py", "import arviz as az\nfrom pyro_ebm.mcmc import runner"),
-        ("mcmc/results.py", "def to_arviz():\n    from pyro_ebm.diagnostics import to_arviz")(
-            "distributions/energy.py", "def sample():\n    from ..mcmc import LangevinKernel"
-        ),
+        ("mcmc/results.py", "def to_arviz():\n    from pyro_ebm.diagnostics import to_arviz"),
+        ("distributions/energy.py", "def sample():\n    from ..mcmc import LangevinKernel"),
         ("ops/score.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import zuko"),
         ("__init__.py", "from pyro_ebm.losses import base\nfrom .diagnostics import to_arviz"),
     ],

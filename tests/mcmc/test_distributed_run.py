@@ -15,8 +15,8 @@ from pyro_ebm.mcmc import (
     GibbsKernel,
     LangevinKernel,
     TemperingKernel,
-    runner,
 )
+from pyro_ebm.mcmc.running import mcmc as runner
 from pyro_ebm.ops.distributed import RankError, rank
 from tests.ranks import Ranks
 from tests.statistics import assert_moments

@@ -11,7 +11,8 @@ from pyro import poutine
 
 from pyro_ebm import BarkerKernel, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import BoltzmannMachine
-from pyro_ebm.mcmc import CompositeKernel, GibbsKernel, Proposal, TemperingKernel, exchange_terms
+from pyro_ebm.mcmc import CompositeKernel, GibbsKernel, Proposal, TemperingKernel
+from pyro_ebm.mcmc.exchange import terms as exchange_terms
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.exchange.watch import Watch
 from pyro_ebm.mcmc.state import State

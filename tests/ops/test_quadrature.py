@@ -7,7 +7,7 @@ import torch
 from scipy import integrate
 from torch.testing import assert_close
 
-from pyro_ebm.ops import quadrature_grid
+from pyro_ebm.ops.integration import quadrature_grid
 from pyro_ebm.ops.integration.quadrature import log_integral
 
 HALF_LOG_2PI = math.log(2 * math.pi) / 2

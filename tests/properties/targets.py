@@ -264,7 +264,7 @@ DISTRIBUTIONS = [
     ),
     Target(
         "negation",
-        pe.cd_gradient,
+        pe.negation,
         {"a": dist.Normal(0.0, 1.0), "b": dist.Normal(0.0, 2.0), "weight": 0.5},
         look,
     ),
