@@ -24,7 +24,13 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_on
 from pyro_ebm.distributions.masks import unmasked
 from pyro_ebm.distributions.supports import plain_support
 from pyro_ebm.distributions.util import modules
-from pyro_ebm.mcmc.discrete_sites import OTHER_WAYS, UNBOUNDED, is_integer, site_codes
+from pyro_ebm.mcmc.discrete_sites import (
+    OTHER_WAYS,
+    UNBOUNDED,
+    WithinBounds,
+    is_integer,
+    site_codes,
+)
 from pyro_ebm.mcmc.fixed_density import FixedLatents, moving_support, random_part
 from pyro_ebm.mcmc.fixed_supports import moving_supports
 from pyro_ebm.mcmc.given_transforms import check_transform
@@ -342,7 +348,7 @@ def lone_energy(
     plain = not node["is_observed"] and node["mask"] is None and scale.dim() == 0 and scale == 1
     fn = node["fn"]
     bare = isinstance(fn, UnnormalizedEnergy) and not fn.batch_shape
-    return (name, fn) if plain and bare else None
+    return (name, fn) if plain and bare and site_codes(name, fn) is not UNBOUNDED else None
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -384,10 +390,12 @@ def _potential(
 ) -> Tensor:
     """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x.
 
-    The sites ``whole`` of whole numbers are proposed outside of their support too.
+    The sites ``whole`` of whole numbers are proposed outside of their support too, where the
+    potential is infinite.
     """
     x = {name: to_support(transforms[name], z) for name, z in params.items()}
-    trace = poutine.trace(poutine.condition(model, x)).get_trace(*args, **kwargs)
+    at_x = WithinBounds(whole)(poutine.condition(model, x))
+    trace = poutine.trace(at_x).get_trace(*args, **kwargs)
     if not transforms:
         return -torch.as_tensor(trace.log_prob_sum())
     jacobians = [t.log_abs_det_jacobian(x[name], params[name]) for name, t in transforms.items()]
