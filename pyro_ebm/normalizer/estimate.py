@@ -25,6 +25,7 @@ from pyro_ebm.distributions.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.integrals import log_normalizer_by_quadrature, unconstrained_shape
 from pyro_ebm.distributions.row_check import check_rows
 from pyro_ebm.distributions.util import unvalidated
+from pyro_ebm.mcmc.fixed_density import check_repeats
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.mode import eval_mode
 from pyro_ebm.normalizer.annealed import annealed
@@ -291,11 +292,13 @@ def _check_energy(p: Any) -> None:
 
 
 def _check_rows(p: UnnormalizedEnergy) -> None:
-    """Whether the rows of a batch influence each other; chains and states come in batches."""
+    """Refuses an energy whose rows influence each other, or that is random."""
     if p.base is None and p.support.is_discrete and codewords(p.support, p.event_shape) is None:
         return
     with random_state_put_back(), eval_mode(p.modules), torch.no_grad():
-        check_rows(p, p.starting_points((ROWS_COMPARED,)), f"the energy {p!r}")
+        x = p.starting_points((ROWS_COMPARED,))
+        check_rows(p, x, f"the energy {p!r}")
+        check_repeats(lambda: (unvalidated(p).unnormalized_log_prob(x),), lambda: "the energy")
 
 
 def _check_arguments(method: str, given: dict[str, Any]) -> None:
