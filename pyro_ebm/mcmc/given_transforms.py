@@ -128,8 +128,8 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
             yield f"its inverse maps {_point(z)} to {_point(there)}, which is outside"
         if not _close(to_reals(there), z):
             yield f"it does not bring {_point(z)} back, from {_point(there)}"
-    if (why := _wrong_determinant(inverse, z, there)) is not None:
-        yield why
+        if (why := _wrong_determinant(inverse, z, there)) is not None:
+            yield why
     try:
         onto: Any = biject_to(support)
         like = onto.inv(x)
