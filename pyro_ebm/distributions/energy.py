@@ -229,6 +229,11 @@ class UnnormalizedEnergy(TorchDistribution):
                 raise
         want = x.shape[: x.dim() - self.event_dim]
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if got == want and (value.is_complex() or value.dtype == torch.bool):
+            raise ValueError(
+                f"the energy {self.energy_name} must be a real number at each point, got"
+                f" {value.dtype}"
+            )
         if got != want:
             raise ValueError(
                 f"the energy {self.energy_name} must map points of shape {tuple(x.shape)}"

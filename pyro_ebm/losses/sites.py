@@ -130,6 +130,8 @@ def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> Ene
 
 def _check_dtype(name: str, energy: UnnormalizedEnergy, x: Any) -> None:
     check_tensor(f"the data at site {name!r}", x)
+    if x.layout != torch.strided:
+        raise ValueError(f"the data at site {name!r} are {x.layout}: use x.to_dense()")
     if x.is_floating_point() or energy.support.is_discrete:
         return
     what = "true or false" if x.dtype == torch.bool else "integers"

@@ -25,6 +25,7 @@ import torch
 from pyro.ops import special
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._decomp import decompositions
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -264,7 +265,25 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(mask, source.reshape(-1)[place].reshape(x.shape), x)
 
 
+def _recurrent(func: Any, steps: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent network step by step; of packed sequences, as it is."""
+    return lambda *args: (steps if isinstance(args[3], bool) else func)(*args)
+
+
+def _lstm(x: Tensor, hx: Any, params: Any, has_biases: bool, *how: Any) -> tuple[Tensor, ...]:
+    # torch's own steps, but for those of oneDNN, which do not map
+    weights = decompositions.gather_params(params, has_biases, hx[0].shape[2] != hx[1].shape[2])
+    run: Any = decompositions._rnn_helper
+    steps = decompositions.one_layer_lstm
+    out, last = run(x, list(zip(*hx, strict=True)), weights, has_biases, *how, steps)
+    return out, *(torch.stack(each) for each in zip(*last, strict=True))
+
+
 _INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.gru: _recurrent(torch.gru, decompositions.gru_impl),
+    torch.lstm: _recurrent(torch.lstm, _lstm),
+    torch.rnn_relu: _recurrent(torch.rnn_relu, decompositions.rnn_relu_input),
+    torch.rnn_tanh: _recurrent(torch.rnn_tanh, decompositions.rnn_tanh_input),
     Tensor.clamp_: _clamp_,
     torch.clamp_: _clamp_,
     torch.isclose: _isclose,

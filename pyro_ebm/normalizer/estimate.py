@@ -29,6 +29,7 @@ from pyro_ebm.distributions.exponential.quadrature import (
     unconstrained_shape,
 )
 from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.models.checks.fixed_density import check_repeats
 from pyro_ebm.normalizer.annealing.ais import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, warn
@@ -296,7 +297,7 @@ def _check_energy(p: Any) -> None:
 
 
 def _check_rows(p: UnnormalizedEnergy) -> None:
-    """Whether the rows of a batch influence each other; chains and states come in batches."""
+    """Refuses an energy whose rows influence each other, or that is random."""
     if (
         p.base is None
         and p.support.is_discrete
@@ -304,7 +305,9 @@ def _check_rows(p: UnnormalizedEnergy) -> None:
     ):
         return
     with random_state_put_back(), eval_mode(p.modules), torch.no_grad():
-        check_rows(p, p.starting_points((ROWS_COMPARED,)), f"the energy {p!r}")
+        x = p.starting_points((ROWS_COMPARED,))
+        check_rows(p, x, f"the energy {p!r}")
+        check_repeats(lambda: (unvalidated(p).unnormalized_log_prob(x),), lambda: "the energy")
 
 
 def _check_arguments(method: str, given: dict[str, Any]) -> None:

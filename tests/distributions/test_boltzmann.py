@@ -209,7 +209,7 @@ def test_potts_energy_counts_equal_neighbours():
     h = torch.randn(12, 3, dtype=torch.float64)
     equal = (labels == labels.roll(-1, 1)).sum((1, 2)) + (labels == labels.roll(-1, 2)).sum((1, 2))
     p = Potts(number(0.7), h, edges=lattice_edges(3, 4))
-    assert_close(p.energy(x), -0.7 * equal - (h * x).sum((1, 2)))
+    assert_close(p.energy(x), -0.7 * equal.double() - (h * x).sum((1, 2)))
     assert torch.equal(p.labels(x), labels.flatten(1))
 
 
@@ -380,7 +380,8 @@ def test_a_sweep_leaves_the_machine_invariant(name):
 def test_sweeps_reach_the_machine_from_one_state(name):
     p = machines()[name]
     x = exact_draws(p, 1.0, 1)[1].expand(50_000, *p.event_shape)
-    assert_frequencies(p, swept(p, x, sweeps=30))
+    # warm, since couplings may be such that sweeps at 1 take long to leave a state
+    assert_frequencies(p, swept(p, x, number(0.3), sweeps=30), 0.3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,6 +15,7 @@ from pyro.infer import (
     Importance,
     Predictive,
     RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
@@ -197,6 +198,27 @@ def test_elbos_by_hand(elbo, how):
 def test_elbos_under_svi_are_refused_by_their_gradients():
     with pytest.raises(ValueError, match="SVI trains something that moves Unnormalized"):
         SVI(precision, AutoNormal(precision), Adam({"lr": 0.01}), Trace_ELBO()).step(DATA)
+
+
+def bits(x=DATA):
+    t = 1 + pyro.sample("t", dist.Bernoulli(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", UnnormalizedEnergy(lambda x: t * x.square() / 2), obs=x)
+
+
+def guide_of_bits(x=DATA):
+    probs = pyro.param("probs", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+    pyro.sample("t", dist.Bernoulli(probs))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), TraceGraph_ELBO(), RenyiELBO(), ReweightedWakeSleep(vectorize_particles=False)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_svi_with_draws_that_have_no_gradient(loss):
+    with pytest.raises(ValueError, match=r"site 'x': its energy depends on 't'"):
+        SVI(bits, guide_of_bits, Adam({"lr": 0.01}), loss).step(DATA)
 
 
 def test_an_elbo_is_checked_once():

@@ -200,3 +200,9 @@ def test_a_network_of_images_whose_points_lack_the_channel():
     p = UnnormalizedEnergy(ConvEnergy((1, 8, 8)), event_shape=(8, 8))
     with pytest.raises(ValueError, match=r"ConvEnergy.*event_shape=\(8, 8\).*one point"):
         p.sample()
+
+
+@pytest.mark.parametrize("energy", [lambda x: x > 0, lambda x: x + 0j], ids=["bool", "complex"])
+def test_an_energy_is_a_real_number(energy):
+    with pytest.raises(ValueError, match=r"energy .* must be a real number at each point"):
+        UnnormalizedEnergy(energy).log_prob(torch.zeros(3))

@@ -119,3 +119,8 @@ def test_no_guide():
     svi = SVI(lambda x: None, None, pyro.optim.Adam({}), ContrastiveDivergence())
     with pytest.raises(ValueError, match="guide must be a function"):
         svi.step(torch.zeros(5))
+
+
+def test_sparse_data():
+    with pytest.raises(ValueError, match=r"the data at site 'pixels'.*x\.to_dense\(\)"):
+        step(ContrastiveDivergence(), torch.eye(2).to_sparse())

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 
 from pyro_ebm import MCMC, LangevinKernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
-from pyro_ebm.models.batched import Batched
+from pyro_ebm.models.batched import Batched, refuse_slow
 from pyro_ebm.ops.score import value_and_grad
 
 W = torch.linspace(-1.0, 2.0, 5)
@@ -374,3 +374,15 @@ def test_what_can_be_mapped_as_it_is_is_not_touched():
     potential = ModelPotential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
     potential(torch.ones(3, 1))
     assert potential._vectorizes is True
+
+
+@pytest.mark.parametrize("kind", [torch.nn.GRU, torch.nn.LSTM, torch.nn.RNN])
+def test_recurrent_networks(kind):
+    net = kind(2, 3, num_layers=2, batch_first=True, bidirectional=True)
+    z = torch.randn(4, 1, 5, 2)
+    with refuse_slow():
+        value, slope = value_and_grad(Batched(lambda x: net(x)[0].square().sum()), z)
+    for i in range(4):
+        want, grads = value_and_grad(lambda x: net(x)[0].square().sum((1, 2)), z[i])
+        torch.testing.assert_close(value[i : i + 1], want)
+        torch.testing.assert_close(slope[i], grads)

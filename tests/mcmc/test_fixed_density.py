@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS
 
-from pyro_ebm import MCMC, GibbsKernel, LangevinKernel, MHKernel, UnnormalizedEnergy
+from pyro_ebm import (
+    MCMC,
+    ContrastiveDivergence,
+    GibbsKernel,
+    LangevinKernel,
+    MHKernel,
+    UnnormalizedEnergy,
+)
 from pyro_ebm.mcmc import (
     BarkerKernel,
     ChEESKernel,
@@ -197,6 +204,60 @@ def test_annealing():
 def test_an_energy_is_not_blamed_on_latents():
     with pytest.raises(ValueError, match="the log density of site 'x' is random"):
         check_normalizers(lambda: pyro.sample("x", UnnormalizedEnergy(noisy)))
+
+
+def test_estimates_by_weights():
+    p = UnnormalizedEnergy(noisy, base=dist.Normal(0.0, 2.0))
+    with pytest.raises(ValueError, match="the energy is random"):
+        estimate_log_normalizer(p, "importance", num_samples=20)
+
+
+def test_negatives():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", UnnormalizedEnergy(noisy), obs=x)
+
+    with pytest.raises(ValueError, match="the energy of site 'x' is random"):
+        ContrastiveDivergence().loss_and_grads(model, lambda x: None, torch.randn(5))
+
+
+def a_seed():
+    x = x_latent()
+    torch.manual_seed(3)
+    observe(x + torch.randn(()))
+
+
+def a_seed_of_an_energy(x):
+    torch.manual_seed(3)
+    return x.square() / 2
+
+
+SEEDS = {
+    "a model": lambda: MHKernel(a_seed),
+    "stock NUTS": lambda: NUTS(a_seed),
+    "an energy": lambda: LangevinKernel(UnnormalizedEnergy(a_seed_of_an_energy)),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_in_the_model_is_refused(name):
+    """The chains would move by the same noise at each step."""
+    with pytest.raises(ValueError, match="sets the seed of torch's global random numbers"):
+        MCMC(SEEDS[name](), 10, 10, disable_progbar=True).run()
+
+
+@pytest.mark.filterwarnings("ignore:the model cannot be vectorized")
+def test_a_seed_that_stays_in_the_model():
+    def model():
+        x = x_latent()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(3)
+            noise = torch.randn(())
+        observe(x + noise)
+
+    mcmc = MCMC(MHKernel(model), 10, 10, num_chains=2, disable_progbar=True)
+    mcmc.run()
+    assert len(mcmc.get_samples()["x"].unique()) > 1
 
 
 @pytest.mark.filterwarnings("ignore:the model cannot be vectorized")

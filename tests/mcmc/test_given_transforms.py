@@ -31,6 +31,13 @@ class Undeclared(T.Transform):
 
 
 POSITIVE, UNIT, ONE = c.positive, c.unit_interval, tensor(0.3)
+
+
+class WrongDeterminant(T.ExpTransform):
+    def log_abs_det_jacobian(self, x, y):
+        return torch.zeros_like(x)
+
+
 GOOD = {
     "log": (T.ExpTransform().inv, POSITIVE, ONE),
     "log, 0 included": (T.ExpTransform().inv, c.nonnegative, ONE),
@@ -109,6 +116,7 @@ BAD = {
         tensor(4.0),
         "does not reach",
     ),
+    "a determinant of 1": (WrongDeterminant().inv, POSITIVE, ONE, "its log_abs_det_jacobian"),
     "softmax": (T.SoftmaxTransform().inv, c.simplex, torch.ones(3) / 3, "not bijective"),
     "constant": (T.AffineTransform(0.0, 0.0), c.real, ONE, "outside"),
     "no inverse": (Undeclared(lambda x: 2 * x, lambda z: 0.4 * z), c.real, ONE, "bring"),

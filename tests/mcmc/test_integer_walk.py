@@ -1,5 +1,6 @@
 """A random walk on sites of whole numbers, against sums over their values."""
 
+import math
 import warnings
 
 import pyro
@@ -17,6 +18,7 @@ from pyro_ebm import (
     LangevinKernel,
     MHKernel,
     TemperingKernel,
+    UnnormalizedEnergy,
 )
 from pyro_ebm.mcmc import Flip, IntegerWalk, Site
 from tests.statistics import assert_mean, assert_moments
@@ -208,7 +210,7 @@ def test_counts_that_share_a_total_are_refused_by_name(fn):
 
 def test_other_values_are_not_walked_on():
     for fn in (dist.Normal(0.0, 1.0), dist.OneHotCategorical(torch.ones(3))):
-        with pytest.raises(ValueError, match=r"\['x'\] are not"):
+        with pytest.raises(ValueError, match=r"\['x'\] are not|not move .*\['x'\]"):
             walk(lambda fn=fn: pyro.sample("x", fn)).setup(0)
 
 
@@ -220,3 +222,44 @@ def test_starts_are_whole_numbers():
     kernel.initial_params = {"n": tensor(-2.0)}
     with pytest.raises(ValueError, match="initial_params of chain 0 do not do"):
         kernel.setup(0)
+
+
+def test_the_model_sees_whole_numbers_within_their_bounds_only():
+    prices = torch.arange(6.0)
+
+    def model():
+        n = pyro.sample("n", dist.Poisson(1.0))
+        k = pyro.sample("k", dist.Binomial(n, 0.5))
+        assert k >= 0
+        assert k <= n
+        pyro.sample("y", dist.Normal(prices[n.long().clamp(max=5)], 1.0), obs=tensor(2.0))
+
+    n = torch.arange(20.0)
+
+    def log_prob(n):
+        likelihood = dist.Normal(prices[n.long().clamp(max=5)], 1.0).log_prob(tensor(2.0))
+        return dist.Poisson(1.0).log_prob(n) + likelihood
+
+    assert_mean(draws(walk(model))["n"].float(), truth(log_prob, n)[0])
+
+
+@pytest.mark.parametrize("base", [dist.Poisson(4.0), None], ids=["Poisson", "counting"])
+def test_energies_on_whole_numbers(base):
+    support = None if base else dist.constraints.nonnegative_integer
+    p = UnnormalizedEnergy(lambda x: 0.5 * x, base=base, support=support)
+    mean = 4 * math.exp(-0.5) if base else 1 / math.expm1(0.5)
+    assert_mean(draws(walk(lambda: pyro.sample("x", p)))["x"].float(), tensor(mean))
+    with pytest.raises(ValueError, match="IntegerWalk"):
+        p.sample((3,))
+
+
+def test_a_mixture_of_counts():
+    parts = dist.Poisson(tensor([1.0, 5.0]))
+    p = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
+    assert_mean(draws(walk(lambda: pyro.sample("x", p)))["x"].float(), tensor(3.0))
+
+
+def test_one_hot_sites_are_sent_to_gibbs():
+    kernel = walk(lambda: pyro.sample("k", dist.OneHotCategorical(torch.ones(3))))
+    with pytest.raises(ValueError, match=r"IntegerWalk.*'k'.*GibbsKernel"):
+        draws(kernel)

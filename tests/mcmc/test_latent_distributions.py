@@ -400,3 +400,22 @@ def test_bounds_that_are_computed_from_latents_are_not_read():
     value, grad = ModelPotential(model).value_and_grad(zeros(3, 1))
     assert value.isfinite().all()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dist.VonMises(0.5, 1.0),
+        lambda: dist.VonMises(zeros(2), 1.0).to_event(1),
+        lambda: dist.SineBivariateVonMises(0.5, 0.2, 2.0, 2.0, tensor(0.5)),
+        lambda: dist.SineSkewed(dist.VonMises(zeros(2), 2.0).to_event(1), tensor([0.1, 0.2])),
+    ],
+    ids=["VonMises", "independent", "bivariate", "skewed"],
+)
+def test_angles_stay_on_one_turn(make):
+    mcmc = MCMC(LangevinKernel(lambda: pyro.sample("x", make())), 300, 100, num_chains=20)
+    mcmc.disable_progbar = True
+    mcmc.run()
+    x = mcmc.get_samples()["x"]
+    assert (x.abs() <= math.pi).all()
+    assert x.amax() - x.amin() > 2

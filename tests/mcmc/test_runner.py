@@ -78,6 +78,15 @@ def test_lp_is_the_log_density_of_the_draw(chain_method):
         torch.testing.assert_close(lp[i], want)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kernel", [NUTS, HMC, LangevinKernel])
+def test_wherever_gradients_are_off(kernel, mode):
+    with mode():
+        mcmc = run(5, 5, kernel=kernel(model))
+        assert not torch.is_grad_enabled()
+    assert mcmc.get_samples()["x"].shape == (5, 2)
+
+
 @METHODS
 def test_thinning_keeps_every_nth_draw(chain_method):
     every = run(9, 4, num_chains=2, chain_method=chain_method)

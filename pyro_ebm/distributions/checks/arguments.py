@@ -193,7 +193,8 @@ def refuse_missing_constant(
     """
     if torch.compiler.is_compiling() or _minded.get():  # a compiler traces no check of who calls
         return
-    if not _under_svi():
+    # a guide that draws without a gradient (scores, weights) leaves none to tell what moves
+    if not _under_svi() or not log_prob.requires_grad:
         call = sampler_of_a_posterior()
         if call is not None and not call.is_known:
             with normalizers_minded():  # the check asks for densities too
@@ -201,7 +202,7 @@ def refuse_missing_constant(
                     check(call.model, call.args, call.kwargs)
             call.remember()
         return
-    if log_prob.requires_grad and lags(x.detach()):
+    if lags(x.detach()):
         raise ValueError(
             f"SVI trains something that moves {energy!r}, and a plain ELBO lacks the gradient of"
             " its log Z: use one of the losses of pyro_ebm, such as"

@@ -21,6 +21,8 @@ from pyro_ebm.distributions.core.discrete import support_values_of
 def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
     """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
 
+    Of whole numbers above a bound, over the five least.
+
     Args:
         support: the support of a whole event.
         shape: ``(*sample, *batch, *event)``.
@@ -37,6 +39,11 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         bijection = biject_to(support)
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
+    inner: Any = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if hasattr(inner, "lower_bound") and not hasattr(inner, "upper_bound"):  # whole numbers
+        return torch.randint(5, shape, device=like.device).to(like) + inner.lower_bound
     support_values = support_values_of(support, shape)
     assert support_values is not None
     support_values = support_values.to(like)

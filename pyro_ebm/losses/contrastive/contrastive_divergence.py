@@ -215,7 +215,10 @@ class ContrastiveDivergence(EnergyLoss):
                 what = f"the persistent chains of site {site.name!r}"
             elif site.is_observed:
                 otherwise = "use persistent=True, whose chains do not start at the data"
-            state = kernel.init(potential.inner_position(start, what, otherwise).contiguous())
+            z = potential.inner_position(start, what, otherwise).contiguous()
+            if self.looks_closely:
+                potential._check_repeats(z)
+            state = kernel.init(z)
             rates = []
             for _ in range(self.num_steps):
                 state, info = kernel.step(state)

@@ -251,6 +251,11 @@ class Kernel(MCMCKernel):
                 " are whole numbers without fixed bounds: use MHKernel(proposal=IntegerWalk()), in"
                 " a CompositeKernel where a model has other sites too"
             )
+        if names := [s.name for s in others if self.discrete and s.support_values is not None]:
+            raise ValueError(
+                f"{self!r} does not move sites of the values of {names}: use GibbsKernel, in a"
+                " CompositeKernel where a model has other sites too"
+            )
         others = [site.name for site in others]
         if others:
             kind = "discrete" if self.discrete else "continuous"

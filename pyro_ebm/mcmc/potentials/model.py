@@ -34,6 +34,7 @@ from pyro_ebm.models.provenance import HostReads, trace_latents
 from pyro_ebm.models.sites.discrete_sites import (
     OTHER_WAYS,
     UNBOUNDED,
+    WithinBounds,
     is_integer,
     site_support_values,
 )
@@ -350,7 +351,7 @@ def lone_energy(
     plain = not node["is_observed"] and node["mask"] is None and scale.dim() == 0 and scale == 1
     fn = node["fn"]
     bare = isinstance(fn, UnnormalizedEnergy) and not fn.batch_shape
-    return (name, fn) if plain and bare else None
+    return (name, fn) if plain and bare and site_support_values(name, fn) is not UNBOUNDED else None
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -392,10 +393,12 @@ def _potential(
 ) -> Tensor:
     """``U`` of one chain: minus the log joint density, minus the Jacobians of z -> x.
 
-    The sites ``whole`` of whole numbers are proposed outside of their support too.
+    The sites ``whole`` of whole numbers are proposed outside of their support too, where the
+    potential is infinite.
     """
     x = {name: to_support(transforms[name], z) for name, z in params.items()}
-    trace = poutine.trace(poutine.condition(model, x)).get_trace(*args, **kwargs)
+    at_x = WithinBounds(whole)(poutine.condition(model, x))
+    trace = poutine.trace(at_x).get_trace(*args, **kwargs)
     if not transforms:
         return -torch.as_tensor(trace.log_prob_sum())
     jacobians = [t.log_abs_det_jacobian(x[name], params[name]) for name, t in transforms.items()]

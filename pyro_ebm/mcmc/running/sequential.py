@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer.mcmc.api import MCMC as PyroMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
@@ -62,7 +63,12 @@ class ChainByChain(Results):
         for index in range(self.num_chains):
             chain = Chain()
             try:
-                with self._starts(kernel), self._validation():
+                with (
+                    self._starts(kernel),
+                    self._validation(),
+                    torch.inference_mode(False),  # Pyro's kernels do not see to it
+                    torch.enable_grad(),
+                ):
                     self._run_chain(index, chain, args, kwargs)
             except KeyboardInterrupt:
                 if not chains and not chain.draws:

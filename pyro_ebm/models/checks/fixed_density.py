@@ -10,6 +10,9 @@ kinds of models break this:
   sample statement that a handler hides;
 - state that an evaluation changes and the next one reads: a counter, a running mean.
 
+Nor may an evaluation set the seed of torch's global random numbers: the kernel draws from them too,
+and would move by the same noise at each step.
+
 Branches on values as such are fine: the sites of a branch may be observed, or have another
 distribution on the same support.
 """
@@ -113,7 +116,7 @@ def moving_support(name: str, latents: str) -> str:
 def check_repeats(
     values: Callable[[], tuple[Tensor, ...]], which: Callable[[], str], draws: bool = False
 ) -> None:
-    """Raises a ValueError if a function of no arguments does not repeat its values.
+    """Raises a ValueError if a function of no arguments does not repeat its values, or sets a seed.
 
     The global random states are afterwards as they were.
 
@@ -129,14 +132,28 @@ def check_repeats(
         ValueError: the potential is random: evaluated again at the same values, it differs. A ...
     """
     state = random_state()
+    ends: list[Tensor] = []
+
+    def noted() -> tuple[Tensor, ...]:
+        found = values()
+        ends.append(torch.get_rng_state())
+        return found
+
     try:
-        if _varies(values, draws):
+        if _varies(noted, draws):
             raise ValueError(
                 f"{which()} is random: evaluated again at the same values, it differs. A kernel"
                 " needs one fixed density: draw random numbers beforehand and pass them as an"
                 " argument, or make them a latent site that no handler hides; turn dropout off"
                 " (module.eval(), training=False); and let no evaluation change what another one"
                 " reads (a counter, a running mean)"
+            )
+        if all(torch.equal(end, ends[0]) for end in ends):  # from wherever it began
+            raise ValueError(
+                "the model or the energy sets the seed of torch's global random numbers whenever it"
+                " is evaluated, so a kernel would move by the same noise at each step: draw from a"
+                " torch.Generator with a seed of its own, or set the seed within"
+                " torch.random.fork_rng()"
             )
     finally:
         set_random_state(state)
@@ -188,6 +205,7 @@ def _varies(values: Callable[[], tuple[Tensor, ...]], draws: bool) -> bool:
     # no rounding
     num_eps = 100 if draws else 1000
     for _ in range(NUM_REPEATS_AFTER_DRAWS if draws else NUM_REPEATS):
+        torch.rand((), device="cpu")  # that each begins elsewhere
         again = values()
         if len(again) != len(first) or any(map(_differ, first, again, [num_eps] * len(first))):
             return True

@@ -1,14 +1,17 @@
 """Discrete sites of a model: which values their variables take, whether gradients see them."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_ebm.distributions.core.discrete import support_values_of
+from pyro_ebm.distributions.core.supports import plain_support
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 
 
@@ -31,11 +34,11 @@ def site_support_values(name: str, fn: Any) -> Tensor | None:
         return None
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    if isinstance(fn, UnnormalizedEnergy):
-        return support_values_of(fn.support, fn.event_shape)
     error: Exception | None = None
-    if fn.has_enumerate_support:
+    if isinstance(fn, UnnormalizedEnergy) or fn.has_enumerate_support:
         try:
+            if isinstance(fn, UnnormalizedEnergy):
+                return support_values_of(fn.support, fn.event_shape)
             return fn.enumerate_support(expand=False).reshape(-1, max(fn.event_shape.numel(), 1))
         except (NotImplementedError, ValueError) as raised:
             error = raised
@@ -62,9 +65,42 @@ def is_integer(support: Any) -> bool:
         >>> is_integer(dist.Poisson(1.0).support), is_integer(dist.Bernoulli(0.5).support)
         (True, False)
     """
+    return support.is_discrete and hasattr(_of_elements(support), "lower_bound")
+
+
+class WithinBounds(Messenger):
+    """Shows a model the nearest whole number that a site may have.
+
+    A proposal beyond the bounds is rejected, but the model is evaluated all the same, and the
+    number may be an index, a size or a total.
+
+    Args:
+        names: the sites.
+
+    Example:
+        >>> model = lambda: pyro.sample("n", dist.Poisson(1.0))
+        >>> WithinBounds(["n"])(pyro.poutine.condition(model, {"n": -2.0}))()
+        tensor(0.)
+    """
+
+    def __init__(self, names: Collection[str]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            support, x = _of_elements(msg["fn"].support), torch.as_tensor(msg["value"])
+            for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
+                if (end := getattr(support, bound, None)) is not None:
+                    x = nearest(x, torch.as_tensor(end).to(x))
+            msg["value"] = x
+
+
+def _of_elements(support: Any) -> Any:
+    support = plain_support(support)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support.is_discrete and hasattr(support, "lower_bound")
+    return support
 
 
 def _because(error: Exception | None) -> str:

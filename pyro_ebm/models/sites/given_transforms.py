@@ -5,7 +5,9 @@ support: where it leaves the support, states without a density are visited; wher
 of it only, the posterior is cut off, and every diagnostic is content. What a transform declares of
 itself tells a part of this (``codomain``, ``domain``, and not at all for one that is composed or
 written by a user); points tell the rest. Points of the reals must come to lie in the support and
-return, and so must points of the support that another bijection has reached.
+return, and so must points of the support that another bijection has reached. The logarithm of the
+Jacobian's determinant, which is a part of the density of :math:`z`, is compared with automatic
+differentiation.
 """
 
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.functional import jacobian
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
 NUM_POINTS = 8
 NEAR, FAR = 2.0, 20.0
+MAX_DETERMINANT = 50  # columns
 
 
 def check_transform(name: str, transform: Transform, support: Any, x: Tensor) -> None:
@@ -124,6 +128,8 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
             yield f"its inverse maps {_point(z)} to {_point(there)}, which is outside"
         if not _close(to_reals(there), z):
             yield f"it does not bring {_point(z)} back, from {_point(there)}"
+        if (why := _wrong_determinant(inverse, z, there)) is not None:
+            yield why
     try:
         onto: Any = biject_to(support)
         like = onto.inv(x)
@@ -139,6 +145,20 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
         z = to_reals(point)
         if not (z.isinf().any() or _close(inverse(z), point)):
             yield f"its inverse does not reach {_point(point)}"
+
+
+def _wrong_determinant(inverse: Any, z: Tensor, x: Tensor) -> str | None:
+    """Whether its Jacobian's determinant is another one than the derivatives say, in words."""
+    if not 0 < x.numel() == z.numel() <= MAX_DETERMINANT:  # a simplex has fewer dimensions
+        return None
+    try:
+        got = inverse.log_abs_det_jacobian(z, x).sum()
+    except NotImplementedError:
+        return None
+    want = torch.linalg.slogdet(jacobian(inverse, z).reshape(z.numel(), -1)).logabsdet
+    if abs(got - want) <= 1e-3 * (1 + abs(want)):
+        return None
+    return f"its log_abs_det_jacobian at {_point(x)} gives {-got:.3g} for {-want:.3g}"
 
 
 def _declared(transform: Transform, name: str) -> Any:

@@ -1,12 +1,19 @@
 """What a latent site must have to be sampled: a density on a support that the reals map onto."""
 
+from math import pi
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, ProjectedNormal, constraints
+from pyro.distributions import (
+    Delta,
+    ProjectedNormal,
+    SineBivariateVonMises,
+    SineSkewed,
+    constraints,
+)
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import VonMises, biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.core.supports import plain_support
@@ -33,6 +40,9 @@ def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
             f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
             " no kernel can move it: use another distribution, or give its class a support"
         ) from error
+    if isinstance(_innermost(fn), VonMises | SineBivariateVonMises | SineSkewed):
+        # they say the reals, where their periodic density has no finite integral
+        return constraints.independent(constraints.interval(-pi, pi), fn.event_dim), True
     plain = plain_support(support)
     return plain, plain is not support
 
