@@ -9,6 +9,8 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 VENV := .venv
 RUN  := $(VENV)/bin/python
 PIP  := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
+# One process for each core. A file's tests stay together, until one process runs out of its own.
+TEST := $(RUN) -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format docs bench clean
@@ -19,11 +21,11 @@ help:  ## this list
 demo: $(VENV)/.installed-dev  ## denoise a handwritten digit: prints a summary, writes a picture
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/.installed-dev  ## the tests and the doctests
-	$(RUN) -m pytest
+test: $(VENV)/.installed-dev  ## the tests and the doctests, on all cores
+	$(TEST)
 
 test-slow: $(VENV)/.installed-dev  ## the long statistical checks
-	$(RUN) -m pytest -m slow
+	$(TEST) -m slow
 
 lint: $(VENV)/.installed-dev  ## ruff (rules and format) and pyright
 	$(RUN) -m ruff check

@@ -1,10 +1,12 @@
 """Sphinx configuration. `make docs` builds with -W: a warning is an error."""
 
 import importlib
-import pkgutil
-from pathlib import Path
+import inspect
 
+from docutils.statemachine import StringList
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 import pyro_ebm
 
@@ -16,6 +18,7 @@ version = release = pyro_ebm.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -27,7 +30,8 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autosummary_generate = False  # its tables link to the entries of api/
+autodoc_default_options = {"show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -44,45 +48,78 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!pyro_ebm\.).*")]
 html_theme = "furo"
 html_title = f"pyro_ebm {version}"
 
-API_PAGES = Path(__file__).parent / "api"
+# The modules whose public names are the API. Each name has an entry on a page of api/.
+PUBLIC = ["", ".distributions", ".mcmc", ".normalizer", ".losses", ".nn", ".ops", ".diagnostics"]
+
+logger = logging.getLogger(__name__)
 
 
-def resolve_public_name(app, env, node, contnode):
-    """Link `pyro_ebm.MCMC`, as users write it, to the module where it lives."""
-    target = node.get("reftarget", "")
-    parts = target.split(".")
-    if node.get("refdomain") != "py" or parts[0] != "pyro_ebm":
-        return None
-    for cut in range(len(parts) - 1, 0, -1):
+def find(name):
+    """The object of a dotted name below pyro_ebm, or None."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
-        rest = parts[cut:]
-        found = getattr(found, rest[0], None)
-        home = getattr(found, "__module__", None)
-        if home is None or not hasattr(found, "__qualname__"):
-            return None
-        name = ".".join([home, found.__qualname__, *rest[1:]])
-        if name == target:
-            return None
-        domain = env.get_domain("py")
-        return domain.resolve_xref(
-            env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
-        )
+        for part in parts[cut:]:
+            found = inspect.getattr_static(found, part, None)
+        return found
     return None
 
 
-def check_every_module_is_listed(app, env):
-    """A new module needs its lines on a page of api/."""
-    pages = " ".join(page.read_text(encoding="utf-8") for page in API_PAGES.glob("*.md")).split()
-    for module in pkgutil.walk_packages(pyro_ebm.__path__, "pyro_ebm."):
-        name = module.name.split(".")[-1]
-        hidden = module.ispkg or name == "conftest" or name.startswith("_")
-        if not hidden and module.name not in pages:
-            logging.getLogger(__name__).warning("no page of docs/api shows %s", module.name)
+def home(found):
+    """Where an object is defined, ``(module, qualified name)``."""
+    return getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+
+
+class ModuleDocstring(SphinxDirective):
+    """The docstring of the module that defines a public name: the theory behind it."""
+
+    required_arguments = 1
+
+    def run(self):
+        found = find(self.arguments[0])
+        module = inspect.getmodule(found)
+        text = GoogleDocstring(inspect.getdoc(module), self.config, self.env.app, "module")
+        return self.parse_text_to_nodes(StringList(text.lines(), module.__name__))
+
+
+def resolve_public_name(app, env, node, contnode):
+    """Link a name to its entry, wherever docs/api puts it; internals become plain text.
+
+    A docstring names an object as its own module does, and its entry has the public name.
+    """
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py":
+        return None
+    entries = env.get_domain("py").objects
+    found = find(target) if target.startswith("pyro_ebm.") else None
+    ending = "." + target.split(".")[-1] if found is None else None
+    for name, entry in entries.items():
+        same = home(find(name)) == home(found) if found is not None else name.endswith(ending)
+        if same and (found is None or None not in home(found)):
+            return env.get_domain("py").resolve_xref(
+                env, node["refdoc"], app.builder, entry.objtype, name, node, contnode
+            )
+    return contnode if found is not None else None
+
+
+def check_every_name_has_an_entry(app, env):
+    """A new public name needs its line on a page of api/."""
+    entries = {home(find(name)) for name in env.get_domain("py").objects}
+    for module in [importlib.import_module("pyro_ebm" + tail) for tail in PUBLIC]:
+        names = getattr(module, "__all__", None) or [
+            name for name, value in vars(module).items() if home(value)[0] == module.__name__
+        ]
+        for name in names:
+            found = getattr(module, name)
+            ours = str(home(found)[0]).startswith("pyro_ebm.")
+            if ours and not name.startswith("_") and home(found) not in entries:
+                logger.warning("no page of docs/api shows %s.%s", module.__name__, name)
 
 
 def setup(app):
+    app.add_directive("module-docstring", ModuleDocstring)
     app.connect("missing-reference", resolve_public_name)
-    app.connect("env-check-consistency", check_every_module_is_listed)
+    app.connect("env-check-consistency", check_every_name_has_an_entry)

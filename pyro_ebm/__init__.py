@@ -1,9 +1,51 @@
-"""pyro_ebm: energy-based models in Pyro.
+"""Energy-based models in Pyro.
 
-Write an energy in a model (:class:`UnnormalizedEnergy`, :class:`RBM`, :func:`product`, ...), sample
-it (:class:`MCMC` with :class:`LangevinKernel`, :class:`GibbsKernel`, ...), fit it (``SVI`` with
-:class:`ContrastiveDivergence` and the other losses), check it (:func:`to_arviz`,
-:func:`estimate_log_normalizer`).
+Write an energy in a model:
+    UnnormalizedEnergy        the density exp(-E(x)) / Z of an energy E, with Z unknown or known
+    product                   the product of densities
+    mixture                   a mixture of densities whose Z are known
+    negation                  one density divided by a power of another
+    ExponentialFamily         exp(theta . T(x)) / Z(theta), with its Z
+    RBM, GaussianRBM          restricted Boltzmann machines over bits, over real numbers
+    BoltzmannMachine, Potts   spins or bits, and categories, that interact in pairs
+    DeepBeliefNetwork         a stack of restricted Boltzmann machines
+    nn                        networks as energies: MLPEnergy, ConvEnergy
+
+Sample it:
+    MCMC                      runs a kernel, many chains at once
+    LangevinKernel            Langevin dynamics, with or without a Metropolis test
+    ChEESKernel               Hamiltonian Monte Carlo; all chains learn one trajectory length
+    BarkerKernel              the Barker proposal, robust where Langevin steps overshoot
+    MHKernel                  Metropolis-Hastings: random walk, independence, a proposal of yours
+    GibbsKernel               Gibbs sweeps over discrete variables
+    GibbsWithGradientsKernel  changes of one discrete variable, chosen by the gradient
+    DiscreteLangevinKernel    changes of all discrete variables, by the gradient
+    CompositeKernel           kernels in turn, for discrete and continuous latents
+    TemperingKernel           replica exchange around another kernel
+    ExchangeKernel            posteriors in which an unknown log Z depends on a latent
+    NormalizerError           raised where a posterior needs a log Z that is unknown
+
+Look at the result:
+    to_arviz                  draws, log likelihoods and statistics as ArviZ data
+    score                     the gradient of a log density
+    fisher_divergence         the mean squared difference of two scores
+
+Fit it, with a loss for SVI(model, guide, optim, loss=...):
+    ContrastiveDivergence     negatives from short or persistent chains
+    ScoreMatching             gradients of log densities, by the trace of the Hessian
+    SlicedScoreMatching       the same, along random directions
+    DenoisingScoreMatching    the same, on noised data
+    NCE                       data against noise; learns log Z too
+    RankingNCE                a datum against its noise points; needs no log Z
+    FlowNCE                   data against a flow that learns
+    save_training             writes a training to one file
+    load_training             reads it, to go on exactly
+
+Estimate its log Z:
+    estimate_log_normalizer   log Z with an error: exact, quadrature, annealing, bridge, ...
+    mean_log_likelihood       the mean log likelihood of data, with both of its errors
+
+More in pyro_ebm.distributions, .mcmc, .losses, .normalizer, .ops, .diagnostics and .files.
 """
 
 from pyro_ebm import nn

@@ -5,6 +5,10 @@ each N is another sample: a statistical test must pass at all of them. Doctests 
 seed 0 and keep it.
 """
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch reads it: tests run on each core
+
 import matplotlib
 import pyro
 import pytest
@@ -14,7 +18,7 @@ from tests.seeds import reseeded
 
 matplotlib.use("Agg")
 
-# Benchmarks are run by `make bench`; their modules are neither tests nor doctests.
+# `make bench` runs the benchmarks; tests/test_benchmarks.py is their smoke test.
 collect_ignore = ["benchmarks"]
 
 

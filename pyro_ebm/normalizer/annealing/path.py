@@ -10,7 +10,7 @@ move on, that reads :math:`\beta` from a tensor which annealing changes in place
 * Along the *tempered* path :math:`\tilde p_\beta = e^{-\beta E}` a Boltzmann machine or Potts model
   stays one, and can be swept in its own blocks at every :math:`\beta`.
 * The path of :mod:`~pyro_ebm.normalizer.annealing.rbm_path` does the same for machines with hidden
-units.
+  units.
 
 Reference:
     Neal (2001), Annealed importance sampling. Gelman and Meng (1998), Simulating normalizing
