@@ -257,7 +257,7 @@ def test_sites_that_are_no_energies_keep_their_elbo():
         w = pyro.param("w", torch.tensor(0.5))
         with pyro.plate("data", 2):
             pyro.sample("y", dist.Normal(w * z, 1.0), obs=x)
-        pyro.inverse_mass_sqrt("f", -(z**2))
+        pyro.factor("f", -(z**2))
 
     def guide():
         a = pyro.param("a", torch.tensor(2.0), constraint=constraints.positive)

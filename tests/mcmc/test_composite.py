@@ -175,7 +175,7 @@ def test_each_kernel_adapts_to_its_own_block():
     def model():
         b = pyro.sample("b", dist.Bernoulli(torch.full((20,), 0.5)).to_event(1))
         x = pyro.sample("x", dist.Normal(0.0, torch.tensor([0.1, 5.0])).to_event(1))
-        pyro.inverse_mass_sqrt("f", 0.1 * b.sum() * x[0])
+        pyro.factor("f", 0.1 * b.sum() * x[0])
 
     kernel = CompositeKernel(
         model, [DiscreteLangevinKernel(target_accept_prob=0.9), LangevinKernel()]
@@ -203,7 +203,7 @@ def test_divergences_of_any_kernel_count(kernels):
     def model():
         b = pyro.sample("b", dist.Bernoulli(0.5))
         pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("f", torch.where(b == 1, math.nan, 0.0))
+        pyro.factor("f", torch.where(b == 1, math.nan, 0.0))
 
     mcmc = MCMC(CompositeKernel(model, kernels), 10, 5, num_chains=10, disable_progbar=True)
     mcmc.run()

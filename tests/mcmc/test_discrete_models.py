@@ -72,7 +72,7 @@ def weighed():
         with poutine.mask(mask=mask):
             b = pyro.sample("b", dist.Bernoulli(0.2))
         pyro.sample("y", dist.Normal(b, 1.0).mask(torch.tensor([True, True, False])), obs=Y)
-    pyro.inverse_mass_sqrt("f", 0.7 * b[0] * b[2])
+    pyro.factor("f", 0.7 * b[0] * b[2])
 
 
 def chain():
@@ -175,7 +175,7 @@ def test_indices_of_a_precise_density():
 
     def model():
         k = pyro.sample("k", dist.Categorical(torch.ones(2).double()))
-        pyro.inverse_mass_sqrt("f", 1e8 + k.double())
+        pyro.factor("f", 1e8 + k.double())
 
     table, base = torch.tensor([0.0, -1.0]).double(), dist.Categorical(torch.ones(2).double())
     for target in (model, UnnormalizedEnergy(lambda k: table[k] - 1e8, base=base)):
@@ -191,7 +191,7 @@ def test_a_gradient_that_is_nowhere_finite_does_not_slow_gibbs_down():
 
     def model():
         b = pyro.sample("b", dist.Bernoulli(0.5))
-        pyro.inverse_mass_sqrt("f", (0 * b).sqrt() + b)  # of slope infinity times 0
+        pyro.factor("f", (0 * b).sqrt() + b)  # of slope infinity times 0
 
     kernel = GibbsKernel(model)
     mcmc = MCMC(kernel, 500, 5, num_chains=10, disable_progbar=True)
@@ -284,7 +284,7 @@ def observed():
 
 
 def with_factor():
-    pyro.inverse_mass_sqrt("f", 1.5 * alone().sum())
+    pyro.factor("f", 1.5 * alone().sum())
 
 
 def with_data():
@@ -315,14 +315,14 @@ def expanded():
     x = pyro.sample(
         "x", BoltzmannMachine(0.5, edges=torch.tensor([[0, 1]])).expand([2]).to_event(1)
     )
-    pyro.inverse_mass_sqrt("f", x[0, 0] * x[1, 0])
+    pyro.factor("f", x[0, 0] * x[1, 0])
 
 
 def on_a_condition():
     """A factor that the model has for some values only, which no trace may have met."""
     x = alone()
     if x.sum() > 2:
-        pyro.inverse_mass_sqrt("f", torch.tensor(2.0))
+        pyro.factor("f", torch.tensor(2.0))
 
 
 def scaled_by_a_tensor():

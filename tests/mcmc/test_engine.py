@@ -67,7 +67,7 @@ NET = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
 def with_a_net():
     mean = pyro.param("mean", torch.tensor(0.0))
     x = pyro.sample("x", dist.Normal(mean, 1.0))
-    pyro.inverse_mass_sqrt("f", -NET(x[None]).sum())
+    pyro.factor("f", -NET(x[None]).sum())
 
 
 # -- the same draws --------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_new_layer_below_a_block_is_held_in_evaluation_mode():
     def model():
         pyro.sample("a", dist.Normal(0.0, 1.0))
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("f", -net(x[None]).sum())
+        pyro.factor("f", -net(x[None]).sum())
 
     whole = ModelPotential(model)
     block = BlockPotential(whole, ["x"])
@@ -319,7 +319,7 @@ def test_an_engine_that_goes_leaves_nothing_behind():
 def branches(y=None):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     if x > 0:
-        pyro.inverse_mass_sqrt("right", -x)
+        pyro.factor("right", -x)
 
 
 def test_a_model_that_cannot_be_captured_runs_without(captured):

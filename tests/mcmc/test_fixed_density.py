@@ -133,7 +133,7 @@ def test_latents_that_come_and_go_under_nuts(name):
 
 def test_a_random_factor():
     def model():
-        pyro.inverse_mass_sqrt("f", -((x_latent() + 0.1 * torch.randn(())) ** 2))
+        pyro.factor("f", -((x_latent() + 0.1 * torch.randn(())) ** 2))
 
     with pytest.raises(ValueError, match="the log density of site 'f' is random"):
         ModelPotential(model)

@@ -292,7 +292,7 @@ def test_rows_of_events(prior):
         with pyro.plate("rows", 3), poutine.mask(mask=mask):
             x = pyro.sample("x", prior)
             seen = x.flatten(1).square().sum(-1)
-            pyro.inverse_mass_sqrt("f", -seen / 2)
+            pyro.factor("f", -seen / 2)
 
     potential = ModelPotential(model)
     z = torch.randn(2, potential.dim)

@@ -61,7 +61,7 @@ def an_energy():
 
 
 def a_factor():
-    pyro.inverse_mass_sqrt("f", torch.tensor(-2.0))
+    pyro.factor("f", torch.tensor(-2.0))
 
 
 def beta_binomial():

@@ -321,7 +321,7 @@ def test_starts_without_density_are_drawn_again():
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("wall", torch.where(x < 1, -math.inf, 0.0))
+        pyro.factor("wall", torch.where(x < 1, -math.inf, 0.0))
 
     for strategy in (init_to_uniform, init_to_sample):
         x = ModelPotential(model, init_strategy=strategy).initial(50)[:, 0]
@@ -348,9 +348,9 @@ def test_only_chains_without_a_start_are_drawn_again():
 def test_no_start_names_the_site():
     def model(y):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("good", x)
-        pyro.inverse_mass_sqrt("bad", x + math.nan)
-        pyro.inverse_mass_sqrt("wall", -math.inf * x.square())
+        pyro.factor("good", x)
+        pyro.factor("bad", x + math.nan)
+        pyro.factor("wall", -math.inf * x.square())
 
     for validate, match in ((True, "not valid in 10 tries"), (False, "no starting point")):
         with pyro.validation_enabled(validate), pytest.raises(ValueError, match=match) as caught:
@@ -363,7 +363,7 @@ def test_no_start_names_the_site():
 
     def steep(x=None):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("kink", (x * 0).sqrt())
+        pyro.factor("kink", (x * 0).sqrt())
 
     with pytest.raises(ValueError, match=r"the gradient of the potential in site\(s\) 'x'"):
         ModelPotential(steep).initial(1)
@@ -441,7 +441,7 @@ def circular(y):
 
 def factors():
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.inverse_mass_sqrt("f", -(x**4).sum())
+    pyro.factor("f", -(x**4).sum())
 
 
 def loop(y):
@@ -539,7 +539,7 @@ def test_a_branch_on_a_value_parts_the_chains():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         if x > 0:
-            pyro.inverse_mass_sqrt("right", -x)
+            pyro.factor("right", -x)
 
     potential = ModelPotential(model)
     z = torch.tensor([[1.0], [-1.0], [0.5]])
@@ -554,7 +554,7 @@ def test_a_branch_on_a_value_parts_the_chains():
 def test_a_number_that_is_read_falls_back_with_one_warning():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("read", x * x.item())
+        pyro.factor("read", x * x.item())
 
     potential = ModelPotential(model)
     z = torch.tensor([[1.0], [-1.0], [0.5]])
@@ -602,7 +602,7 @@ def test_a_vectorized_value_that_differs_falls_back():
 def test_nothing_is_decided_where_nothing_is_finite():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("wall", torch.where(x < 0, math.nan, 0.0))
+        pyro.factor("wall", torch.where(x < 0, math.nan, 0.0))
 
     potential = ModelPotential(model)
     assert potential.value_and_grad(torch.full((3, 1), -1.0))[0].isnan().all()
@@ -633,7 +633,7 @@ def marginal(y):
     with pyro.plate("data", len(y)):
         parts = dist.Normal(m, 1.0).log_prob(y[:, None])
         log_w = torch.stack([(1 - w).log(), w.log()])
-        pyro.inverse_mass_sqrt("y", (parts + log_w).logsumexp(-1))
+        pyro.factor("y", (parts + log_w).logsumexp(-1))
 
 
 @pytest.mark.parametrize("max_plate_nesting", [None, 1, 2])
@@ -658,7 +658,7 @@ def with_a_net(held=None):
     """A global net, or one in the arguments, called in the model."""
     net = pyro.module("net", NET if held is None else held["net"])
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.inverse_mass_sqrt("f", -net(x[None]).sum())
+    pyro.factor("f", -net(x[None]).sum())
 
 
 class Regression(PyroModule):
@@ -840,7 +840,7 @@ def test_a_singular_matrix_in_an_energy():
 def test_other_errors_of_the_model_are_raised():
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        pyro.inverse_mass_sqrt("f", (x @ torch.ones(4)))
+        pyro.factor("f", (x @ torch.ones(4)))
 
     with pytest.raises(RuntimeError, match="size"):
         ModelPotential(model)

@@ -344,7 +344,7 @@ def test_diagnostics(capsys):
 def test_divergences_are_counted():
     def cliff():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.inverse_mass_sqrt("nan", torch.where(x > 0.5, math.nan, 0.0))
+        pyro.factor("nan", torch.where(x > 0.5, math.nan, 0.0))
 
     for chain_method in ("vectorized", "sequential"):
         kernel = LangevinKernel(cliff, step_size=0.5, adapt_step_size=False)

@@ -341,7 +341,7 @@ def test_under_stock_pyro():
 
 def mixture_of_wells():
     x = pyro.sample("x", dist.Normal(0.0, 3.0))
-    pyro.inverse_mass_sqrt("f", -((x.abs() - 2) ** 2) / 0.1)
+    pyro.factor("f", -((x.abs() - 2) ** 2) / 0.1)
 
 
 def test_under_our_runner():
