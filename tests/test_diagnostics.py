@@ -161,7 +161,7 @@ def test_saved_warmup(method, generation):
     if method == "vectorized":
         stats = found["warmup_sample_stats"]
         assert list(stats) == STATS
-        np.testing.assert_array_equal(stats["lp"], mcmc._warmup_fields["lp"].numpy())
+        np.testing.assert_array_equal(stats["lp"], mcmc.results.warmup_fields["lp"].numpy())
     mcmc = ours(LangevinKernel(schools), Y, warmup=0, save_warmup=True, chain_method=method)
     assert set(groups(to_arviz(mcmc))) == {"posterior", "sample_stats", "observed_data"}
 

@@ -1,9 +1,9 @@
 r"""Runs as ArviZ data: what was drawn, how the kernel fared, what was observed.
 
 One converter serves :class:`pyro_ebm.MCMC` and ``pyro.infer.MCMC``. It builds every group out of
-plain arrays with named axes, and only its last step knows which ArviZ is installed: the result is
-an ``arviz.InferenceData`` before ArviZ 1.0 and an ``xarray.DataTree`` since, equal in groups,
-variables, dimensions, coordinates and values.
+plain arrays with named axes, and only its last step depends on the ArviZ that is installed: the
+result is an ``arviz.InferenceData`` before ArviZ 1.0 and an ``xarray.DataTree`` since, equal in
+groups, variables, dimensions, coordinates and values.
 """
 
 import datetime
@@ -11,15 +11,15 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_ebm.diagnostics.replay import Replay, is_factor
-from pyro_ebm.mcmc.running.results import Results
+from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.ops.arguments import shown
 
 DRAWS = ("chain", "draw")
@@ -37,7 +37,7 @@ def to_arviz(
 ) -> Any:
     """Converts a run to ArviZ data.
 
-    The groups are ``posterior``; ``sample_stats``, with what the kernel tells of ``lp``,
+    The groups are ``posterior``; ``sample_stats``, with what the kernel reports of ``lp``,
     ``acceptance_rate``, ``step_size`` and ``diverging``; ``observed_data``; on request
     ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``; and
     ``warmup_posterior`` and ``warmup_sample_stats`` if the run saved its warmup. Dimensions have
@@ -83,21 +83,22 @@ def to_arviz(
     """
     if unnormalized and not log_likelihood:
         raise ValueError("unnormalized=True adds to the log-likelihood: give log_likelihood=True")
-    run = _Run(mcmc)
-    groups = {"posterior": run.drawn(run.samples)}
+    results = Results.of(mcmc)
+    run = _Run(results)
+    groups = {"posterior": run.drawn(results.samples)}
     if posterior_predictive is not None:
         group = "posterior_predictive"
         groups[group] = run.predictive(group, posterior_predictive)
     if log_likelihood:
         groups["log_likelihood"] = run.log_likelihood(unnormalized)
-    groups["sample_stats"] = _statistics(_fields(mcmc, run.lead))
+    groups["sample_stats"] = _statistics(results.fields)
     if prior is not None:
         variables, seen = run.predictive("prior", prior), run.replay.observed
         groups["prior"] = {k: v for k, v in variables.items() if k not in seen}
         groups["prior_predictive"] = {k: v for k, v in variables.items() if k in seen}
     groups["observed_data"] = run.observed_data()
-    groups["warmup_posterior"] = run.drawn(getattr(mcmc, "_warmup_samples", None) or {})
-    groups["warmup_sample_stats"] = _statistics(getattr(mcmc, "_warmup_fields", {}))
+    groups["warmup_posterior"] = run.drawn(results.warmup_samples or {})
+    groups["warmup_sample_stats"] = _statistics(results.warmup_fields)
     groups = {group: variables for group, variables in groups.items() if variables}
     return _to_library(_renamed(groups, dims or {}), coords or {})
 
@@ -117,9 +118,17 @@ def open_store(path: str | os.PathLike[str]) -> Any:
     import xarray
 
     tree = xarray.open_datatree(path, engine="zarr")
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return tree
-    return arviz.InferenceData.from_datatree(tree)
+    return tree if _has_trees(arviz) else arviz.InferenceData.from_datatree(tree)
+
+
+def attributes() -> dict[str, str]:
+    """The attributes of each group, which say what made it and when."""
+    return {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "creation_library": "pyro_ebm",
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+    }
 
 
 class Variable(NamedTuple):
@@ -128,7 +137,7 @@ class Variable(NamedTuple):
     values: np.ndarray
     dims: tuple[str, ...]
     site: str | None = None
-    """The site that it tells of, by which the user's ``dims`` find it."""
+    """The site it belongs to, by which the user's ``dims`` name it."""
 
 
 Groups = dict[str, dict[str, Variable]]
@@ -137,21 +146,11 @@ Groups = dict[str, dict[str, Variable]]
 class _Run:
     """The draws of a run, with the names that its model gives to their axes."""
 
-    def __init__(self, mcmc: Any):
-        if not hasattr(mcmc, "get_samples") or not hasattr(mcmc, "kernel"):
-            raise TypeError(
-                "to_arviz wants a pyro_ebm.MCMC or pyro.infer.MCMC, which keep their draws, got"
-                f" {type(mcmc).__name__}"
-            )
-        if getattr(mcmc, "_samples", None) is None:
-            if isinstance(mcmc, Results):
-                mcmc.get_samples()  # which says why
-            raise RuntimeError("there are no draws yet: call run first")
-        self.samples: dict[str, Tensor] = mcmc.get_samples(group_by_chain=True)
-        self.lead = _lead(mcmc)
-        model = getattr(mcmc.kernel, "model", None)
-        flat = {name: value.flatten(0, 1) for name, value in self.samples.items()}
-        self.replay = Replay(model, mcmc._args, mcmc._kwargs, flat, math.prod(self.lead))
+    def __init__(self, results: Results):
+        self.shape = results.shape
+        flat = {name: value.flatten(0, 1) for name, value in results.samples.items()}
+        arguments = results.model, results.args, results.kwargs
+        self.replay = Replay(*arguments, flat, math.prod(self.shape))
 
     def dims(
         self, name: str, shape: Sequence[int], event_dim: int | None = None
@@ -184,17 +183,17 @@ class _Run:
 
     def predictive(self, group: str, given: Mapping[str, Any]) -> dict[str, Variable]:
         """What ``pyro.infer.Predictive`` returns, as draws."""
-        chains, draws = self.lead
+        chains, draws = self.shape
         arrays = {}
         for name, value in given.items():
             array, site = _numpy(value), self.replay.sites.get(name)
             if site is not None and is_factor(site):
                 continue
-            if array.shape[:2] != self.lead:
+            if array.shape[:2] != self.shape:
                 if group == "prior" and array.ndim > 0:
                     array = array[None]
                 elif array.shape[:1] == (chains * draws,):
-                    array = array.reshape(self.lead + array.shape[1:])
+                    array = array.reshape(self.shape + array.shape[1:])
                 else:
                     first = "num" if group == "prior" else str(chains * draws)
                     raise ValueError(
@@ -242,33 +241,9 @@ class _Run:
         result = {}
         for name, value in replay.log_density(list(kept)).items():
             batch = value.shape[1:]
-            array = _numpy(value).reshape(self.lead + batch)
+            array = _numpy(value).reshape(self.shape + batch)
             result[kept[name]] = Variable(array, DRAWS + self.dims(name, batch, event_dim=0), name)
         return result
-
-
-def _lead(mcmc: Any) -> tuple[int, ...]:
-    """The numbers of chains and of draws; a model without latents has statistics alone."""
-    fields = getattr(mcmc, "_fields", {})  # of our runner
-    for value in (*mcmc._samples.values(), *fields.values()):
-        return tuple(value.shape[:2])
-    return mcmc.num_chains, mcmc.num_samples
-
-
-def _fields(mcmc: Any, lead: tuple[int, ...]) -> dict[str, Tensor]:
-    """What the kernel told of each draw, shapes ``(chains, draws)``."""
-    if hasattr(mcmc, "get_extra_fields"):
-        return mcmc.get_extra_fields(group_by_chain=True)
-    reported = mcmc._diagnostics  # a list: in the order of the chains
-    if all("sample_stats" in chain for chain in reported):
-        stats = [chain["sample_stats"] for chain in reported]
-        return {name: torch.stack([stat[name] for stat in stats]) for name in stats[0]}
-    if all("divergences" in chain for chain in reported):
-        diverging = torch.zeros(lead, dtype=torch.bool)
-        for row, chain in zip(diverging, reported, strict=True):
-            row[chain["divergences"]] = True
-        return {"diverging": diverging}
-    return {}
 
 
 def _statistics(fields: Mapping[str, Tensor]) -> dict[str, Variable]:
@@ -314,12 +289,7 @@ def _to_library(groups: Groups, coords: Mapping[str, Any]) -> Any:
     known = {d for vs in groups.values() for v in vs.values() for d in v.dims} - set(DRAWS)
     if unknown := sorted(coords.keys() - known):
         raise ValueError(f"coords names {unknown}, the dimensions are {sorted(known)}")
-    attrs = {
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "creation_library": "pyro_ebm",
-        "inference_library": "pyro",
-        "inference_library_version": pyro.__version__,
-    }
+    attrs = attributes()
     datasets: dict[str, Any] = {}
     for group, variables in groups.items():
         labels = {}
@@ -333,9 +303,14 @@ def _to_library(groups: Groups, coords: Mapping[str, Any]) -> Any:
                     )
         data = {name: (variable.dims, variable.values) for name, variable in variables.items()}
         datasets[group] = xarray.Dataset(data, coords=labels, attrs=attrs)
-    if int(arviz.__version__.split(".")[0]) >= 1:
+    if _has_trees(arviz):
         return xarray.DataTree.from_dict(datasets)
     return arviz.InferenceData(**datasets)
+
+
+def _has_trees(arviz: ModuleType) -> bool:
+    """Whether this ArviZ keeps data in an ``xarray.DataTree``."""
+    return int(arviz.__version__.split(".")[0]) >= 1
 
 
 def _numpy(value: Any) -> np.ndarray:

@@ -40,7 +40,7 @@ from pyro_ebm.distributions.checks.arguments import (
 )
 from pyro_ebm.distributions.checks.energy_calls import NARROW, EnergyCallError, explain
 from pyro_ebm.distributions.core.introspection import first_tensor, modules, readable, uniform_start
-from pyro_ebm.ops.arguments import check_number, check_tensor, shown
+from pyro_ebm.ops.arguments import check_count, check_number, check_tensor, shown
 from pyro_ebm.ops.score import score
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ class UnnormalizedEnergy(TorchDistribution):
             )
         if not callable(getattr(self, "_energy", None)) or isinstance(energy, type):
             raise ValueError(f"energy must be callable, got {shown(energy)}")
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {shown(num_steps)}")
+        num_steps = check_count("num_steps", num_steps)
         if base is not None and not isinstance(base, Distribution):
             raise ValueError(f"base must be a distribution, got {shown(base)}")
         if event_shape is None:

@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
-from pyro_ebm.ops.arguments import check_number, check_tensor, shown
+from pyro_ebm.ops.arguments import check_count, check_number, check_tensor
 from pyro_ebm.ops.distributed import gathered
 from pyro_ebm.ops.eval_mode import eval_mode
 
@@ -90,10 +90,7 @@ class NCE(EnergyLoss):
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, **kwargs)
-        if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
-            raise ValueError(
-                f"noise_ratio must be an integer of at least 1, got {shown(noise_ratio)}"
-            )
+        noise_ratio = check_count("noise_ratio", noise_ratio)
         self.noise_ratio, self.self_normalized = noise_ratio, self_normalized
         self.init_log_normalizer = init_log_normalizer
         self._known: set[str] = set()
@@ -219,10 +216,7 @@ class RankingNCE(EnergyLoss):
 
     def __init__(self, noise_ratio: int = 10, num_particles: int = 1, **kwargs: Any):
         super().__init__(num_particles=num_particles, **kwargs)
-        if isinstance(noise_ratio, bool) or not isinstance(noise_ratio, int) or noise_ratio < 1:
-            raise ValueError(
-                f"noise_ratio must be an integer of at least 1, got {shown(noise_ratio)}"
-            )
+        noise_ratio = check_count("noise_ratio", noise_ratio)
         self.noise_ratio = noise_ratio
         self._known: set[str] = set()
 

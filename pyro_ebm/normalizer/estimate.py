@@ -34,7 +34,7 @@ from pyro_ebm.normalizer.annealing.ais import annealed
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, warn
 from pyro_ebm.normalizer.importance import importance
-from pyro_ebm.ops.arguments import check_number, shown
+from pyro_ebm.ops.arguments import check_count, check_number, shown
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.integration.enumerate import log_sum_over_states
 from pyro_ebm.ops.rows import random_state_put_back
@@ -332,9 +332,7 @@ def _check_numbers(given: dict[str, Any]) -> None:
     least = {"num_samples": 2, "num_chains": 1, "num_steps": 1, "num_temperatures": 2}
     least["max_units"] = 1
     for name, low in least.items():
-        value = given.get(name, low)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer of at least {low}, got {shown(value)}")
+        check_count(name, given.get(name, low), low)
     drop = given.get("ess_drop", 0.5)
     check_number("ess_drop", drop)
     if not 0 < drop < 1:

@@ -1,13 +1,13 @@
-r"""What processes that compute together ask of each other.
+r"""What processes that compute together send each other.
 
 ``torch.distributed`` calls them *ranks* of a process group. A script that ``torchrun`` starts has
 a group after :func:`join_group`, or ``torch.distributed.init_process_group()``; outside one there
 is one rank, and everything here answers at once.
 
-A rank that dies is told of by ``torchrun``, which names it and stops or restarts them all. A rank
+A rank that dies is reported by ``torchrun``, which names it and stops or restarts them all. A rank
 that *hangs* is not: the others wait, and end with a timeout that names no one.
-:func:`naming_ranks` finds out who it is. On a group of its own, every rank that is left sends one
-number to every other and waits for theirs; who is silent is missing.
+:func:`naming_ranks` names it. On a group of its own, every rank that is left sends one number to
+every other and waits for theirs; a rank that sends none is missing.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pyro_ebm.ops.arguments import first_line
 
 
 class RankError(RuntimeError):
@@ -187,6 +189,31 @@ def rank_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def fail_together(what: str) -> Iterator[None]:
+    """Within it, an error on one rank is one on all; there are no collective calls in it.
+
+    Args:
+        what: what the ranks do there, for the message.
+
+    Raises:
+        RankError: on the others; it names the rank.
+
+    Example:
+        >>> with fail_together("reading the data"):
+        ...     data = torch.zeros(3)
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        everywhere = gathered(torch.tensor(failed).long())
+    if ranks := tuple(everywhere.nonzero().flatten().tolist()):
+        names = ", ".join(map(str, ranks))
+        raise RankError(f"{what} failed on rank{'s' * (len(ranks) > 1)} {names}", ranks)
+
+
+@contextlib.contextmanager
 def naming_ranks(timeout: float) -> Iterator[None]:
     """Within it, a collective call that fails ends with an error that names the missing ranks.
 
@@ -221,13 +248,13 @@ def naming_ranks(timeout: float) -> Iterator[None]:
             raise RankError(
                 f"a collective call failed on rank {rank()} of {world_size()}, though every rank"
                 f" answers: one of them came more than the group's timeout later than the others"
-                f" ({_first_line(error)}). Give init_process_group(timeout=...) more"
+                f" ({first_line(error)}). Give init_process_group(timeout=...) more"
             ) from error
         names = ", ".join(map(str, missing))
         raise RankError(
             f"rank{'s' * (len(missing) > 1)} {names} of {world_size()} died or hang"
             f"{'s' * (len(missing) == 1)}: no answer to rank {rank()} within {timeout:g} seconds,"
-            f" after a collective call failed ({_first_line(error)})",
+            f" after a collective call failed ({first_line(error)})",
             missing,
         ) from error
 
@@ -236,10 +263,6 @@ def _is_of_transport(error: RuntimeError) -> bool:
     """Whether a collective call failed, not the program: torch has no one class for that."""
     kinds = (dist.DistError,) if hasattr(dist, "DistError") else ()
     return isinstance(error, kinds) or "gloo" in str(error).lower()
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _roll_call(group: Any, timeout: float) -> tuple[int, ...]:

@@ -277,6 +277,16 @@ def test_no_file_is_an_error_unless_it_may_be(tmp_path):
     assert load_training(tmp_path / "t.ckpt", missing_ok=True) == {}
 
 
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    """Which did not number its saves."""
+    path = tmp_path / "t.ckpt"
+    save_training(path, torch.nn.Linear(1, 1), step=1)
+    payload = files.load(path, "training")
+    del payload["saves"]
+    files.save(path, payload, "training")
+    assert load_training(path, torch.nn.Linear(1, 1)) == {"step": 1}
+
+
 @pytest.mark.parametrize("missing_ok", [False, True])
 def test_a_broken_file_is_always_an_error(tmp_path, missing_ok):
     path = tmp_path / "t.ckpt"

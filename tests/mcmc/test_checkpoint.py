@@ -428,7 +428,7 @@ def test_what_cannot_be_extended(tmp_path):
 def test_a_run_that_was_read_keeps_its_draws_once(tmp_path):
     mcmc = sampler(LangevinKernel(regression), None, save_warmup=True)
     mcmc.run(DATA)
-    for record in mcmc._run.records.values():
+    for record in mcmc.runner.chains.records.values():
         assert record.store.values == {}
 
 
@@ -558,6 +558,14 @@ def test_never_a_new_start_over_another_run(stopped):
         mcmc.run(DATA)
     shutil.rmtree(f"{stopped}.draws")
     mcmc.run(DATA)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_a_sentence(stopped):
+    payload = files.load(stopped, "an MCMC run")
+    del payload["format"]
+    files.save(stopped, payload, "an MCMC run")
+    with pytest.raises(CheckpointError, match="was written by an earlier version of pyro_ebm"):
+        sampler(LangevinKernel(regression), stopped).resume(DATA)
 
 
 def test_draws_that_are_missing_or_others(stopped, tmp_path):

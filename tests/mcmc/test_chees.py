@@ -405,7 +405,7 @@ def test_the_first_trajectory_is_short_however_small_the_first_step_was():
     kernel = ChEESKernel(eight_schools, step_size=1e-3)
     mcmc = MCMC(kernel, 1, 30, num_chains=8, disable_progbar=True, save_warmup=True)
     mcmc.run()
-    assert mcmc._warmup_fields["n_steps"][:, 0].max() <= 4
+    assert mcmc.results.warmup_fields["n_steps"][:, 0].max() <= 4
 
 
 @pytest.mark.parametrize("method", ["vectorized", "sequential"])

@@ -96,7 +96,7 @@ def test_a_kill_between_the_saves_of_two_ranks(ranks, tmp_path, at):
 
 def test_saves_too_far_apart_are_an_error(ranks, tmp_path):
     for error in ranks(too_far_apart, tmp_path):
-        assert "none after which all have one: start anew" in error
+        assert "no save is kept by all of them" in error
 
 
 def too_far_apart(folder):

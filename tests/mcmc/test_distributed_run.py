@@ -16,7 +16,7 @@ from pyro_ebm.mcmc import (
     LangevinKernel,
     TemperingKernel,
 )
-from pyro_ebm.mcmc.running import mcmc as runner
+from pyro_ebm.mcmc.running import vectorized as runner
 from pyro_ebm.ops.distributed import RankError, rank
 from tests.ranks import Ranks
 from tests.statistics import assert_moments
@@ -56,7 +56,7 @@ def everything(mcmc):
         return {}
     samples = mcmc.get_samples(group_by_chain=True)
     found = {**samples, **mcmc.get_extra_fields(group_by_chain=True)}
-    if mcmc._warmup_samples is not None:
+    if mcmc.save_warmup:
         for name, value in mcmc.get_warmup_samples(group_by_chain=True).items():
             found[f"warmup {name}"] = value
     return found
@@ -160,7 +160,7 @@ def reports():
     data = mcmc.to_arviz(log_likelihood=True)
     mcmc.summary()
     again = pickle.loads(pickle.dumps(mcmc))
-    sizes = {group: dict(data[group].sizes) for group in data.targets()}
+    sizes = {group: dict(data[group].sizes) for group in data.groups()}
     return sizes, mcmc.diagnostics(), again.get_samples()["x"].shape
 
 
@@ -294,7 +294,7 @@ def interrupted_by_hand():
     mcmc = sampler(hook_fn=hook)
     with pytest.raises(KeyboardInterrupt):
         mcmc.run(Y)
-    return mcmc._samples
+    return mcmc._results
 
 
 def test_an_interrupt_keeps_no_draws_of_different_lengths(ranks):

@@ -55,18 +55,18 @@ def test_shares_differ_by_one_at_most(num, size):
 
 def pooled(x, flags, each):
     """What a rank of 7 chains, with some rows each, hears of the rows of all."""
-    over = process_group_of(7, distributed=True)
-    here = over.here(7)
+    ranks = process_group_of(7, distributed=True)
+    here = ranks.here(7)
     mine = x.reshape(7, each, -1)[here].reshape(-1, x.shape[-1])
-    first = over.to_first(mine)
+    first = ranks.to_first(mine)
     assert (first is None) == (rank() > 0)
     return (
-        over.mean(mine),
-        over.rows(mine),
+        ranks.mean(mine),
+        ranks.rows(mine),
         mine if first is None else first,
-        over.total(mine[:1]),
-        over.from_first(torch.tensor([rank() + 5])),
-        [over.any(torch.tensor(flag)[here]) for flag in flags],
+        ranks.total(mine[:1]),
+        ranks.from_first(torch.tensor([rank() + 5])),
+        [ranks.any(torch.tensor(flag)[here]) for flag in flags],
     )
 
 
@@ -87,9 +87,9 @@ def test_rows_are_those_of_all_ranks_in_order(three, each):
 
 
 def kinds(dtype):
-    over = process_group_of(3, distributed=True)
-    x = torch.arange(3)[over.here(3)].to(dtype)
-    return over.to_first(x)
+    ranks = process_group_of(3, distributed=True)
+    x = torch.arange(3)[ranks.here(3)].to(dtype)
+    return ranks.to_first(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
@@ -111,9 +111,9 @@ def test_ranks_draw_other_numbers_from_one_seed(ranks):
 
 
 def fails_on(faulty):
-    over = process_group_of(2, distributed=True)
+    ranks = process_group_of(2, distributed=True)
     try:
-        with over.fail_together("the start"):
+        with ranks.fail_together("the start"):
             if rank() in faulty:
                 raise ValueError("of my own")
     except (ValueError, RankError) as error:
@@ -141,10 +141,10 @@ def test_fewer_chains_than_ranks(ranks):
 
 def covariance(z, dense):
     stats = PooledCovariance(2, dense)
-    over = process_group_of(z.shape[1], distributed=True)
-    for batch in z[:, over.here(z.shape[1])]:
+    ranks = process_group_of(z.shape[1], distributed=True)
+    for batch in z[:, ranks.here(z.shape[1])]:
         stats.update(batch.flatten(0, 1))
-    whole = stats.over(over)
+    whole = stats.over_ranks(ranks)
     return whole.count, whole.mean, whole.covariance()
 
 
@@ -187,12 +187,12 @@ def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
     """What the chains of a rank have learned, and how many they are."""
     p = UnnormalizedEnergy(energy, event_shape=(3,))
     potential, kernel = EnergyPotential(p, like=torch.zeros(())), KERNELS[name]()
-    over = process_group_of(num_chains, distributed=True)
-    with binding_to(over):
+    ranks = process_group_of(num_chains, distributed=True)
+    with binding_to(ranks):
         kernel.bind(potential, warmup_steps)
     torch.manual_seed(seed)
-    over.seed()
-    z = torch.randn(num_chains, 3)[over.here(num_chains)]
+    ranks.seed()
+    z = torch.randn(num_chains, 3)[ranks.here(num_chains)]
     if rank() == 1:  # chains that behave otherwise than those of the other rank
         z = z + far
     state = kernel.init(z)

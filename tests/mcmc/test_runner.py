@@ -12,8 +12,9 @@ from pyro.infer.mcmc import HMC, NUTS
 from torch.distributions.transforms import ExpTransform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, NormalizerError, UnnormalizedEnergy
+from pyro_ebm.diagnostics.results import fields_of
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.running.draws import Bar, fields_of
+from pyro_ebm.mcmc.running.progress import Bar
 
 FIELDS = ["acceptance_rate", "diverging", "lp", "step_size"]
 
@@ -364,6 +365,26 @@ def test_nothing_to_read_before_a_run():
             read()
 
 
+def test_its_repr_shows_the_settings_and_what_was_drawn():
+    mcmc = MCMC(LangevinKernel(normal), 6, num_chains=3, thinning=2, disable_progbar=True)
+    settings = "num_samples=6, num_chains=3, disable_progbar=True, thinning=2"
+    assert repr(mcmc) == f"MCMC({mcmc.kernel!r}, {settings}): not run yet"
+    mcmc.run(0.0)
+    assert repr(mcmc) == f"MCMC({mcmc.kernel!r}, {settings}): 3 chains of 3 draws"
+    mcmc.extend(4)
+    assert repr(mcmc).endswith("3 chains of 5 draws")
+    other = MCMC(NUTS(normal), 6, 6, chain_method="parallel", save_params=["x"])
+    assert "num_samples=6, save_params=['x'], chain_method='parallel'" in repr(other)
+
+
+def test_results_hold_what_a_run_returned():
+    mcmc = run(5, 4, num_chains=2, kernel=LangevinKernel(normal), data=(3.0,))
+    assert mcmc.results.shape == (2, 5)
+    assert mcmc.results.args == (3.0,)
+    assert mcmc.results.model is normal
+    assert torch.equal(mcmc.results.samples["x"], mcmc.get_samples(group_by_chain=True)["x"])
+
+
 def test_the_callers_handlers_see_nothing():
     mcmc = MCMC(LangevinKernel(model), 2, disable_progbar=True)
     trace = pyro.poutine.trace(mcmc.run).get_trace()
@@ -616,9 +637,9 @@ def test_a_sequential_run_keeps_the_statistics_of_its_warmup():
         disable_progbar=True,
     )
     mcmc.run()
-    assert {k: tuple(v.shape) for k, v in mcmc._warmup_fields.items()} == dict.fromkeys(
+    assert {k: tuple(v.shape) for k, v in mcmc.results.warmup_fields.items()} == dict.fromkeys(
         ("lp", "acceptance_rate", "step_size", "diverging"), (2, 7)
     )
     x = mcmc.get_warmup_samples(group_by_chain=True)["x"]
-    torch.testing.assert_close(mcmc._warmup_fields["lp"], dist.Normal(0.0, 1.0).log_prob(x))
+    torch.testing.assert_close(mcmc.results.warmup_fields["lp"], dist.Normal(0.0, 1.0).log_prob(x))
     assert mcmc.to_arviz().warmup_sample_stats["lp"].shape == (2, 7)

@@ -18,8 +18,8 @@ import xarray
 from pyro_ebm import MCMC, LangevinKernel
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.mcmc import ChEESKernel, CompositeKernel
-from pyro_ebm.mcmc.running import draws as record
-from pyro_ebm.mcmc.running.zarr_store import ZarrStore
+from pyro_ebm.mcmc.running.storage import draws as record
+from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 

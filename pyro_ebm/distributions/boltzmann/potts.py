@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.couplings import floating
 from pyro_ebm.distributions.boltzmann.pairwise import PairwiseEnergy
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_count
 
 
 class Potts(PairwiseEnergy):
@@ -77,10 +77,7 @@ class Potts(PairwiseEnergy):
                 num_states = field.shape[-1]
         if num_states is None:
             raise ValueError("without a field the number of states is unknown: give num_states=")
-        if not isinstance(num_states, int) or num_states < 2:
-            raise ValueError(
-                f"num_states must be an integer of at least 2, got {shown(num_states)}"
-            )
+        num_states = check_count("num_states", num_states, 2)
         super().__init__(
             couplings, field, edges, values=constraints.one_hot, num_states=num_states, **kwargs
         )

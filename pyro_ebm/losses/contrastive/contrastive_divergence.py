@@ -113,17 +113,13 @@ class ContrastiveDivergence(EnergyLoss):
         super().__init__(num_particles=num_particles, **kwargs)
         if monitor is not None and not callable(monitor):
             raise TypeError(f"monitor must be a function of an energy, got {shown(monitor)}")
-        if not isinstance(monitor_every, int) or monitor_every < 1:
-            raise ValueError(
-                f"monitor_every must be an integer of at least 1, got {shown(monitor_every)}"
-            )
+        check_count("monitor_every", monitor_every)
         if kernel is not None and not isinstance(kernel, Kernel):
             raise TypeError(
                 f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(),"
                 f" got {shown(kernel)}"
             )
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {shown(num_steps)}")
+        check_count("num_steps", num_steps)
         check_number("restart_prob", restart_prob)
         check_number("energy_penalty", energy_penalty)
         if not 0 <= restart_prob <= 1:

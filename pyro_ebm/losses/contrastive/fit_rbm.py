@@ -21,7 +21,7 @@ from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMMo
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.contrastive.rbm_gradient import SITE, ClosedFormStep
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_count
 
 FINAL_RATE = 0.05
 """What the rate has fallen to at the end, as a part of that at the start."""
@@ -80,9 +80,8 @@ def fit_rbm(
         >>> sorted(history[-1])
         ['acceptance_rate', 'energy_data', 'energy_negatives', 'step_size']
     """
-    for name, value in {"num_epochs": num_epochs, "batch_size": batch_size}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+    num_epochs = check_count("num_epochs", num_epochs)
+    batch_size = check_count("batch_size", batch_size)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     if not 0 <= center_rate <= 1:

@@ -1,4 +1,4 @@
-"""The states of what a training is made of: what to save, whether it fits, how to take it back."""
+"""The states of the pieces of a training: what is saved, whether it fits, how it is restored."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ def state_of(piece: Any) -> Any:
 
 
 def differences(piece: Any, state: Any) -> Iterator[str]:
-    """What keeps a state from being that of the piece, in words."""
+    """The differences, in words, that keep a state from being that of the piece."""
     if isinstance(piece, nn.Module):
         yield from _differences_of_module(piece.state_dict(), state)
     elif isinstance(piece, PyroOptim):
@@ -59,14 +59,26 @@ def _differences_of_module(mine: Mapping[str, Any], saved: Mapping[str, Any]) ->
         yield f"the file does not hold {missing}"
     if unknown:
         yield f"the file holds {unknown}, which is not here"
-    for name in mine.keys() & saved.keys():
+    yield from misfits(mine, saved)
+
+
+def misfits(mine: Mapping[str, Any], saved: Mapping[str, Any], what: str = "") -> Iterator[str]:
+    """The names of both whose tensors have different shapes or dtypes, and what they have.
+
+    Args:
+        mine: values by name.
+        saved: those of the file.
+        what: what they are called, with a space after it.
+    """
+    for name in sorted(mine.keys() & saved.keys()):
         a, b = saved[name], mine[name]
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             continue
         if a.shape != b.shape:
-            yield f"{name!r} has shape {tuple(a.shape)} in the file, {tuple(b.shape)} here"
+            shapes = f"{tuple(a.shape)} in the file, {tuple(b.shape)} here"
+            yield f"{what}{name!r} has shape {shapes}"
         elif a.dtype != b.dtype:
-            yield f"{name!r} is {a.dtype} in the file, {b.dtype} here"
+            yield f"{what}{name!r} is {a.dtype} in the file, {b.dtype} here"
 
 
 def _differences_of_moments(state: Mapping[str, Any], parameters: list[Tensor]) -> Iterator[str]:
@@ -81,7 +93,7 @@ def _differences_of_moments(state: Mapping[str, Any], parameters: list[Tensor]) 
 
 
 def restore(piece: Any, state: Any) -> None:
-    """Takes back what :func:`state_of` gave."""
+    """Loads into a piece what :func:`state_of` returned."""
     if isinstance(piece, torch.Generator):
         piece.set_state(state)
     elif isinstance(piece, EnergyLoss):

@@ -1,11 +1,11 @@
-r"""A training in one file: saved, and gone on with exactly.
+r"""A training in one file: saved, and continued exactly.
 
-What a training is made of: parameters, in Pyro's store and in networks (a learned log Z among
-them), buffers of networks, the optimiser's moments, the loss with its persistent chains and step
-sizes, and the random state. All of it in one file, written whole or not at all, the one before
-kept (:mod:`pyro_ebm.files`). On the same machine and the CPU, what follows a load is bit for bit
+A training consists of parameters, in Pyro's store and in networks (a learned log Z among them),
+buffers of networks, the optimiser's moments, the loss with its persistent chains and step sizes,
+and the random state. All of it goes to one file, written whole or not at all, and the file before
+is kept (:mod:`pyro_ebm.files`). On the same machine and the CPU, what follows a load is bit for bit
 what would have followed the save. (A kernel with ``jit_compile=True`` is the exception: graphs are
-no part of the file, a loss meets its energy first without one, and what is compiled rounds
+no part of the file, a loss first evaluates its energy without one, and compiled code rounds
 differently. Then it is the same to rounding; with ``False`` and ``"capture"`` it is exact.)
 
 In a process group every rank calls both functions, and has a file of its own
@@ -14,14 +14,13 @@ stopped between one's save and the other's go back to the last save that all of 
 are numbered, from 1, and a training that was loaded counts on from its file.
 """
 
-import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -36,12 +35,12 @@ from pyro_ebm import files
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.module import networks_of
-from pyro_ebm.losses.saving.states import differences, restore, state_of
+from pyro_ebm.losses.saving.states import differences, misfits, restore, state_of
 from pyro_ebm.ops.arguments import shown
-from pyro_ebm.ops.distributed import gathered, rank, rank_path, world_size
+from pyro_ebm.ops.distributed import rank_path
+from pyro_ebm.ops.rank_files import load_common
 
 KIND = "training"
-ABSENT, UNREADABLE = -1, -2
 # What a load_state_dict raises for a state of another piece
 REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _saves: dict[str, int] = {}  # the number of the last save, by the file it is in
@@ -122,7 +121,7 @@ def load_training(
     kwargs: Mapping[str, Any] | None = None,
     missing_ok: bool = False,
 ) -> dict[str, Any]:
-    """Takes back what :func:`save_training` wrote, into parts made as they were made before.
+    """Loads what :func:`save_training` wrote, into parts made as they were made before.
 
     Everything is compared first: nothing changes unless all of it fits. A piece that then refuses
     its state all the same has the others put back to where they were.
@@ -145,7 +144,7 @@ def load_training(
         CheckpointError: for a file that is not whole, of another number of ranks, or of another
             model, loss, optimiser or shape; it names the difference.
     """
-    payload = _read(path, missing_ok)
+    payload = load_common(path, KIND, _mark, missing_ok)
     if payload is None:
         return {}
     _saves[os.path.abspath(rank_path(path))] = payload.get("saves", 0)
@@ -195,7 +194,7 @@ def _set_store(values: Mapping[str, Tensor]) -> None:
 
 
 def _put_back(piece: Any, state: Any) -> None:
-    """To the state before; one that takes back nothing must not keep the others from theirs."""
+    """Restores the state before; a piece that refuses it must not keep the others from theirs."""
     with suppress(*REFUSALS):
         restore(piece, state)
 
@@ -204,7 +203,7 @@ def _put_back(piece: Any, state: Any) -> None:
 
 
 def _pieces(parts: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """Each thing with a state of its own, and what it is called in messages."""
+    """Each piece with a state of its own, and its name in messages."""
     return [(_title(piece), piece) for part in parts for piece in _pieces_of(part)]
 
 
@@ -280,17 +279,8 @@ def _differences_of_store(payload: dict[str, Any], covered: set[int]) -> Iterato
     unknown = sorted(mine.keys() - saved.keys())
     if unknown:
         yield f"Pyro's store holds the parameters {unknown}, which the file does not"
+    yield from misfits(mine, saved, "the parameter ")
     for name in sorted(saved.keys() & mine.keys()):
-        if saved[name].shape != mine[name].shape:
-            yield (
-                f"the parameter {name!r} has shape {tuple(saved[name].shape)} in the file,"
-                f" {tuple(mine[name].shape)} here"
-            )
-        elif saved[name].dtype != mine[name].dtype:
-            yield (
-                f"the parameter {name!r} is {saved[name].dtype} in the file,"
-                f" {mine[name].dtype} here"
-            )
         constraint, now = payload["constraints"][name], str(constraints[name])
         if constraint != now:
             yield f"the parameter {name!r} has the constraint {constraint} in the file, {now} here"
@@ -301,102 +291,15 @@ def _listed(titles: list[str]) -> str:
     return ", ".join(f"{n} {title}" if n > 1 else title for title, n in counts.items()) or "nothing"
 
 
-# -- one file for each rank ------------------------------------------------------------------------
-
-
-class _Mark(NamedTuple):
-    """Which save a file is of: ranks go on from files of one mark."""
-
-    saves: int  # its number, or ABSENT or UNREADABLE
-    steps: int = 0  # that the losses have taken
-    previous: bool = False  # whether the file before is kept
-
-    @property
-    def save(self) -> tuple[int, int]:
-        return self.saves, self.steps
-
-    def __str__(self) -> str:
-        return "none" if self.saves == ABSENT else f"save {self.saves} after {self.steps} steps"
-
-
-def _read(path: str | os.PathLike[str], missing_ok: bool) -> dict[str, Any] | None:
-    """The payload of this rank, of a save that all ranks have; None where no save was complete."""
-    mine = rank_path(path)
-    if world_size() == 1:
-        if not mine.exists():
-            _refuse_other_ranks(path)
-        return files.load(mine, KIND) if mine.exists() or not missing_ok else None
-    payload, mark = _try(mine)
-    marks = _of_all_ranks(mark)
-    _refuse_unreadable(path, marks)
-    if max(marks).saves == ABSENT:
-        _refuse_other_ranks(path)
-        if missing_ok:
-            return None
-        raise FileNotFoundError(f"no rank has a file of its own for {os.fspath(path)}")
-    if len({m.save for m in marks}) == 1:
-        return payload
-    target = min(m.save for m in marks)  # stopped between one rank's save and another's
-    begun = target[0] != ABSENT or max(marks).saves > 1 or any(m.previous for m in marks)
-    if missing_ok and not begun:  # within the first save
-        mine.unlink(missing_ok=True)
-        return None
-    behind = mark.save == target
-    if not behind:
-        payload, mark = _try(files.previous(mine))
-    if target[0] == ABSENT or {m.save for m in _of_all_ranks(mark)} != {target}:
-        saves = ", ".join(f"rank {r} has {m}" for r, m in enumerate(marks))
-        raise CheckpointError(
-            f"the files of the ranks for {os.fspath(path)} are of different saves ({saves}), and no"
-            " save is kept by all of them: bring back files of one save, or remove them all to"
-            " start anew"
-        )
-    if not behind:  # all agree; else the next save would keep the newer one as the one before
-        files.previous(mine).replace(mine)
-    return payload
-
-
-def _try(path: Path) -> tuple[dict[str, Any] | None, _Mark]:
-    """A payload and its mark; a rank that raised here would leave the others waiting."""
-    try:
-        before = files.previous(path).exists()
-        payload = files.load(path, KIND)
-    except FileNotFoundError:
-        return None, _Mark(ABSENT)
-    except (OSError, CheckpointError):
-        return None, _Mark(UNREADABLE)
-    return payload, _Mark(payload.get("saves", 0), payload["steps"], before)
-
-
-def _of_all_ranks(mark: _Mark) -> list[_Mark]:
-    rows: list[list[int]] = gathered(torch.tensor(list(map(int, mark)))).tolist()
-    return [_Mark(saves, steps, bool(previous)) for saves, steps, previous in rows]
+def _mark(payload: dict[str, Any]) -> tuple[int, int]:
+    """Which save it is: its number, and the steps that the losses have taken."""
+    return payload.get("saves", 0), payload["steps"]
 
 
 def _saves_at(path: Path) -> int:
-    """How many saves have led to a file, 0 where there is none."""
-    if not path.exists():
-        return 0
-    known = _saves.get(os.path.abspath(path))
-    return max(_try(path)[1].saves, 0) if known is None else known
-
-
-def _refuse_unreadable(path: str | os.PathLike[str], marks: list[_Mark]) -> None:
-    bad = [r for r, mark in enumerate(marks) if mark.saves == UNREADABLE]
-    if rank() in bad:
-        files.load(rank_path(path), KIND)  # says why
-    if bad:
-        raise CheckpointError(f"the files of ranks {bad} cannot be read: their errors say why")
-
-
-def _refuse_other_ranks(path: str | os.PathLike[str]) -> None:
-    """Another number of ranks has saved a training there."""
-    path, mine = Path(path), rank_path(path)
-    stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
-    found = [path, *path.parent.glob(f"{stem}.rank*of*{suffix}")]
-    others = sorted(p.name for p in found if p.exists() and p != mine)
-    if others:
-        raise CheckpointError(
-            f"there is no {mine.name}, but there is {others[0]}: chains and random states belong to"
-            " their ranks, so start as many as saved it"
-        )
+    """How many saves have led to a file, 0 where there is none, or none that can be read."""
+    if path.exists() and (known := _saves.get(os.path.abspath(path))) is not None:
+        return known
+    with suppress(OSError, CheckpointError):
+        return files.load(path, KIND).get("saves", 0)
+    return 0

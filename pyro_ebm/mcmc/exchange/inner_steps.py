@@ -18,7 +18,7 @@ from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
 from pyro_ebm.mcmc.running.mcmc import MCMC
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +105,14 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         >>> report.largest > 4
         True
     """
-    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:
-        raise ValueError(f"factor must be an integer of at least 2, got {shown(factor)}")
+    factor = check_count("factor", factor, 2)
     before = mcmc.get_samples(group_by_chain=True)
     kernel: Any = mcmc.kernel
     if not getattr(kernel, "samples_intractable", False):
         raise ValueError(f"only an ExchangeKernel has inner steps, not {kernel!r}")
     if mcmc.num_samples // mcmc.thinning < 4:
         raise ValueError("a comparison needs at least 4 draws of each chain")
-    auxiliaries = kernel.make_potential(*mcmc._args, **mcmc._kwargs).auxiliaries
+    auxiliaries = kernel.make_potential(*mcmc.results.args, **mcmc.results.kwargs).auxiliaries
     num_steps = {k: (a.num_steps, factor * a.num_steps) for k, a in auxiliaries.items()}
     num_steps = {k: pair for k, pair in num_steps.items() if pair[0] > 0}
     if not num_steps:
@@ -130,7 +129,7 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         chain_method=mcmc.chain_method,
         thinning=mcmc.thinning,
     )
-    longer.run(*mcmc._args, **mcmc._kwargs)
+    longer.run(*mcmc.results.args, **mcmc.results.kwargs)
     pairs = {
         name: (_moments(before[name]), _moments(draws))
         for name, draws in longer.get_samples(group_by_chain=True).items()

@@ -42,6 +42,7 @@ from pyro_ebm.models.checks.intractability import (
 )
 from pyro_ebm.models.provenance import trace_latents
 from pyro_ebm.models.sites.init import latents_of
+from pyro_ebm.ops.arguments import first_line
 from pyro_ebm.ops.eval_mode import eval_mode
 
 MAX_DOUBLINGS = 60
@@ -226,7 +227,7 @@ class ExchangePotential(ModelPotential):
                         return draws
                     reason = "their vectorized density differs from their plain one"
                 except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    reason = first_line(error)
                 if known is None:
                     self._draws_vectorize[tuning] = False
                     warnings.warn(

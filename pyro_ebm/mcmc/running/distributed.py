@@ -1,23 +1,19 @@
 """What ranks that share out the chains of a run do together, beside the warmup.
 
 They start together or not at all, wait for each other about once a second, save their checkpoints
-after one and the same transition, and bring their draws to rank 0. Between two waits a rank asks
-nothing of the others. (Without the waits a rank that is a little faster would, after some hours,
-be ahead by more than the timeout of the group, and a rank that hangs would be noticed at the end.)
+after one and the same transition, and bring their draws to rank 0. Between two waits they exchange
+nothing. (Without the waits a rank that is a little faster would, after some hours, be ahead by more
+than the timeout of the group, and a rank that hangs would be noticed at the end.)
 """
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ebm import files
-from pyro_ebm.files import CheckpointError, PathLike
 from pyro_ebm.mcmc.ranks import ProcessGroup
-from pyro_ebm.mcmc.running.checkpoint import KIND, Checkpoint
-from pyro_ebm.mcmc.running.vectorized import VectorizedRun
-from pyro_ebm.ops.distributed import gathered
+from pyro_ebm.mcmc.running.chains import VectorizedRun
+from pyro_ebm.mcmc.running.storage.checkpoint import Checkpoint
 
 BETWEEN = 1.0
 """Seconds between two waits, about."""
@@ -26,8 +22,8 @@ BETWEEN = 1.0
 class RankSync:
     """Called after each transition of a run.
 
-    Rank 0 says how many transitions there are to the next wait, and whether its clock asks for a
-    checkpoint.
+    Rank 0 sets how many transitions there are to the next wait, and by its clock whether it is time
+    for a checkpoint.
 
     Args:
         ranks: the ranks.
@@ -61,44 +57,6 @@ class RankSync:
             # who saved the last one alone keeps the one before, which all have
             checkpoint.keep_previous = bool(failed) or not any_failed
             checkpoint.try_to_save(run)
-
-
-def common_checkpoint(ranks: ProcessGroup, path: PathLike) -> dict[str, Any]:
-    """This rank's state file after the last transition after which all ranks have one.
-
-    A kill may come between the saves of two ranks. The others then go back to the file before,
-    which takes the place of the last one.
-
-    Args:
-        ranks: the ranks.
-        path: of this rank's state file.
-
-    Raises:
-        CheckpointError: if there is no such transition, or a file cannot be read.
-    """
-    with ranks.fail_together("reading the checkpoint"):
-        payload = Checkpoint.read(path)
-    if ranks.size == 1:
-        return payload
-    t = payload["run"]["t"]
-    if (gathered(torch.tensor(t)) == t).all():  # so say all ranks, or none
-        return payload
-    with ranks.fail_together("reading the checkpoint before"):
-        before = files.previous(path)
-        earlier = files.load(before, KIND) if before.exists() else payload
-    mine = [t, earlier["run"]["t"]]
-    there = [set(row) for row in gathered(torch.tensor(mine)).tolist()]
-    common = set.intersection(*there)
-    if not common:
-        raise CheckpointError(
-            f"the checkpoints of the ranks were made after different transitions, {there}, and none"
-            " after which all have one: start anew"
-        )
-    with ranks.fail_together("going back to the checkpoint before"):
-        if max(common) != t:
-            payload = earlier
-            before.replace(path)
-    return payload
 
 
 CALLS = ("run", "resume")
@@ -136,4 +94,4 @@ def check_alike(ranks: ProcessGroup, run: VectorizedRun, z: Tensor, num_chains: 
     ranks.check_alike(run.kernel.evaluate(first).potential, "the log density of the model")
 
 
-__all__ = ["RankSync", "check_alike", "check_call", "common_checkpoint"]
+__all__ = ["RankSync", "check_alike", "check_call"]

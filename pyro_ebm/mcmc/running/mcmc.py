@@ -7,36 +7,35 @@ kernel, ``NUTS`` and ``HMC`` among them. Ranks of a process group can share vect
 """
 
 import datetime
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.diagnostics.arviz import open_store, to_arviz
+from pyro_ebm.diagnostics.results import Results, select
 from pyro_ebm.files import PathLike
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
-from pyro_ebm.mcmc.ranks import binding_to, process_group_of
-from pyro_ebm.mcmc.running.checkpoint import Checkpoint, checked_every
-from pyro_ebm.mcmc.running.distributed import RankSync, check_alike, check_call, common_checkpoint
-from pyro_ebm.mcmc.running.draws import Bar, cut_short
-from pyro_ebm.mcmc.running.run_settings import fingerprint, of_sites
-from pyro_ebm.mcmc.running.sequential import ChainByChain, check_run
-from pyro_ebm.mcmc.running.vectorized import VectorizedRun
-from pyro_ebm.mcmc.running.zarr_store import ZarrStore
+from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup, process_group_of
+from pyro_ebm.mcmc.running.distributed import check_call
+from pyro_ebm.mcmc.running.options import Runner, check_chain_method, check_run
+from pyro_ebm.mcmc.running.sequential import ParallelRunner, SequentialRunner
+from pyro_ebm.mcmc.running.storage.checkpoint import checked_every, refuse_to_replace
+from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
+from pyro_ebm.mcmc.running.vectorized import VectorizedRunner
 from pyro_ebm.models.checks.intractability import check_normalizers
 from pyro_ebm.ops.arguments import check_count, checked_device, shown
 from pyro_ebm.ops.distributed import rank_path
 
-CHAIN_METHODS = ("vectorized", "sequential", "parallel")
-COMPARED = ("num_samples", "warmup_steps", "num_chains", "thinning", "save_warmup")
 
-
-class MCMC(ChainByChain):
+class MCMC(AbstractMCMC):
     r"""A drop-in for ``pyro.infer.MCMC`` that runs many chains at once.
 
     A model whose unknown log Z depends on a latent is refused before sampling
@@ -119,49 +118,35 @@ class MCMC(ChainByChain):
                 f"kernel must be an MCMC kernel, as in MCMC(LangevinKernel(model), ...), got"
                 f" {shown(kernel)}"
             )
-        if chain_method is None:
-            chain_method = "vectorized" if isinstance(kernel, Kernel) else "sequential"
-        warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        num_samples = check_count("num_samples", num_samples, 1)
-        warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+        only_vectorized = {"checkpoint": checkpoint, "store": store, "draws_device": draws_device}
+        only_vectorized["distributed"] = distributed or None
+        self.chain_method = check_chain_method(chain_method, kernel, only_vectorized)
+        self.num_samples = check_count("num_samples", num_samples, 1)
+        warmup_steps = self.num_samples if warmup_steps is None else warmup_steps
+        self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         num_chains = check_count("num_chains", num_chains, 1)
-        thinning = check_count("thinning", thinning, 1)
+        self.thinning = check_count("thinning", thinning, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} leaves none of num_samples={num_samples}")
-        if chain_method not in CHAIN_METHODS:
-            raise ValueError(f"chain_method must be one of {CHAIN_METHODS}, got {chain_method!r}")
-        if chain_method == "vectorized" and not isinstance(kernel, Kernel):
-            raise ValueError(
-                f"{type(kernel).__name__} moves one chain at a time: use"
-                ' chain_method="sequential" or "parallel", or a kernel of pyro_ebm'
-            )
-        if chain_method == "parallel" and save_warmup:
+        if self.chain_method == "parallel" and save_warmup:
             raise ValueError(
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
-        if chain_method != "vectorized":
-            given = {"checkpoint": checkpoint, "store": store, "draws_device": draws_device}
-            given["distributed"] = distributed or None
-            if names := [name for name, value in given.items() if value is not None]:
-                raise ValueError(
-                    f'{names[0]}= needs chain_method="vectorized", got {chain_method!r}'
-                    f" for {type(kernel).__name__}"
-                )
         check_run(initial_params, num_chains, hook_fn, transforms, save_params)
         super().__init__(kernel, num_chains, transforms)
-        self._given_transforms = transforms
-        self.num_samples, self.warmup_steps = num_samples, warmup_steps
+        self.num_chains: int = num_chains
+        self.given_transforms: Mapping[str, Transform] | None = transforms
         self.initial_params, self.hook_fn, self.mp_context = initial_params, hook_fn, mp_context
         self.disable_progbar, self.disable_validation = disable_progbar, disable_validation
-        self.save_params = save_params
-        self.chain_method, self.thinning, self.save_warmup = chain_method, thinning, save_warmup
+        self.save_params, self.save_warmup = save_params, save_warmup
         self.draws_device = checked_device("draws_device", draws_device)
         self.store, self.checkpoint = store, checkpoint
         self.checkpoint_every = checked_every(checkpoint_every)
         self.distributed = distributed
         self._validate_kernel(initial_params)
-        self._run: VectorizedRun | None = None
-        self._checkpoint: Checkpoint | None = None
+        self.runner: Runner | None = None
+        self._results: Results | None = None
+        self._ranks: ProcessGroup = ALONE
 
     # -- running -------------------------------------------------------------------------------
 
@@ -175,34 +160,51 @@ class MCMC(ChainByChain):
                 it.
             ValueError: if no finite starting point is found, or ``initial_params`` do not fit.
         """
-        self._start_anew(args, kwargs)
-        check_call(self._ranks, "run")
+        runner = self._new_runner("run", args, kwargs)
         with self._ranks.fail_together("the check of the run"):
             self._check(args, kwargs)
-        run = {"vectorized": self._run_vectorized, "sequential": self._run_sequential}
-        with self._checked_model(args, kwargs):
-            run.get(self.chain_method, self._run_parallel)(args, kwargs)
+        self._keep(runner.run())
+
+    def _new_runner(self, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
+        """The runner of a run that starts anew, without the draws of the last one."""
+        self._results, self.transforms = None, self.given_transforms
+        self._args, self._kwargs = args, kwargs  # which arviz.from_pyro reads
+        self._ranks = process_group_of(self.num_chains, self.distributed)
+        if self.chain_method == "vectorized":
+            assert isinstance(self.kernel, Kernel)
+            runner = VectorizedRunner(self.kernel, self, args, kwargs, self._ranks)
+        else:
+            kind = SequentialRunner if self.chain_method == "sequential" else ParallelRunner
+            runner = kind(self.kernel, self, args, kwargs)
+        self.runner = runner
+        check_call(self._ranks, call)
+        return runner
+
+    def _keep(self, results: Results) -> None:
+        self._results, self.transforms = results, dict(results.transforms)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be run."""
         if self.checkpoint is not None:
-            Checkpoint.refuse_to_replace(self._own(self.checkpoint))
+            refuse_to_replace(rank_path(self.checkpoint))
         if self.store is not None:
-            ZarrStore.refuse_to_replace(self._own(self.store))
-        model = getattr(self.kernel, "model", None)
+            ZarrStore.refuse_to_replace(rank_path(self.store))
+        kernel, model = self.kernel, getattr(self.kernel, "model", None)
+        ours = isinstance(kernel, Kernel)
         # the kernels of this package check for themselves, but too late in a worker process
-        ours = isinstance(self.kernel, Kernel) and self.chain_method != "parallel"
-        if model is not None and not ours:
-            if getattr(self.kernel, "samples_intractable", False):
-                self.kernel.make_potential(*args, **kwargs)  # which refuses what does not cancel
-            else:
-                check_normalizers(model, args, kwargs)
-            if self.initial_params is not None:  # Pyro's kernels take any names and shapes
-                if isinstance(self.kernel, Kernel):
-                    potential = self.kernel.make_potential(*args, **kwargs)
-                else:
-                    potential = ModelPotential(model, args, kwargs)
-                potential.at(self.initial_params, self.num_chains)
+        if model is None or (ours and self.chain_method != "parallel"):
+            return
+        if ours and kernel.samples_intractable:
+            kernel.make_potential(*args, **kwargs)  # which refuses what does not cancel
+        else:
+            check_normalizers(model, args, kwargs)
+        if self.initial_params is not None:  # Pyro's kernels take any names and shapes
+            potential = (
+                kernel.make_potential(*args, **kwargs)
+                if ours
+                else ModelPotential(model, args, kwargs)
+            )
+            potential.at(self.initial_params, self.num_chains)
 
     @poutine.block
     def resume(self, *args: Any, **kwargs: Any) -> None:
@@ -228,21 +230,9 @@ class MCMC(ChainByChain):
             raise RuntimeError(
                 'there is nothing to resume from: give a file, as in MCMC(..., checkpoint="a.ckpt")'
             )
-        ranks = self._ranks = process_group_of(self.num_chains, self.distributed)
-        check_call(ranks, "resume")
-        payload = common_checkpoint(ranks, self._own(self.checkpoint))
-        self._start_anew(args, kwargs)
-        with ranks.fail_together("going on from the checkpoint"):
-            potential, _ = self._potential_and_start(args, kwargs, start=False)
-            run = self._new_run(potential)
-            checkpoint = self._new_checkpoint(run, args, kwargs)
-            assert checkpoint is not None
-            checkpoint.compare(payload)
-            if self.store is not None:
-                path = self._own(self.store)
-                run.store = ZarrStore(path, run.sites, self._transforms, payload["store"])
-            checkpoint.load(run, payload)
-        self._go_on(run, checkpoint)
+        runner = self._new_runner("resume", args, kwargs)
+        assert isinstance(runner, VectorizedRunner)
+        self._keep(runner.resume())
 
     @poutine.block
     def extend(self, num_samples: int) -> None:
@@ -266,126 +256,119 @@ class MCMC(ChainByChain):
             >>> mcmc.get_samples(group_by_chain=True)["x"].shape
             torch.Size([20, 150])
         """
-        run, num_samples = self._run, check_count("num_samples", num_samples, 1)
-        if run is None:
+        num_samples = check_count("num_samples", num_samples, 1)
+        if not isinstance(self.runner, VectorizedRunner) or self.runner.chains is None:
             raise RuntimeError(
                 "only a finished run of vectorized chains can be extended: call run, or resume,"
                 " first"
             )
-        if not run.done:
-            raise RuntimeError(
-                "the run was interrupted, within a transition: resume it from a checkpoint, or run"
-                " anew"
-            )
-        if run.kernel._potential is not run.potential:
-            raise RuntimeError(f"{run.kernel!r} was used for another run since: run anew")
-        if self._checkpoint is not None and not self._checkpoint.has_all(run):
-            self._checkpoint.save(run)  # which failed at the end of the run
-        run.extend(num_samples)
-        if self._checkpoint is not None:  # which from now on speaks of the longer run
-            with self._ranks.fail_together("the checkpoint of the extension"):
-                self._checkpoint.save(run)
-        self._go_on(run, self._checkpoint)
+        self._keep(self.runner.extend(num_samples))
 
-    def _start_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._clear()
-        self._ranks = process_group_of(self.num_chains, self.distributed)
-        self._run = self._checkpoint = None
-        self._args, self._kwargs = args, kwargs
-        self.transforms = self._given_transforms
-
-    def _run_vectorized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ranks = self._ranks
-        ranks.seed()
-        with ranks.fail_together("the start of the chains"):
-            potential, z = self._potential_and_start(args, kwargs)
-            run = self._new_run(potential)
-            if self.store is not None:
-                run.store = ZarrStore(self._own(self.store), run.sites, self._transforms)
-            checkpoint = self._new_checkpoint(run, args, kwargs)
-        check_alike(ranks, run, z, self.num_chains)
-        run.start(z)
-        with ranks.fail_together("the first checkpoint"):
-            if checkpoint is not None:
-                checkpoint.start(run)
-            if run.store is not None:
-                run.store.open()
-        self._go_on(run, checkpoint)
-
-    def _own(self, path: PathLike) -> PathLike:
-        """Where this rank keeps its part."""
-        return rank_path(path)
-
-    def _potential_and_start(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], start: bool = True
-    ) -> tuple[Potential, Tensor]:
-        kernel = self.kernel
-        assert isinstance(kernel, Kernel)
-        with self._starts(kernel):
-            if self.initial_params is not None:  # one chain's values say what the sites are
-                kernel.initial_params = self._start_of(0)
-            potential = kernel.make_potential(*args, **kwargs)
-            if not start:
-                return potential, torch.empty(0)
-            here = self._ranks.here(self.num_chains)
-            if self.initial_params is not None:
-                shared_out, given = self._ranks.size > 1, self.initial_params
-                kernel.initial_params = {k: v[here] if shared_out else v for k, v in given.items()}
-            return potential, kernel.initial_position(potential, here.stop - here.start)
-
-    def _new_run(self, potential: Potential) -> VectorizedRun:
-        assert isinstance(self.kernel, Kernel)
-        if self.transforms is None:
-            self.transforms = potential.transforms
-        with binding_to(self._ranks):
-            return VectorizedRun(
-                self.kernel,
-                potential,
-                self.num_samples,
-                self.warmup_steps,
-                self.thinning,
-                self._kept(potential.names),
-                self.save_warmup,
-                self.draws_device,
-            )
+    # -- reading -------------------------------------------------------------------------------
 
     @property
-    def _transforms(self) -> dict[str, Transform]:
-        assert self.transforms is not None
-        return dict(self.transforms)
+    def results(self) -> Results:
+        """The draws and statistics, and what the model was called with.
 
-    def _new_checkpoint(
-        self, run: VectorizedRun, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Checkpoint | None:
-        if self.checkpoint is None:
-            return None
-        settings = {name: getattr(self, name) for name in COMPARED}
-        settings = {**settings, "save_params": run.keep, "store": self.store is not None}
-        given = self._given_transforms or {}  # others follow from the model
-        settings["transforms"] = {name: repr(t) for name, t in given.items()}
-        described = [fingerprint(value, name) for name, value in settings.items()]
-        described += [of_sites(run.potential), fingerprint(self.kernel, "the kernel")]
-        described += [fingerprint(args, "argument"), fingerprint(kwargs, "argument")]
-        settings = {name: value for part in described for name, value in part.items()}
-        return Checkpoint(self._own(self.checkpoint), self.checkpoint_every, settings)
+        Raises:
+            RuntimeError: before a run; on another rank than the first; for draws in a ``store``.
+        """
+        results = self._kept()
+        if results.store is not None:
+            raise RuntimeError(
+                f"the draws are not in memory but in the store {results.store}: to_arviz() opens it"
+            )
+        return results
 
-    def _go_on(self, run: VectorizedRun, checkpoint: Checkpoint | None) -> None:
-        ranks, draws = self._ranks, run.records["draws"]
-        after = None if checkpoint is None else checkpoint.after_transition
-        if ranks.size > 1:
-            after = RankSync(ranks, checkpoint)
-        silent = self.disable_progbar or ranks.rank > 0
-        try:
-            with Bar(run.goal, self.num_chains, silent, done=run.t) as bar:
-                run.advance(bar, self.hook_fn, after)
-        except KeyboardInterrupt:
-            if draws.count == 0 or ranks.size > 1:  # where each rank was at another transition
-                raise
-            cut_short(draws.count, (run.goal - self.warmup_steps) // self.thinning)
-        self._run, self._checkpoint = run, checkpoint
-        self._take(run, self._transforms)
-        if checkpoint is None or checkpoint.has_all(run):
-            run.forget()
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False
+    ) -> dict[str, Tensor]:
+        """The draws, in the supports of their sites.
+
+        Args:
+            num_samples: if given, this many draws are resampled with replacement.
+            group_by_chain: whether to keep the chains apart.
+
+        Returns:
+            Each site's draws, shape ``(chains, draws, *site)`` or ``(chains * draws, *site)``.
+        """
+        return select(self.results.samples, num_samples, group_by_chain)
+
+    def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Statistics of each draw: ``lp``, ``acceptance_rate``, ``step_size``, ``diverging``.
+
+        Some kernels have more, such as ``n_steps``. ``lp`` is :math:`-U(z)`, the log density on the
+        unconstrained space. Pyro's own kernels have ``diverging`` alone.
+
+        Args:
+            group_by_chain: whether to keep the chains apart.
+
+        Returns:
+            Shapes ``(chains, draws)`` or ``(chains * draws,)``.
+        """
+        return select(self.results.fields, None, group_by_chain)
+
+    def get_warmup_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """The draws of the warmup, kept with ``save_warmup=True``."""
+        warmup = None if self._results is None else self._kept().warmup_samples
+        if warmup is None:
+            raise RuntimeError("no warmup was kept: give save_warmup=True and run")
+        return select(warmup, None, group_by_chain)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
+        return self.results.diagnostics()
+
+    def summary(self, prob: float = 0.9) -> None:
+        """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
+        self.results.summary(prob)
+
+    def to_arviz(self, **kwargs: Any) -> Any:
+        """This run as ArviZ data; the arguments are those of :func:`pyro_ebm.to_arviz`.
+
+        Draws that are in a ``store`` stay there: ArviZ reads what is looked at.
+        """
+        store = None if self._results is None else self._results.store
+        if store is None:
+            return to_arviz(self, **kwargs)
+        if kwargs:
+            raise ValueError(
+                f"the draws are in {store} and are opened as they are, without {sorted(kwargs)}"
+            )
+        return open_store(store)
+
+    def _kept(self) -> Results:
+        """What the last run returned."""
+        if self._results is None:
+            raise RuntimeError("there are no draws yet: call run first")
+        if self._ranks.rank > 0 and self._results.store is None:
+            raise RuntimeError(
+                f"this is rank {self._ranks.rank} of {self._ranks.size}, and the draws of all ranks"
+                " are on rank 0: read them there, as in"
+                " `if pyro_ebm.ops.distributed.rank() == 0: mcmc.summary()`"
+            )
+        return self._results
+
+    def __repr__(self) -> str:
+        """The settings that differ from their defaults, and what was drawn."""
+        given = inspect.signature(type(self).__init__).parameters.items()
+        own = "vectorized" if isinstance(self.kernel, Kernel) else "sequential"
+        defaults = {"warmup_steps": self.num_samples, "chain_method": own}
+        settings = [
+            f"{name}={shown(getattr(self, name))}"
+            for name, parameter in given
+            if name not in ("self", "kernel", "transforms")
+            and getattr(self, name) != defaults.get(name, parameter.default)
+        ]
+        if self._results is None:
+            drawn = "not run yet"
+        elif self._results.store is not None:
+            drawn = f"draws in {self._results.store}"
+        elif self._ranks.rank > 0:
+            drawn = "draws on rank 0"
+        else:
+            drawn = "{} chains of {} draws".format(*self._results.shape)
+        return f"{type(self).__name__}({', '.join([repr(self.kernel), *settings])}): {drawn}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None, "_checkpoint": None}
+        return {**self.__dict__, "runner": None}

@@ -2,7 +2,7 @@
 
 Numbers, strings and tensors are compared by value, and so are modules, by their parameters.
 Functions are compared by their names, and what is not known by its type alone: a model is told
-apart by what it says, see :meth:`~pyro_ebm.mcmc.running.vectorized.VectorizedRun.load_state_dict`.
+apart by what it says, see :meth:`~pyro_ebm.mcmc.running.chains.VectorizedRun.load_state_dict`.
 """
 
 import hashlib

@@ -1,219 +1,193 @@
-"""All chains of a run, moved at once, from any transition on.
+"""Runs all chains at once: from a start, from a checkpoint, and on from the end of a run."""
 
-Everything that a transition reads is the kernel's state, the chains' state, and the global random
-number generators. So whoever puts these back, as they were after some transition, gets the draws
-that followed it, to the last bit.
-"""
-
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_ebm.files import CheckpointError, random_state, set_random_state
-from pyro_ebm.mcmc.adaptation.warmup import to_device
+from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
-from pyro_ebm.mcmc.running.draws import Bar, DrawBuffer, Memory, samples_of, statistics_of
-from pyro_ebm.mcmc.running.zarr_store import ZarrStore
-from pyro_ebm.mcmc.state import State
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.ranks import ProcessGroup, binding_to
+from pyro_ebm.mcmc.running.chains import VectorizedRun
+from pyro_ebm.mcmc.running.distributed import RankSync, check_alike
+from pyro_ebm.mcmc.running.options import Runner
+from pyro_ebm.mcmc.running.progress import Bar, cut_short
+from pyro_ebm.mcmc.running.run_settings import RunSettings, fingerprint, of_sites
+from pyro_ebm.mcmc.running.storage.checkpoint import Checkpoint, read_checkpoint
+from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
+from pyro_ebm.ops.distributed import rank_path
+
+COMPARED = ("num_samples", "warmup_steps", "num_chains", "thinning", "save_warmup")
 
 
-class VectorizedRun:
-    """Chains on their way, and what they have drawn so far.
+@dataclass
+class VectorizedRunner(Runner):
+    """Runs the chains of this rank, and brings the draws of all ranks to rank 0.
 
     Args:
-        kernel: moves them.
-        potential: of the model.
-        num_samples: transitions after warmup.
-        warmup_steps: transitions before.
-        thinning: every ``thinning``-th transition after warmup is a draw.
-        keep: the names of the sites to keep.
-        save_warmup: whether to keep the warmup too.
-        device: where draws are kept; None is where the chains are.
-        store: keeps the draws instead, if given.
+        ranks: share out the chains.
 
     Attributes:
-        t: transitions made so far, warmup and all.
-        goal: how many are to be made.
-        state: where the chains are.
+        chains: those that were run, None before.
+        transforms: from the supports to the reals.
+        checkpoint: where the run is saved, if it is.
+        results: all that was drawn.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        potential: Potential,
-        num_samples: int,
-        warmup_steps: int,
-        thinning: int,
-        keep: list[str],
-        save_warmup: bool,
-        device: torch.device | None = None,
-        store: ZarrStore | None = None,
-    ):
-        self.kernel, self.potential, self.keep = kernel, potential, keep
-        self.warmup_steps, self.thinning, self.save_warmup = warmup_steps, thinning, save_warmup
-        self.device = potential.device if device is None else device
-        self.store = store
-        self.sites = [site for site in potential.sites if site.name in keep]
-        self.t, self.goal = 0, warmup_steps + num_samples
-        kernel.planned_steps = self.goal
-        kernel.bind(potential, warmup_steps)
-        self.state: Any = None
-        self.warmup: DrawBuffer | None = None
-        self.draws: DrawBuffer | None = None
+    kernel: Kernel
+    ranks: ProcessGroup
+    chains: VectorizedRun | None = None
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    results: Results | None = None
 
-    def start(self, z: Tensor) -> None:
-        """Starts at the positions ``z``, shape ``(chains, dim)``."""
-        self._collect_from(self.kernel.init(z))
+    def run(self) -> Results:
+        """The draws of a run from its start."""
+        options, ranks = self.options, self.ranks
+        ranks.seed()
+        with ranks.fail_together("the start of the chains"):
+            potential, z = self._potential_and_start()
+            chains = self._new_chains(potential)
+        check_alike(ranks, chains, z, options.num_chains)
+        chains.start(z)
+        with ranks.fail_together("the first checkpoint"):
+            if self.checkpoint is not None:
+                self.checkpoint.start(chains)
+            if chains.store is not None:
+                chains.store.open()
+        return self._go_on(chains)
 
-    def extend(self, num_samples: int) -> None:
-        """As many transitions more, without a warmup; the draws so far were read."""
-        seen, count = self._draws.seen, self._draws.count
-        self.goal += num_samples
-        self.draws = self._new_draws(self.goal - self.warmup_steps, first=count)
-        self.draws.seen, self.draws.first, self.draws.count = seen, count, count
+    def resume(self) -> Results:
+        """The draws of a run that goes on from its last checkpoint."""
+        options, ranks = self.options, self.ranks
+        assert options.checkpoint is not None
+        payload = read_checkpoint(options.checkpoint, ranks)
+        with ranks.fail_together("going on from the checkpoint"):
+            chains = self._new_chains(self._potential_and_start(start=False)[0], payload["store"])
+            assert self.checkpoint is not None
+            self.checkpoint.compare(payload)
+            self.checkpoint.load(chains, payload)
+        return self._go_on(chains)
 
-    def _collect_from(self, state: State) -> None:
-        self.state = state
-        if self.save_warmup:
-            steps = self.warmup_steps
-            memory = Memory(steps, self.device)
-            self.warmup = DrawBuffer(self.potential, self.keep, steps, 1, state, memory)
-        self.draws = self._new_draws(self.goal - self.warmup_steps)
-
-    def _new_draws(self, num_samples: int, first: int = 0) -> DrawBuffer:
-        num = num_samples // self.thinning - first
-        store = Memory(num, self.device, first) if self.store is None else self.store
-        return DrawBuffer(self.potential, self.keep, num, self.thinning, self.state, store)
-
-    # -- going on ------------------------------------------------------------------------------
-
-    @property
-    def done(self) -> bool:
-        """Whether all transitions are made."""
-        return self.t == self.goal
-
-    def advance(
-        self,
-        bar: Bar,
-        hook_fn: Callable[..., Any] | None = None,
-        after: Callable[["VectorizedRun"], None] | None = None,
-    ) -> None:
-        """Makes all transitions that are left.
-
-        Args:
-            bar: counts them.
-            hook_fn: as in :class:`~pyro_ebm.MCMC`.
-            after: called with the run after each.
-        """
-        kernel = self.kernel
-        while self.t < self.goal:
-            stage, into, i = "Sample", self.draws, self.t - self.warmup_steps
-            if i < 0:
-                stage, into, i = "Warmup", self.warmup, self.t
-            step_size = kernel.adaptation.step_size
-            self.state, info = kernel.step(self.state)
-            if into is not None:
-                into.add(self.state, info, step_size, kernel.extra_fields)
-            self.t += 1
-            bar.update(stage.lower(), kernel, info)
-            if hook_fn is not None:
-                hook_fn(kernel, self.potential.unravel(self.state.z), stage, i)
-            if after is not None:
-                after(self)
-
-    # -- what came of it -----------------------------------------------------------------------
-
-    @property
-    def _draws(self) -> DrawBuffer:
-        assert self.draws is not None
-        return self.draws
-
-    @property
-    def records(self) -> dict[str, DrawBuffer]:
-        """What is collected: the draws, and the warmup if it is kept."""
-        records = {"warmup": self.warmup, "draws": self.draws}
-        return {name: record for name, record in records.items() if record is not None}
-
-    def read(
-        self, record: DrawBuffer, transforms: Mapping[str, Transform]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Draws ``(chains, draws, *site)`` and their statistics ``(chains, draws)``."""
-        record.flush()
-        assert isinstance(record.store, Memory)
-        rows = record.store.rows(record.store.first)
-        return samples_of(rows, self.sites, transforms), statistics_of(rows)
-
-    def forget(self) -> None:
-        """Drops the draws in memory, which were read."""
-        for record in self.records.values():
-            if isinstance(record.store, Memory):
-                record.store.clear()
-
-    # -- checkpoints ---------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the coming transitions depend on, the random state included.
-
-        Draws in memory are not in it, those that a store does not have yet are.
-        """
-        potential, records = self.potential, {}
-        for name, record in self.records.items():
-            in_memory = isinstance(record.store, Memory)
-            if in_memory:
-                record.flush()
-            tail = {} if in_memory else record.tail()
-            records[name] = {"seen": record.seen, "first": record.first, "tail": tail}
-        vectorizes = isinstance(potential, FunctionPotential) and potential._vectorizes
-        return {
-            "t": self.t,
-            "goal": self.goal,
-            "state": tree_flatten(self.state)[0],
-            "kernel": self.kernel.state_dict(),
-            "vectorizes": vectorizes,
-            "records": records,
-            "random": random_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], exact: bool = False) -> None:
-        """Goes on from where another run was; the draws that were in memory are to be put back.
-
-        Args:
-            state: its :meth:`state_dict`.
-            exact: whether it ran on a machine and with libraries that compute what these do.
+    def extend(self, num_samples: int) -> Results:
+        """The draws of the run, and of ``num_samples`` transitions more.
 
         Raises:
-            CheckpointError: if the potential is another at the chains' positions.
+            RuntimeError: if the run was interrupted, or the kernel was used for another since.
         """
-        self.t, self.goal = state["t"], state["goal"]
-        if isinstance(self.potential, FunctionPotential):
-            self.potential._vectorizes = state["vectorizes"]
-        device = self.potential.device
-        leaves = [to_device(leaf, device) for leaf in state["state"]]
-        here = self.kernel.evaluate(leaves[0])
-        self._collect_from(tree_unflatten(leaves, tree_flatten(here)[1]))
-        self._compare(here.potential, exact)
-        for name, record in self.records.items():
-            record.go_on(**state["records"][name])
-        self.kernel.load_state_dict(state["kernel"])
-        set_random_state(state["random"])
-
-    def _compare(self, potential: Tensor, exact: bool) -> None:
-        """The model must say of the positions what it said when they were saved."""
-        saved, eps = self.state.potential, torch.finfo(self.state.potential.dtype).eps
-        # a compiled graph rounds otherwise than the model as it is, and a machine than another
-        tolerance = (1000 * eps if exact else eps**0.5) * (1 + saved.abs())
-        same = ((potential - saved).abs() <= tolerance) | (potential == saved)
-        same |= potential.isnan() & saved.isnan()
-        if not (same.all() if exact else same.float().mean() > 0.5):
-            i = int((~same).nonzero()[0])
-            raise CheckpointError(
-                f"the model is another one: at the positions that were saved its potential (minus"
-                f" the log density, of chain {i}) is {float(potential[i]):.6g}, and was"
-                f" {float(saved[i]):.6g}. Go on with the model, the parameters and the data of the"
-                " run"
+        chains, checkpoint = self.chains, self.checkpoint
+        assert chains is not None
+        if not chains.done:
+            raise RuntimeError(
+                "the run was interrupted, within a transition: resume it from a checkpoint, or run"
+                " anew"
             )
+        if self.kernel.potential is not chains.potential:
+            raise RuntimeError(f"{self.kernel!r} was used for another run since: run anew")
+        if checkpoint is not None and not checkpoint.has_all(chains):
+            checkpoint.save(chains)  # which failed at the end of the run
+        chains.extend(num_samples)
+        if checkpoint is not None:  # which from now on speaks of the longer run
+            with self.ranks.fail_together("the checkpoint of the extension"):
+                checkpoint.save(chains)
+        return self._go_on(chains)
+
+    def _potential_and_start(self, start: bool = True) -> tuple[Potential, Tensor]:
+        """The potential, and where the chains of this rank start, shape ``(chains, dim)``."""
+        kernel, given = self.kernel, self.options.initial_params
+        with self.starts():
+            if given is not None:  # one chain's values say what the sites are
+                kernel.initial_params = self.start_of(0)
+            potential = kernel.make_potential(*self.args, **self.kwargs)
+            if not start:
+                return potential, torch.empty(0)
+            here = self.ranks.here(self.options.num_chains)
+            if given is not None:
+                shared_out = self.ranks.size > 1
+                kernel.initial_params = {k: v[here] if shared_out else v for k, v in given.items()}
+            return potential, kernel.initial_position(potential, here.stop - here.start)
+
+    def _new_chains(self, potential: Potential, of_run: str | None = None) -> VectorizedRun:
+        """Chains that have not started, and their checkpoint and store (of the run ``of_run``)."""
+        options, given = self.options, self.options.given_transforms
+        self.transforms = potential.transforms if given is None else given
+        keep = self.kept_sites(potential.names)
+        if options.checkpoint is not None:
+            path, settings = rank_path(options.checkpoint), self._settings(potential, keep)
+            self.checkpoint = Checkpoint(path, options.checkpoint_every, settings)
+        store, sites = None, [site for site in potential.sites if site.name in keep]
+        if options.store is not None:
+            store = ZarrStore(rank_path(options.store), sites, self.transforms, of_run)
+        with binding_to(self.ranks):
+            return VectorizedRun(self.kernel, potential, options, sites, store)
+
+    def _settings(self, potential: Potential, keep: list[str]) -> RunSettings:
+        """Everything that a run must have in common with the one that it goes on from."""
+        options = self.options
+        settings = {name: getattr(options, name) for name in COMPARED}
+        given = options.given_transforms or {}  # others follow from the model
+        settings |= {
+            "save_params": keep,
+            "store": options.store is not None,
+            "transforms": {name: repr(t) for name, t in given.items()},
+            "the kernel": self.kernel,
+        }
+        found = of_sites(potential)
+        for name, value in settings.items():
+            found |= fingerprint(value, name)
+        return found | fingerprint(self.args, "argument") | fingerprint(self.kwargs, "argument")
+
+    def _go_on(self, chains: VectorizedRun) -> Results:
+        """Makes the transitions that are left, and returns all draws."""
+        ranks, options, checkpoint = self.ranks, self.options, self.checkpoint
+        after = None if checkpoint is None else checkpoint.after_transition
+        if ranks.size > 1:
+            after = RankSync(ranks, checkpoint)
+        silent = options.disable_progbar or ranks.rank > 0
+        try:
+            with Bar(chains.goal, options.num_chains, silent, done=chains.t) as bar:
+                chains.advance(bar, options.hook_fn, after)
+        except KeyboardInterrupt:
+            draws = chains.records["draws"]
+            if draws.count == 0 or ranks.size > 1:  # where each rank was at another transition
+                raise
+            cut_short(draws.count, (chains.goal - options.warmup_steps) // options.thinning)
+        results = self._collect(chains)
+        self.chains, self.results = chains, results
+        if checkpoint is None or checkpoint.has_all(chains):
+            chains.forget()
+        return results
+
+    def _collect(self, chains: VectorizedRun) -> Results:
+        """The draws so far, of all ranks on the first; those in a store stay there."""
+        records, parts = chains.records, {}
+        if "warmup" in records and self.results is None:
+            parts["warmup_samples"], parts["warmup_fields"] = self._read(chains, "warmup")
+        samples, fields = {}, {}
+        if chains.store is None:
+            samples, fields = self._read(chains, "draws")
+        else:
+            records["draws"].flush()
+            parts["store"] = chains.store.path
+        parts |= {"model": self.kernel.model, "args": self.args, "kwargs": self.kwargs}
+        results = Results(samples, fields, transforms=self.transforms, **parts)
+        if self.results is not None:
+            results = self.results.followed_by(results)
+        if not results.fields:
+            return results
+        common = {k: v for k, v in self.kernel.diagnostics().items() if k != "sample_stats"}
+        rates = results.fields["acceptance_rate"].mean(1).tolist()
+        reported = [
+            {**common, "divergences": bad.nonzero().flatten().tolist(), "acceptance rate": rate}
+            for bad, rate in zip(results.fields["diverging"], rates, strict=True)
+        ]
+        return replace(results, reported=reported)
+
+    def _read(self, chains: VectorizedRun, name: str) -> list[dict[str, Tensor]]:
+        """Samples and statistics of all ranks on the first, none elsewhere."""
+        read = chains.read(chains.records[name], self.transforms)
+        on_first = [{k: self.ranks.to_first(v) for k, v in part.items()} for part in read]
+        return [{k: v for k, v in part.items() if v is not None} for part in on_first]

@@ -31,7 +31,7 @@ from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import refuse_temperature
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
-from pyro_ebm.ops.arguments import check_number, shown
+from pyro_ebm.ops.arguments import check_count, check_number, shown
 from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
 
 
@@ -318,10 +318,7 @@ def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
     check_number("lowest", lowest)
     if not 0 < lowest < 1:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest}")
-    if not isinstance(num_replicas, int) or num_replicas < 2:
-        raise ValueError(
-            f"num_replicas must be an integer of at least 2, got {shown(num_replicas)}"
-        )
+    num_replicas = check_count("num_replicas", num_replicas, 2)
     return [lowest ** (i / (num_replicas - 1)) for i in range(num_replicas)]
 
 

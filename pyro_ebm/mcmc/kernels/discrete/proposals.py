@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal
 from pyro_ebm.mcmc.potentials.base import Potential
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_count
 
 
 class DiscreteProposal(Proposal):
@@ -56,9 +56,7 @@ class Flip(DiscreteProposal):
     """
 
     def __init__(self, num_flips: int = 1):
-        if not isinstance(num_flips, int) or num_flips < 1:
-            raise ValueError(f"num_flips must be an integer of at least 1, got {shown(num_flips)}")
-        self.num_flips = num_flips
+        self.num_flips = check_count("num_flips", num_flips)
 
     def sample(self, z: Tensor) -> Tensor:
         """Positions with 1 to ``num_flips`` variables changed."""

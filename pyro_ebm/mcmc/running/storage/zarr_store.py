@@ -7,7 +7,6 @@ Draws are appended a block at a time. A reader who opens the store (``xarray``, 
 of a block or nothing, also while the run goes on and after it was killed.
 """
 
-import datetime
 import math
 import os
 import uuid
@@ -16,12 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyro
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.diagnostics.arviz import attributes
 from pyro_ebm.files import CheckpointError, PathLike, sync_folder
-from pyro_ebm.mcmc.running.draws import POSITION, draws_in_a_block, samples_of, statistics_of
+from pyro_ebm.mcmc.running.storage.draws import (
+    POSITION,
+    draws_in_a_block,
+    samples_of,
+    statistics_of,
+)
 from pyro_ebm.models.sites.site import Site
 
 GROUPS = ("posterior", "sample_stats")
@@ -37,7 +41,7 @@ class ZarrStore:
         run: what a store that is there must say of the run that it belongs to; None is a new run.
 
     Attributes:
-        run: the same, for :class:`~pyro_ebm.mcmc.running.checkpoint.Checkpoint` to keep.
+        run: the same, for :class:`~pyro_ebm.mcmc.running.storage.checkpoint.Checkpoint` to keep.
         count: how many draws there are.
 
     Raises:
@@ -79,7 +83,7 @@ class ZarrStore:
             )
         for group in GROUPS:
             if group not in self._root:
-                self._root.create_group(group, attributes=_attributes())
+                self._root.create_group(group, attributes=attributes())
         self._commit()
 
     # -- writing -------------------------------------------------------------------------------
@@ -190,15 +194,6 @@ class ZarrStore:
                     raise CheckpointError(f"draws of {name!r} are missing in the store {self.path}")
         self.count = count
         self._commit()
-
-
-def _attributes() -> dict[str, str]:
-    return {
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "creation_library": "pyro_ebm",
-        "inference_library": "pyro",
-        "inference_library_version": pyro.__version__,
-    }
 
 
 def _imported() -> Any:

@@ -15,24 +15,70 @@ process that is killed in between leaves a file of draws that no state speaks of
 replaces it.
 """
 
+import contextlib
 import datetime
-import operator
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pyro_ebm import files
 from pyro_ebm.files import CheckpointError
-from pyro_ebm.mcmc.running.draws import Memory
+from pyro_ebm.mcmc.ranks import ProcessGroup
+from pyro_ebm.mcmc.running.chains import VectorizedRun
 from pyro_ebm.mcmc.running.run_settings import RunSettings, differences, machine
-from pyro_ebm.mcmc.running.vectorized import VectorizedRun
+from pyro_ebm.mcmc.running.storage.draws import Memory
+from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.distributed import rank_path
+from pyro_ebm.ops.rank_files import load_common
 
 Every = int | datetime.timedelta
 KIND, KIND_OF_DRAWS = "an MCMC run", "draws of an MCMC run"
+FORMAT = 2
+"""Of what a state file holds: 1 had other names of settings and of what kernels keep."""
+
+
+def refuse_to_replace(path: files.PathLike) -> None:
+    """Raises a CheckpointError if there is a file already: a run does not end another one."""
+    if Path(path).exists():
+        raise CheckpointError(
+            f"{path} is there already: go on from it with resume(...), to which the model's"
+            f" arguments go; or, to start anew, move it away with the folder {path}.draws"
+        )
+    folder = Path(f"{path}.draws")
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} holds the draws of another run: move it away")
+
+
+def read_checkpoint(path: files.PathLike, ranks: ProcessGroup) -> dict[str, Any]:
+    """The state file of this rank, of the last transition after which all ranks have saved one.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it cannot be read, or there is no such transition.
+    """
+    mine = rank_path(path)
+    if ranks.size > 1:
+        payload = load_common(path, KIND, _mark)
+        assert payload is not None
+    elif mine.exists():
+        payload = files.load(mine, KIND)
+    else:
+        raise FileNotFoundError(
+            f"there is no checkpoint at {mine}: start with run(...), or give its path"
+        )
+    if payload.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{mine} was written by an earlier version of pyro_ebm, whose kernels kept other"
+            " numbers: finish the run with that version, or start anew with another path"
+        )
+    return payload
+
+
+def _mark(payload: dict[str, Any]) -> tuple[int, int]:
+    """Which save it is: the one after so many transitions."""
+    return 0, payload["run"]["t"]
 
 
 class Checkpoint:
@@ -52,18 +98,6 @@ class Checkpoint:
         self.failed, self.keep_previous = False, True  # the last save; whether to keep its file
         self._t, self._time = 0, time.monotonic()
         self._warned = False
-
-    @staticmethod
-    def refuse_to_replace(path: files.PathLike) -> None:
-        """Raises a CheckpointError if there is a file already: a run does not end another one."""
-        if Path(path).exists():
-            raise CheckpointError(
-                f"{path} is there already: go on from it with resume(...), to which the model's"
-                f" arguments go; or, to start anew, move it away with the folder {path}.draws"
-            )
-        folder = Path(f"{path}.draws")
-        if folder.exists() and any(folder.iterdir()):
-            raise CheckpointError(f"{folder} holds the draws of another run: move it away")
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -114,6 +148,7 @@ class Checkpoint:
         state = run.state_dict()
         self._save_draws(run)
         payload = {
+            "format": FORMAT,
             "settings": self.settings,
             "machine": machine(),
             "run": state,
@@ -147,20 +182,6 @@ class Checkpoint:
         return self.folder / f"{i:05d}.draws"
 
     # -- going on ------------------------------------------------------------------------------
-
-    @staticmethod
-    def read(path: files.PathLike) -> dict[str, Any]:
-        """The state file.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            CheckpointError: if it cannot be read.
-        """
-        if not Path(path).exists():
-            raise FileNotFoundError(
-                f"there is no checkpoint at {path}: start with run(...), or give its path"
-            )
-        return files.load(path, KIND)
 
     def compare(self, payload: Mapping[str, Any]) -> None:
         """Raises a CheckpointError if a state is that of another run."""
@@ -201,30 +222,19 @@ class Checkpoint:
                 raise CheckpointError(f"{path} does not go on from the file of draws before it")
             self.last = files.checksum(path)
             for name, rows in payload["draws"].items():
-                _put(run, name, rows)
+                if name in run.records:
+                    run.records[name].store.put(rows)
         if self.last != checksum:
             raise CheckpointError(f"the draws in {self.folder} are not those of {self.path}")
         self.chunks = chunks
 
 
-def _put(run: VectorizedRun, name: str, rows: Mapping[str, Tensor]) -> None:
-    record = run.records.get(name)
-    if record is not None:
-        record.store.put(rows)
-
-
-def checked_every(every: Any) -> Every:
+def checked_every(every: object) -> Every:
     """Raises a ValueError unless it is a number of transitions, or a time, above 0."""
-    if isinstance(every, datetime.timedelta):
-        if every > datetime.timedelta(0):
-            return every
-    elif not isinstance(every, bool):
-        try:
-            number = operator.index(every)
-        except TypeError:
-            number = 0
-        if number > 0:
-            return number
+    if isinstance(every, datetime.timedelta) and every > datetime.timedelta(0):
+        return every
+    with contextlib.suppress(ValueError):
+        return check_count("checkpoint_every", every)
     raise ValueError(
         "checkpoint_every must be a number of transitions, as 1000, or a time, as"
         f" datetime.timedelta(minutes=1), got {every!r}"

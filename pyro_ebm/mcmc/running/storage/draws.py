@@ -1,17 +1,12 @@
-"""What a run of many chains keeps, and what it shows while it runs."""
+"""The draws of many chains at once, collected block by block and kept in memory or a store."""
 
-import time
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions.transforms import Transform
-from tqdm.auto import tqdm
 
-from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.models.sites.site import Site, to_support
@@ -25,11 +20,11 @@ class DrawBuffer:
     """Positions and statistics of all chains, flat and unconstrained, collected block by block.
 
     Args:
-        potential: tells the sites.
-        keep: the names of the sites to keep.
+        potential: of the model, with its sites.
+        sites: those to keep, in the order of the position.
         num_draws: how many draws will be added at most.
         thinning: every ``thinning``-th transition is a draw.
-        state: of the chains, tells their number.
+        state: of the chains, at their start.
         store: takes a block when it is full.
 
     Attributes:
@@ -41,7 +36,7 @@ class DrawBuffer:
     def __init__(
         self,
         potential: Potential,
-        keep: list[str],
+        sites: Sequence[Site],
         num_draws: int,
         thinning: int,
         state: State,
@@ -50,7 +45,6 @@ class DrawBuffer:
         self.thinning, self.store = thinning, store
         self.seen = self.count = self.first = 0
         chains = state.z.shape[0]
-        sites = [site for site in potential.sites if site.name in keep]
         self.columns: Tensor | None = None
         if len(sites) < len(potential.sites):
             columns = torch.arange(potential.dim, device=state.z.device).split(potential.sizes)
@@ -152,7 +146,7 @@ class Memory:
         self.values: dict[str, Tensor] = {}
 
     def put(self, rows: Mapping[str, Tensor]) -> None:
-        """As every :class:`Store`."""
+        """Appends draws, each of shape ``(draws, chains, ...)``."""
         here, num = self.count - self.first, len(rows[POSITION])
         for name, value in rows.items():
             if name not in self.values:
@@ -194,117 +188,3 @@ def samples_of(
 def statistics_of(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The statistics of each draw, shape ``(chains, draws)``."""
     return {name: stat.T.contiguous() for name, stat in rows.items() if name != POSITION}
-
-
-class Chain:
-    """The unconstrained draws of one chain that runs by itself."""
-
-    def __init__(self) -> None:
-        self.warmup: list[dict[str, Tensor]] = []
-        self.warmup_stats: list[dict[str, Any]] = []
-        self.draws: list[dict[str, Tensor]] = []
-
-
-def stack(
-    chains: list[list[dict[str, Tensor]]], transforms: Mapping[str, Transform] | None
-) -> dict[str, Tensor]:
-    """Each site's draws in its support, shape ``(chains, draws, *site)``."""
-    if not chains[0]:
-        return {}
-    found = {}
-    for name in chains[0][0]:
-        z = torch.stack([torch.stack([params[name] for params in chain]) for chain in chains])
-        transform = (transforms or {}).get(name)
-        found[name] = z if transform is None else to_support(transform, z)
-    return found
-
-
-def warmup_fields_of(chains: list[Chain]) -> dict[str, Tensor]:
-    """The statistics of each warmup step, shape ``(chains, steps)``; none of Pyro's own kernels."""
-    names = chains[0].warmup_stats[0] if chains[0].warmup_stats else {}
-    return {
-        name: torch.tensor([[stats[name] for stats in chain.warmup_stats] for chain in chains])
-        for name in names
-    }
-
-
-def fields_of(
-    diagnostics: list[dict[str, Any]], num_draws: int, thinning: int
-) -> dict[str, Tensor]:
-    """The statistics of each draw from what the kernel of each chain says at its end.
-
-    Args:
-        diagnostics: one dict for each chain, with all ``"sample_stats"``, or ``"divergences"``.
-        num_draws: how many draws there are after thinning; an interrupt may leave a statistic more.
-        thinning: every ``thinning``-th transition is a draw.
-
-    Returns:
-        Shapes ``(chains, draws)``.
-    """
-    thin = slice(thinning - 1, thinning * num_draws, thinning)
-    if all("sample_stats" in reported for reported in diagnostics):
-        stats = [reported["sample_stats"] for reported in diagnostics]
-        return {name: torch.stack([s[name][thin] for s in stats]) for name in stats[0]}
-    if all("divergences" in reported for reported in diagnostics):
-        steps = torch.arange(thinning * num_draws)
-        rows = [
-            torch.isin(steps, torch.tensor(reported["divergences"])) for reported in diagnostics
-        ]
-        return {"diverging": torch.stack(rows)[:, thin]}
-    return {}
-
-
-def cut_short(got: int, wanted: int, what: str = "draws per chain") -> None:
-    """Warns that a run was cut short."""
-    warnings.warn(f"interrupted: {got} of {wanted} {what} are kept", stacklevel=3)
-
-
-class Bar:
-    """A progress bar that asks the chains for numbers only when it redraws.
-
-    Args:
-        total: number of transitions.
-        num_chains: how many chains each of them moves.
-        disable: whether to show nothing.
-        chain: the chain, if they run one after another.
-        done: how many of them were made before.
-    """
-
-    EVERY = 0.2
-    """Seconds between two looks at the chains."""
-
-    def __init__(
-        self, total: int, num_chains: int, disable: bool, chain: int | None = None, done: int = 0
-    ):
-        self.label = f"{num_chains} chain{'s' * (num_chains > 1)}"
-        if chain is not None:
-            self.label = f"chain {chain}"
-        self.bar = tqdm(
-            total=total, disable=disable, desc=self.label, mininterval=self.EVERY, initial=done
-        )
-        self.shown = 0.0
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-
-    def update(self, stage: str, kernel: MCMCKernel, info: Info | None = None) -> None:
-        """Counts a transition; without its ``info``, the kernel's ``logging`` is shown."""
-        self.bar.update()
-        if self.bar.disable:
-            return
-        now, last = time.monotonic(), self.bar.n == self.bar.total
-        if now - self.shown < self.EVERY and not last:
-            return
-        self.shown = now
-        self.bar.set_description(f"{stage}, {self.label}", refresh=False)
-        if info is None:
-            text = ", ".join(f"{name} {value}" for name, value in (kernel.logging() or {}).items())
-        else:
-            assert isinstance(kernel, Kernel)
-            rate = float(info.accept_prob.mean())
-            step_size = float(kernel.adaptation.step_size.mean())
-            text = f"acceptance {rate:.2f}, step size {step_size:.2e}"
-        self.bar.set_postfix_str(text, refresh=last)

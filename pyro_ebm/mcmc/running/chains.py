@@ -1,0 +1,215 @@
+"""All chains of a run, moved at once, from any transition on.
+
+Everything that a transition reads is the kernel's state, the chains' state, and the global random
+number generators. So whoever puts these back, as they were after some transition, gets the draws
+that followed it, to the last bit.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.transforms import Transform
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_ebm.files import CheckpointError, random_state, set_random_state
+from pyro_ebm.mcmc.adaptation.warmup import to_device
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
+from pyro_ebm.mcmc.running.options import Options
+from pyro_ebm.mcmc.running.progress import Bar
+from pyro_ebm.mcmc.running.storage.draws import DrawBuffer, Memory, Store, samples_of, statistics_of
+from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
+from pyro_ebm.mcmc.state import State
+from pyro_ebm.models.sites.site import Site
+
+
+class VectorizedRun:
+    """Chains on their way, and what they have drawn so far.
+
+    Args:
+        kernel: moves them.
+        potential: of the model.
+        options: what to run.
+        sites: those to keep, in the order of the position.
+        store: keeps the draws, if given; else the memory does.
+
+    Attributes:
+        t: transitions made so far, those of the warmup included.
+        goal: how many are to be made.
+        state: where the chains are.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        potential: Potential,
+        options: Options,
+        sites: list[Site],
+        store: ZarrStore | None = None,
+    ):
+        self.kernel, self.potential, self.sites = kernel, potential, sites
+        self.warmup_steps, self.thinning = options.warmup_steps, options.thinning
+        self.save_warmup, self.device = options.save_warmup, options.draws_device
+        self.store = store
+        self.t, self.goal = 0, options.warmup_steps + options.num_samples
+        kernel.planned_steps = self.goal
+        kernel.bind(potential, options.warmup_steps)
+        self.state: Any = None
+        self.warmup: DrawBuffer | None = None
+        self.draws: DrawBuffer | None = None
+
+    def start(self, z: Tensor) -> None:
+        """Starts at the positions ``z``, shape ``(chains, dim)``."""
+        self._collect_from(self.kernel.init(z))
+
+    def extend(self, num_samples: int) -> None:
+        """As many transitions more, without a warmup; the draws so far were read."""
+        seen, count = self._draws.seen, self._draws.count
+        self.goal += num_samples
+        self.draws = self._new_draws(self.goal - self.warmup_steps, first=count)
+        self.draws.seen, self.draws.first, self.draws.count = seen, count, count
+
+    def _collect_from(self, state: State) -> None:
+        self.state = state
+        if self.save_warmup:
+            memory = Memory(self.warmup_steps, self.device or self.potential.device)
+            self.warmup = self._buffer(self.warmup_steps, 1, memory)
+        self.draws = self._new_draws(self.goal - self.warmup_steps)
+
+    def _new_draws(self, num_samples: int, first: int = 0) -> DrawBuffer:
+        num = num_samples // self.thinning - first
+        memory = Memory(num, self.device or self.potential.device, first)
+        return self._buffer(num, self.thinning, self.store or memory)
+
+    def _buffer(self, num: int, thinning: int, store: Store) -> DrawBuffer:
+        return DrawBuffer(self.potential, self.sites, num, thinning, self.state, store)
+
+    # -- going on ------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether all transitions are made."""
+        return self.t == self.goal
+
+    def advance(
+        self,
+        bar: Bar,
+        hook_fn: Callable[..., Any] | None = None,
+        after: Callable[["VectorizedRun"], None] | None = None,
+    ) -> None:
+        """Makes all transitions that are left.
+
+        Args:
+            bar: counts them.
+            hook_fn: as in :class:`~pyro_ebm.MCMC`.
+            after: called with the run after each.
+        """
+        kernel = self.kernel
+        while self.t < self.goal:
+            stage, into, i = "Sample", self.draws, self.t - self.warmup_steps
+            if i < 0:
+                stage, into, i = "Warmup", self.warmup, self.t
+            step_size = kernel.adaptation.step_size
+            self.state, info = kernel.step(self.state)
+            if into is not None:
+                into.add(self.state, info, step_size, kernel.extra_fields)
+            self.t += 1
+            bar.update(stage.lower(), kernel, info)
+            if hook_fn is not None:
+                hook_fn(kernel, self.potential.unravel(self.state.z), stage, i)
+            if after is not None:
+                after(self)
+
+    # -- what came of it -----------------------------------------------------------------------
+
+    @property
+    def _draws(self) -> DrawBuffer:
+        assert self.draws is not None
+        return self.draws
+
+    @property
+    def records(self) -> dict[str, DrawBuffer]:
+        """What is collected: the draws, and the warmup if it is kept."""
+        records = {"warmup": self.warmup, "draws": self.draws}
+        return {name: record for name, record in records.items() if record is not None}
+
+    def read(
+        self, record: DrawBuffer, transforms: Mapping[str, Transform]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Draws ``(chains, draws, *site)`` and their statistics ``(chains, draws)``."""
+        record.flush()
+        assert isinstance(record.store, Memory)
+        rows = record.store.rows(record.store.first)
+        return samples_of(rows, self.sites, transforms), statistics_of(rows)
+
+    def forget(self) -> None:
+        """Drops the draws in memory, which were read."""
+        for record in self.records.values():
+            if isinstance(record.store, Memory):
+                record.store.clear()
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the coming transitions depend on, the random state included.
+
+        Draws in memory are not in it, those that a store does not have yet are.
+        """
+        potential, records = self.potential, {}
+        for name, record in self.records.items():
+            in_memory = isinstance(record.store, Memory)
+            if in_memory:
+                record.flush()
+            tail = {} if in_memory else record.tail()
+            records[name] = {"seen": record.seen, "first": record.first, "tail": tail}
+        vectorizes = isinstance(potential, FunctionPotential) and potential._vectorizes
+        return {
+            "t": self.t,
+            "goal": self.goal,
+            "state": tree_flatten(self.state)[0],
+            "kernel": self.kernel.state_dict(),
+            "vectorizes": vectorizes,
+            "records": records,
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], exact: bool = False) -> None:
+        """Goes on from where another run was; the draws that were in memory are to be put back.
+
+        Args:
+            state: its :meth:`state_dict`.
+            exact: whether it ran on a machine and with libraries that compute what these do.
+
+        Raises:
+            CheckpointError: if the potential is another at the chains' positions.
+        """
+        self.t, self.goal = state["t"], state["goal"]
+        if isinstance(self.potential, FunctionPotential):
+            self.potential._vectorizes = state["vectorizes"]
+        device = self.potential.device
+        leaves = [to_device(leaf, device) for leaf in state["state"]]
+        here = self.kernel.evaluate(leaves[0])
+        self._collect_from(tree_unflatten(leaves, tree_flatten(here)[1]))
+        self._compare(here.potential, exact)
+        for name, record in self.records.items():
+            record.go_on(**state["records"][name])
+        self.kernel.load_state_dict(state["kernel"])
+        set_random_state(state["random"])
+
+    def _compare(self, potential: Tensor, exact: bool) -> None:
+        """The model must say of the positions what it said when they were saved."""
+        saved, eps = self.state.potential, torch.finfo(self.state.potential.dtype).eps
+        # a compiled graph rounds otherwise than the model as it is, and a machine than another
+        tolerance = (1000 * eps if exact else eps**0.5) * (1 + saved.abs())
+        same = ((potential - saved).abs() <= tolerance) | (potential == saved)
+        same |= potential.isnan() & saved.isnan()
+        if not (same.all() if exact else same.float().mean() > 0.5):
+            i = int((~same).nonzero()[0])
+            raise CheckpointError(
+                f"the model is another one: at the positions that were saved its potential (minus"
+                f" the log density, of chain {i}) is {float(potential[i]):.6g}, and was"
+                f" {float(saved[i]):.6g}. Go on with the model, the parameters and the data of the"
+                " run"
+            )
