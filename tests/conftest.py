@@ -7,16 +7,15 @@ seed 0 and keep it.
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch reads it: tests run on each core
+# Before torch and matplotlib read them; processes that tests start read them too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
 
-import matplotlib
 import pyro
 import pytest
 import torch
 
 from tests.seeds import reseeded
-
-matplotlib.use("Agg")
 
 # `make bench` runs the benchmarks; tests/test_benchmarks.py is their smoke test.
 collect_ignore = ["benchmarks"]

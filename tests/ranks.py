@@ -16,7 +16,7 @@ TIMEOUT = 60  # seconds
 
 # New processes are forks of one that has imported what takes long.
 processes = mp.get_context("forkserver")
-processes.set_forkserver_preload(["pyro_ebm"])
+processes.set_forkserver_preload(["pyro_ebm", "matplotlib.pyplot"])
 
 
 class Ranks:

@@ -292,7 +292,7 @@ def test_a_wall_is_never_crossed_and_the_target_stays_exact(kind):
         return torch.where((x > 0).all(-1), inside, {"nan": math.nan, "inf": math.inf}[kind])
 
     draws, info = run_kernel(
-        ChEESKernel(), energy(function, 1), torch.randn(1000, 1).abs(), 100, 200
+        ChEESKernel(), energy(function, 1), torch.randn(200, 1).abs(), 100, 1000
     )
     assert (draws > 0).all()
     assert info.diverging.any()
