@@ -25,7 +25,7 @@ import pyro
 import torch
 from sklearn.datasets import load_digits
 
-from pyro_ebm.distributions import RBM
+from pyro_ebm.distributions import RBMModule
 from pyro_ebm.losses import fit_rbm
 from pyro_ebm.normalizer import (
     UnreliableEstimateWarning,
@@ -46,7 +46,7 @@ def split_digits():
 
 
 def trained(train, num_hidden, num_epochs):
-    net = RBM.module(64, num_hidden, train, centered=True)
+    net = RBMModule(64, num_hidden, train, centered=True)
     fit_rbm(net, train, num_epochs, batch_size=10, lr=0.01, disable_progbar=True)
     return net.requires_grad_(False)()
 

@@ -29,7 +29,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import BernoulliRBM
 
-from pyro_ebm.distributions import RBM, DeepBeliefNetwork
+from pyro_ebm.distributions import RBM, DeepBeliefNetwork, RBMModule
 from pyro_ebm.losses import fit_layers, fit_rbm
 
 matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def split_digits():
 
 def independent_pixels(train, *_):
     """A machine without hidden units that do anything: the frequencies of the pixels."""
-    net = RBM.module(64, 1, train)
+    net = RBMModule(64, 1, train)
     return RBM(torch.zeros(64, 1), net.visible_bias.detach(), torch.zeros(1))
 
 
@@ -61,7 +61,7 @@ def scikit_learn(train, num_hidden, num_epochs):
 
 
 def pyro_ebm(train, num_hidden, num_epochs):
-    net = RBM.module(64, num_hidden, train, centered=True)
+    net = RBMModule(64, num_hidden, train, centered=True)
     fit_rbm(net, train, num_epochs, batch_size=10, lr=0.01, disable_progbar=True)
     return net.requires_grad_(False)()
 
@@ -153,7 +153,7 @@ def main():
 
     widths = (64, 2 * args.num_hidden, args.num_hidden)
     network = DeepBeliefNetwork(
-        [RBM.module(64, widths[1], train, centered=True), RBM.module(*widths[1:], centered=True)]
+        [RBMModule(64, widths[1], train, centered=True), RBMModule(*widths[1:], centered=True)]
     )
     settings = {"batch_size": 20, "lr": 0.01, "disable_progbar": True}
     fit_layers(network, train, num_epochs=args.num_epochs, **settings)

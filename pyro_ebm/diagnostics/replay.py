@@ -22,7 +22,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.func import vmap
 
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.distributions.core.wrappers import innermost
+from pyro_ebm.distributions.energy import energies_of
 from pyro_ebm.models.batched import Batched
 from pyro_ebm.models.checks.intractability import lags
 from pyro_ebm.ops.eval_mode import called_in_eval_mode
@@ -77,7 +79,7 @@ class Replay:
             for name, site in self.sites.items()
             if site["is_observed"]
             and name not in self.draws  # else conditioned on a draw
-            and not isinstance(_innermost(site["fn"]), Unit | Delta)
+            and not isinstance(innermost(site["fn"]), Unit | Delta)
         ]
 
     @property
@@ -168,29 +170,7 @@ class Replay:
 
 def is_factor(site: Mapping[str, Any]) -> bool:
     """Whether a site is a ``pyro.factor``."""
-    return isinstance(_innermost(site["fn"]), Unit)
-
-
-def energies_of(fn: Any) -> Iterator[UnnormalizedEnergy]:
-    """The energies that a distribution is made of: wrapped, or the components of a mixture.
-
-    Example:
-        >>> p = UnnormalizedEnergy(torch.square).expand([3]).to_event(1)
-        >>> [energy.is_normalized for energy in energies_of(p)]
-        [False]
-    """
-    if isinstance(fn, UnnormalizedEnergy):
-        yield fn
-        return
-    for part in ("base_dist", "_component_distribution", "component0", "component1"):
-        if (inner := getattr(fn, part, None)) is not None:
-            yield from energies_of(inner)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+    return isinstance(innermost(site["fn"]), Unit)
 
 
 def _log_density(site: Mapping[str, Any]) -> Tensor:
@@ -202,4 +182,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-__all__ = ["Replay", "energies_of", "is_factor"]
+__all__ = ["Replay", "is_factor"]

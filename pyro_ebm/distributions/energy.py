@@ -7,64 +7,36 @@ An energy :math:`E` makes the density
 with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a text that writes
 :math:`p = e^{f} / Z` has :math:`f = -E`. The constant :math:`\log Z` is in one of three states:
 
-* *unknown*: nobody told. ``log_prob`` is then only defined up to a constant. Comparing points,
+* *unknown*: ``log_prob`` is then only defined up to a constant. Comparing points,
   sampling, scores and latent or factor sites need no more.
 * *known*: from a closed form, an enumeration, or an estimate. The density is normalized.
 * *learned*: a parameter under training. It means something after noise-contrastive estimation
   and nothing before.
 """
 
-import contextlib
-import copy
-import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import Tensor
 
-from pyro_ebm.distributions.checks.arguments import (
-    check_bijection,
-    checked_normalizer,
-    checked_shape,
-    expanded_base,
-    expands,
-    fixed_weights,
-    lift_support,
-    normalizers_minded,
-    refuse_missing_constant,
+from pyro_ebm.distributions.checks.arguments import checked_coefficient, checked_shape
+from pyro_ebm.distributions.core.linear import LinearEnergy, Term
+from pyro_ebm.distributions.core.normalizer import NormalizableDensity
+from pyro_ebm.distributions.core.sampler import (
+    ChainDiagnostics,
+    ChainKernel,
+    registered_sampler,
+    wants_only_starting_points,
 )
-from pyro_ebm.distributions.checks.energy_calls import NARROW, EnergyCallError, explain
-from pyro_ebm.distributions.core.introspection import first_tensor, modules, readable, uniform_start
-from pyro_ebm.ops.arguments import check_count, check_number, check_tensor, shown
-from pyro_ebm.ops.score import score
-
-if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernels.base import Kernel
-    from pyro_ebm.mcmc.short_run import ChainDiagnostics
-    from pyro_ebm.normalizer.estimate_result import NormalizerEstimate
-
-_only_starts: ContextVar[bool] = ContextVar("_only_starts", default=False)
+from pyro_ebm.distributions.core.supports import same_support, support_of, uniform_start
+from pyro_ebm.distributions.core.wrappers import layers, walk
+from pyro_ebm.ops.arguments import check_count
 
 
-@contextlib.contextmanager
-def starting_points_only() -> Iterator[None]:
-    """Within this context ``UnnormalizedEnergy.sample`` returns where its chains would start.
-
-    Prototype traces need a value of the right shape in the support, not a draw.
-    """
-    token = _only_starts.set(True)
-    try:
-        yield
-    finally:
-        _only_starts.reset(token)
-
-
-class UnnormalizedEnergy(TorchDistribution):
+class UnnormalizedEnergy(NormalizableDensity):
     r"""The density :math:`p(x) = h(x)\, e^{-E(x)} / Z` of an energy, with :math:`Z` unknown.
 
     Use it like any Pyro distribution: as a latent site, an observed site, or a factor on other
@@ -94,12 +66,13 @@ class UnnormalizedEnergy(TorchDistribution):
             :class:`~pyro_ebm.mcmc.ChEESKernel`, or :class:`~pyro_ebm.mcmc.GibbsKernel` where the
             support is discrete.
         num_steps: transitions that :meth:`sample` makes, half of them adapting the kernel.
-        constant_normalizer: the user's word that :math:`Z` does not depend on any latent although
-            the energy does, as in a location family :math:`E(x - \mu)`, or for an energy that is
-            minus the log of a density.
-        learned_normalizer: overrides the guess whether ``log_normalizer`` is learned, as for a
-            tensor computed from parameters.
-        validate_args: as in every distribution.
+        constant_normalizer: True says that :math:`Z` does not depend on any latent although the
+            energy does, as in a location family :math:`E(x - \mu)`, or for an energy that is
+            minus the log of a density. Nothing can check it.
+        learned_normalizer: whether ``log_normalizer`` is learned, where that is not to be guessed:
+            a tensor computed from parameters.
+        validate_args: whether ``log_prob`` refuses points outside the support; by default as Pyro
+            is set.
 
     Raises:
         ValueError: for a support whose event dimensions exceed the event's, a base of another
@@ -120,10 +93,51 @@ class UnnormalizedEnergy(TorchDistribution):
         tensor(8.9879)
         >>> p.sample((1000,)).shape
         torch.Size([1000, 2])
+
+    **A distribution of your own** is a subclass that overrides :meth:`_energy`, the energy of
+    points ``(*sample, *batch, *event)`` as a tensor ``(*sample, *batch)``, and hands the shapes and
+    the support to this class, with ``None`` for the energy. Parameters are attributes, with the
+    batch in front. Everything else comes with it; override what there is a better way for:
+
+    * ``sample(sample_shape)``: exact draws ``(*sample_shape, *batch_shape, *event_shape)``;
+    * ``starting_points(sample_shape)``: where chains start, of the same shape;
+    * ``gibbs_noise`` and ``gibbs_sweep``, with ``supports_tempering``: draws of some variables
+      given the others, see :class:`~pyro_ebm.distributions.BlockGibbs`;
+    * ``tempered(beta)``: the density at another temperature, where it is one of the same class.
+
+    Where :math:`\log Z` is known, give it as ``log_normalizer``. If it is computed from the
+    parameters, ``normalized_parts = ()`` says so: then parameters and latents may move the density.
+
+        >>> import math
+        >>> class Quartic(UnnormalizedEnergy):  # p(x) = exp(-sum_i (x_i / s_i)^4) / Z
+        ...     normalized_parts = ()  # log Z is a function of s
+        ...
+        ...     def __init__(self, scale, **kwargs):  # s > 0, shape (*batch, n)
+        ...         self.scale = scale
+        ...         log_z = (scale.log() + math.log(2.0) + math.lgamma(1.25)).sum(-1)
+        ...         event, batch = scale.shape[-1:], scale.shape[:-1]
+        ...         super().__init__(
+        ...             None, event, batch_shape=batch, log_normalizer=log_z, **kwargs
+        ...         )
+        ...
+        ...     def _energy(self, x):  # (*sample, *batch, n) -> (*sample, *batch)
+        ...         return (x / self.scale).pow(4).sum(-1)
+        ...
+        ...     def sample(self, sample_shape=()):  # (x / s)^4 is Gamma(1/4, 1), the sign a coin
+        ...         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        ...         size = dist.Gamma(0.25, 1.0).sample(shape).pow(0.25)
+        ...         return self.scale.detach() * size * (2 * torch.rand(shape).round() - 1)
+        >>> p = Quartic(torch.tensor([1.0, 2.0]))
+        >>> p
+        Quartic(event_shape=(2,), log_normalizer=known)
+        >>> p.log_prob(torch.ones(3, 2)).shape, p.expand((5,)).to_event(1).sample().shape
+        (torch.Size([3]), torch.Size([5, 2]))
+        >>> with pyro.plate("rows", 3):  # a site, whose log density is normalized
+        ...     x = pyro.sample("x", p)
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    has_rsample = False
+    starts: "UnnormalizedEnergy | None" = None
+    """The density in whose starting points chains start where there is no base."""
 
     def __init__(
         self,
@@ -133,287 +147,31 @@ class UnnormalizedEnergy(TorchDistribution):
         batch_shape: torch.Size | tuple[int, ...] | None = None,
         base: TorchDistribution | None = None,
         log_normalizer: Tensor | float | None = None,
-        kernel: "Kernel | None" = None,
+        kernel: ChainKernel | None = None,
         num_steps: int = 100,
         constant_normalizer: bool = False,
         learned_normalizer: bool | None = None,
         validate_args: bool | None = None,
     ):
-        if energy is not None:
-            self._energy = energy
-        if isinstance(energy, Distribution):
-            raise ValueError(
-                f"energy must be a function, got the distribution {type(energy).__name__}: its"
-                " energy is lambda x: -p.log_prob(x), or give it as base= beside an energy"
-            )
-        if not callable(getattr(self, "_energy", None)) or isinstance(energy, type):
-            raise ValueError(f"energy must be callable, got {shown(energy)}")
-        num_steps = check_count("num_steps", num_steps)
-        if base is not None and not isinstance(base, Distribution):
-            raise ValueError(f"base must be a distribution, got {shown(base)}")
-        if event_shape is None:
-            event_shape = () if base is None else base.event_shape
-        if batch_shape is None:
-            batch_shape = () if base is None else base.batch_shape
-        event_shape = checked_shape("event_shape", event_shape)
-        batch_shape = checked_shape("batch_shape", batch_shape)
-        if base is not None:
-            base = expanded_base(base, batch_shape, event_shape)
-            if (inner := find_energy(base)) is not None and not inner.is_normalized:
-                raise ValueError(
-                    f"base must be normalized, but the log Z of {inner!r} is"
-                    f" {inner.normalizer_state}: add its energy to this one instead"
-                )
-        if support is None:
-            support = constraints.real if base is None else base.support
-        support = cast(constraints.Constraint, support)
-
-        self._support = lift_support(support, event_shape)
-        self.base = base
         self.kernel = kernel
-        self.num_steps = num_steps
-        self.constant_normalizer = constant_normalizer
-        if log_normalizer is not None and not isinstance(log_normalizer, Tensor):
-            if isinstance(getattr(log_normalizer, "value", None), Tensor):
-                raise ValueError(
-                    "log_normalizer must be a number or a tensor, got an estimate: say"
-                    " p.normalized(estimate), which keeps in mind that it is one"
-                )
-            check_number("log_normalizer", log_normalizer)
-            if not math.isfinite(float(log_normalizer)):
-                raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
-            # in the energy's own precision: float32 keeps 7 digits of a double
-            like = self._like()
-            log_normalizer = torch.tensor(
-                float(log_normalizer), dtype=like.dtype, device=like.device
-            )
-        self._log_normalizer = checked_normalizer(log_normalizer, batch_shape)
-        self._learned_normalizer = learned_normalizer
-        super().__init__(batch_shape, event_shape, validate_args=validate_args)
-        if not self.support.is_discrete:
-            check_bijection(self.support, event_shape)
-
-    # -- the density -------------------------------------------------------------------------
-
-    @constraints.dependent_property
-    def support(self) -> constraints.Constraint:
-        """Where the density lives."""
-        return self._support
-
-    def energy(self, x: Tensor) -> Tensor:
-        r"""The energy :math:`E(x)`.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-
-        Returns:
-            Energies, shape ``(*sample, *batch)``.
-
-        Raises:
-            ValueError: if the energy function returns another shape, or does not take points of
-                this shape, dtype or device.
-        """
-        x = self._broadcast(x)
-        if x.dtype in NARROW and not self._support.is_discrete:
-            raise EnergyCallError(
-                f"the points of the energy {_name_of(self._energy)} are of {x.dtype}, in which"
-                " arithmetic overflows: use x.float()"
-            )
-        with fixed_weights(self.modules):
-            try:
-                value = self._energy(x)
-            except Exception as error:
-                name, like = _name_of(self._energy), self._like()
-                explain(error, self._energy, name, x, self.event_shape, like)
-                raise
-        want = x.shape[: x.dim() - self.event_dim]
-        got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        if got == want and (value.is_complex() or value.dtype == torch.bool):
-            raise ValueError(
-                f"the energy {self.energy_name} must be a real number at each point, got"
-                f" {value.dtype}"
-            )
-        if got != want:
-            raise ValueError(
-                f"the energy {self.energy_name} must map points of shape {tuple(x.shape)}"
-                f" with event_shape={tuple(self.event_shape)} to a tensor of shape {tuple(want)},"
-                f" got {got}: sum over the event dimensions, squeeze a last one, or give"
-                " batch_shape= to a conditional energy"
-            )
-        return value
+        self.num_steps = check_count("num_steps", num_steps)
+        super().__init__(
+            energy=energy,
+            event_shape=event_shape,
+            support=support,
+            batch_shape=batch_shape,
+            base=base,
+            log_normalizer=log_normalizer,
+            constant_normalizer=constant_normalizer,
+            learned_normalizer=learned_normalizer,
+            validate_args=validate_args,
+        )
 
     @property
-    def energy_name(self) -> str:
-        """What the energy function is called: its name, or the class of a module."""
-        return _name_of(self._energy)
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that the energy holds, as far as they can be found: looked for once."""
-        if self._modules is None:
-            self._modules = modules(self._energy)
-        return self._modules
-
-    def unnormalized_log_prob(self, x: Tensor) -> Tensor:
-        r""":math:`\log h(x) - E(x)`: the log density without its constant.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-        """
-        value = -self.energy(x)
-        return value if self.base is None else self.base.log_prob(x) + value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        r""":math:`\log h(x) - E(x) - \log Z`, without the last term when :math:`Z` is unknown.
-
-        Args:
-            value: points, shape ``(*sample, *batch, *event)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-
-        Raises:
-            ValueError: under ``SVI.step`` with a plain ELBO that would train the energy without
-                its log Z, and in other algorithms of Pyro that can be seen
-                (:mod:`pyro_ebm.distributions.checks.callers`) if a latent moves it.
-        """
-        check_tensor("value", value)
-        if self._validate_args and value.numel():  # torch's checks choke on none at all
-            self._validate_sample(value)
-        if self.constant_normalizer:  # the word holds for all that the density is made of
-            with normalizers_minded():
-                return self._log_prob(value)
-        log_prob = self._log_prob(value)
-        refuse_missing_constant(self, self.lags, value, log_prob)
-        return log_prob
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        log_prob = self.unnormalized_log_prob(value)
-        return log_prob if self._log_normalizer is None else log_prob - self._log_normalizer
-
-    def score(self, x: Tensor) -> Tensor:
-        r"""The score :math:`\nabla_x \log p(x) = \nabla_x \log h(x) - \nabla_x E(x)`.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-
-        Returns:
-            The shape of ``x`` (broadcast against the batch).
-        """
-        return score(self.unnormalized_log_prob, self._broadcast(x))
-
-    def log_density_ratio(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""The exact :math:`\log p(x) - \log p(y)`: the constant cancels.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-            y: points, of a shape that broadcasts with ``x``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-        """
-        return self.unnormalized_log_prob(x) - self.unnormalized_log_prob(y)
-
-    # -- the constant ------------------------------------------------------------------------
-
-    @property
-    def log_normalizer(self) -> Tensor | None:
-        r""":math:`\log Z`, of a shape that broadcasts to ``batch_shape``, or None if unknown."""
-        return self._log_normalizer
-
-    @property
-    def normalizer_state(self) -> Literal["unknown", "learned", "known"]:
-        r"""What is known of :math:`\log Z`."""
-        if self._log_normalizer is None:
-            return "unknown"
-        learned = self._learned_normalizer
-        if learned is None:
-            # pyro.param marks its values, leaves or not, by the attribute `unconstrained`
-            learned = isinstance(self._log_normalizer, nn.Parameter) or hasattr(
-                self._log_normalizer, "unconstrained"
-            )
-        return "learned" if learned else "known"
-
-    @property
-    def is_normalized(self) -> bool:
-        r"""Whether ``log_prob`` is the log of a density that integrates to 1."""
-        return self.normalizer_state == "known"
-
-    @property
-    def is_estimated(self) -> bool:
-        r"""Whether :math:`\log Z` is an estimate, which does not follow when the energy changes."""
-        return getattr(self._log_normalizer, "is_estimate", False)
-
-    @property
-    def rests_on(self) -> tuple[Distribution, ...]:
-        r"""The distributions without whose :math:`\log Z` that of this density is not right."""
-        if not self.is_normalized:
-            return ()
-        return (*(self._normalized_parts or ()), *(() if self.base is None else (self.base,)))
-
-    def lags(self, x: Tensor) -> bool:
-        r"""Whether a gradient moves the density, and its :math:`\log Z` does not follow.
-
-        Args:
-            x: points without a gradient of their own, shape ``(*sample, *batch, *event)``.
-
-        Example:
-            >>> t = torch.tensor(2.0, requires_grad=True)
-            >>> constant = UnnormalizedEnergy(lambda x: t * x**2 / 2, log_normalizer=0.92)
-            >>> follows = UnnormalizedEnergy(lambda x: t * x**2 / 2, log_normalizer=-t.log() / 2)
-            >>> constant.lags(torch.ones(())), follows.lags(torch.ones(()))
-            (True, False)
-        """
-        if self.constant_normalizer:
-            return False
-        log_z = self._log_normalizer
-        if self._normalized_parts is None:
-            stays = log_z is None or not log_z.requires_grad or not self.is_normalized
-            if stays and self._log_prob(x).requires_grad:
-                return True
-        # of other distributions, the log_prob speaks for itself
-        return any(p.lags(x) for p in self.rests_on if isinstance(p, UnnormalizedEnergy))
-
-    def normalized(
-        self, log_normalizer: "Tensor | float | NormalizerEstimate"
-    ) -> "UnnormalizedEnergy":
-        r"""This density with its :math:`\log Z` known: from a formula, an enumeration, an estimate.
-
-        Args:
-            log_normalizer: :math:`\log Z`, a number or a tensor that broadcasts to
-                ``batch_shape``, or what :func:`~pyro_ebm.estimate_log_normalizer` returns. That
-                has no gradient and belongs to the energy as it was: where a latent or a parameter
-                moves the energy, it counts as unknown, and is refused.
-
-        Raises:
-            ValueError: if it is not finite, or of another shape.
-
-        Example:
-            >>> p = UnnormalizedEnergy(lambda x: x**2 / 2).normalized(0.9189)
-            >>> p.log_prob(torch.tensor(0.0))
-            tensor(-0.9189)
-        """
-        new = copy.copy(self)
-        like = self._like()
-        log_z: Any = getattr(log_normalizer, "value", log_normalizer)
-        if not isinstance(log_z, Tensor):
-            check_number("log_normalizer", log_z)
-        value = torch.as_tensor(log_z, dtype=like.dtype, device=like.device)
-        if readable(value) and not value.isfinite().all():
-            raise ValueError(f"log_normalizer must be finite, got {log_normalizer}")
-        new._log_normalizer = checked_normalizer(value, self.batch_shape)
-        new._learned_normalizer, new._normalized_parts = False, None
-        if estimated := log_z is not log_normalizer or getattr(log_z, "is_estimate", False):
-            new._log_normalizer = _estimate(value)
-        if self._unexpanded is not None:
-            # a log Z for each row belongs to the expanded energy alone
-            one = value.reshape(()) if value.numel() == 1 else None
-            one = _estimate(one) if estimated and one is not None else one
-            new._unexpanded = None if one is None else self._unexpanded.normalized(one)
-        return new
+    def terms(self) -> tuple[Term, ...]:
+        r"""The energy as a sum :math:`\sum_i c_i f_i`, of one term where it is none."""
+        energy = self._energy
+        return energy.terms if isinstance(energy, LinearEnergy) else ((1.0, self.energy),)
 
     def tempered(self, beta: Tensor | float) -> "UnnormalizedEnergy":
         r"""This density at the inverse temperature :math:`\beta`, which multiplies its *energy*.
@@ -435,9 +193,27 @@ class UnnormalizedEnergy(TorchDistribution):
             >>> cold.log_prob(torch.tensor(1.0))
             tensor(-2.)
         """
-        from pyro_ebm.distributions.product import tempered  # which combines energies
-
-        return tempered(self, beta)
+        beta = checked_coefficient("beta", beta, self.batch_shape, zero=self.base is not None)
+        if not isinstance(beta, Tensor) and beta == 1:
+            return self
+        # only of a number: a tensor that happens to be 0 or 1 may be computed from a latent
+        zero = not isinstance(beta, Tensor) and beta == 0
+        base = self.base
+        is_base = zero and base is not None and same_support(self.support, support_of(base))
+        terms = [] if zero else [(beta * c, f) for c, f in self.terms]
+        starts = self if self.has_starts else None
+        new = UnnormalizedEnergy(
+            LinearEnergy(terms, self.event_dim),
+            self.event_shape,
+            self.support,
+            self.batch_shape,
+            base,
+            log_normalizer=0.0 if is_base else None,
+            kernel=self.kernel,
+            num_steps=self.num_steps,
+        )
+        new.starts, new.normalized_parts = starts, () if is_base else None
+        return new
 
     # -- draws -------------------------------------------------------------------------------
 
@@ -457,14 +233,14 @@ class UnnormalizedEnergy(TorchDistribution):
         Returns:
             Points, shape ``(*sample_shape, *batch_shape, *event_shape)``, detached.
         """
-        if _only_starts.get():
+        if wants_only_starting_points():
             return self.starting_points(sample_shape)
         return self._run(sample_shape, diagnose=False)[0]
 
     def sample_with_diagnostics(
         self,
         sample_shape: torch.Size | tuple[int, ...] = (),
-    ) -> "tuple[Tensor, ChainDiagnostics]":
+    ) -> tuple[Tensor, ChainDiagnostics]:
         r"""Draws as :meth:`sample` makes them, with the evidence for and against them.
 
         Args:
@@ -482,10 +258,11 @@ class UnnormalizedEnergy(TorchDistribution):
         """
         return self._run(sample_shape, diagnose=True)
 
-    def _run(self, sample_shape: Any, diagnose: bool) -> "tuple[Tensor, ChainDiagnostics]":
-        from pyro_ebm.mcmc.short_run import short_run  # the one arrow back
-
-        return short_run(self, checked_shape("sample_shape", sample_shape), diagnose=diagnose)
+    def _run(
+        self, sample_shape: torch.Size | tuple[int, ...], diagnose: bool
+    ) -> tuple[Tensor, ChainDiagnostics]:
+        shape = checked_shape("sample_shape", sample_shape)
+        return registered_sampler()(self, shape, diagnose=diagnose)
 
     def starting_points(
         self,
@@ -493,7 +270,7 @@ class UnnormalizedEnergy(TorchDistribution):
     ) -> Tensor:
         """Where chains start: draws of the base, else uniform on (-2, 2) before the constraint.
 
-        A draw of the base outside the support gives way to a uniform one.
+        Where a draw of the base lies outside the support, the point is a uniform one.
 
         Args:
             sample_shape: how many points.
@@ -503,56 +280,27 @@ class UnnormalizedEnergy(TorchDistribution):
         """
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         with torch.no_grad():
-            if self.base is None:
-                return uniform_start(self.support, shape, self._like())
-            x = self.base.sample(torch.Size(sample_shape))
+            if self.base is not None:
+                x = self.base.sample(torch.Size(sample_shape))
+            elif self.starts is not None:
+                x = self.starts.expand(self.batch_shape).starting_points(sample_shape)
+            else:
+                return uniform_start(self.support, shape, self.like)
             inside = self.support.check(x)
             if inside.all():
                 return x
-            # the base is wider than the support: elsewhere start as without a base
+            # the base is wider than the support
             inside = inside.reshape(inside.shape + (1,) * self.event_dim)
             return torch.where(inside, x, uniform_start(self.support, shape, x))
 
-    def _like(self) -> Tensor:
-        """A tensor of the dtype and device of the energy, as far as its sources tell."""
-        like = first_tensor(
-            self._energy, self.base, self._support, self.__dict__.get("_log_normalizer")
-        )
-        return torch.empty(()) if like is None else like.detach()
-
-    # -- Pyro's plumbing ---------------------------------------------------------------------
-
-    def expand(
-        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
-    ) -> "UnnormalizedEnergy":
-        """A copy with a larger batch: the elements are independent and share the energy."""
-        new: Any = copy.copy(self) if _instance is None else _instance
-        if _instance is not None:
-            vars(new).update(vars(self))
-        new._unexpanded = self.unexpanded
-        new._batch_shape = torch.Size(batch_shape)
-        if not expands(self.batch_shape, new._batch_shape):
-            raise ValueError(
-                f"batch_shape={tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}"
-            )
-        new.base = None if self.base is None else self.base.expand(batch_shape)
-        return new
-
     @property
-    def unexpanded(self) -> "UnnormalizedEnergy":
-        """The energy as it was written, before plates or ``expand`` made its batch larger."""
-        return self if self._unexpanded is None else self._unexpanded
-
-    _unexpanded: "UnnormalizedEnergy | None" = None
-    _modules: tuple[nn.Module, ...] | None = None
-    _normalized_parts: tuple[Distribution, ...] | None = None
-    """If log Z follows from the parts' being normalized, or from a formula: these parts.
-
-    Else it is a value of its own, which must follow where the energy moves.
-    """
+    def has_starts(self) -> bool:
+        """Whether chains start elsewhere than at draws of the base or uniform points."""
+        own = type(self).starting_points is not UnnormalizedEnergy.starting_points
+        return own or self.starts is not None
 
     def __repr__(self) -> str:
-        parts = [f"energy={self.energy_name}"]
+        parts = [f"energy={self.energy_name}"] if "_energy" in vars(self) else []
         if self.batch_shape:
             parts.append(f"batch_shape={tuple(self.batch_shape)}")
         parts.append(f"event_shape={tuple(self.event_shape)}")
@@ -560,40 +308,6 @@ class UnnormalizedEnergy(TorchDistribution):
             parts.append(f"base={type(self.base).__name__}")
         parts.append(f"log_normalizer={self.normalizer_state}")
         return f"{type(self).__name__}({', '.join(parts)})"
-
-    def _broadcast(self, x: Tensor) -> Tensor:
-        check_tensor("x", x)
-        batch = x.shape[: x.dim() - self.event_dim]
-        if x.shape[len(batch) :] != self.event_shape:
-            raise ValueError(
-                f"points of {type(self).__name__} must end in event_shape="
-                f"{tuple(self.event_shape)}, got shape {tuple(x.shape)}"
-            )
-        if not self.batch_shape or batch[-len(self.batch_shape) :] == self.batch_shape:
-            return x
-        try:
-            shape = torch.broadcast_shapes(batch, self.batch_shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"points of shape {tuple(x.shape)} do not broadcast with batch_shape="
-                f"{tuple(self.batch_shape)} of {self!r}"
-            ) from error
-        return x if shape == batch else x.expand(shape + self.event_shape)
-
-
-def _estimate(log_z: Tensor) -> Tensor:
-    """A log Z that says that it is an estimate, wherever it goes, into another density or a file.
-
-    So do the values of ``pyro.param`` say what they are.
-    """
-    log_z = log_z.clone()
-    vars(log_z)["is_estimate"] = True
-    return log_z
-
-
-def _name_of(function: Any) -> str:
-    name = getattr(function, "__name__", None)
-    return type(function).__name__ if name is None else name.replace("<lambda>", "lambda")
 
 
 def find_energy(fn: Any) -> UnnormalizedEnergy | None:
@@ -606,11 +320,15 @@ def find_energy(fn: Any) -> UnnormalizedEnergy | None:
         >>> find_energy(dist.Normal(0, 1)) is None
         True
     """
-    while not isinstance(fn, UnnormalizedEnergy):
-        fn = getattr(fn, "base_dist", None)
-        if fn is None:
-            return None
-    return fn
+    return next((p for p in layers(fn) if isinstance(p, UnnormalizedEnergy)), None)
 
 
-__all__ = ["UnnormalizedEnergy", "find_energy", "starting_points_only"]
+def energies_of(fn: Any) -> list[UnnormalizedEnergy]:
+    """The energies that a distribution is made of: wrapped, or the components of a mixture.
+
+    Example:
+        >>> p = UnnormalizedEnergy(torch.square).expand([3]).to_event(1)
+        >>> [energy.is_normalized for energy in energies_of(p)]
+        [False]
+    """
+    return [p for p in walk(fn) if isinstance(p, UnnormalizedEnergy)]

@@ -19,17 +19,12 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from pyro_ebm.distributions.core.introspection import first_tensor, unvalidated
-from pyro_ebm.distributions.core.parts import (
-    as_part,
-    check_shapes,
-    held,
-    is_normalized,
-    name_of,
-    support_of,
-)
-from pyro_ebm.distributions.core.supports import same_support
+from pyro_ebm.distributions.core.introspection import first_tensor, held
+from pyro_ebm.distributions.core.linear import name_of
+from pyro_ebm.distributions.core.supports import same_support, support_of
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.parts import as_part, check_shapes, is_normalized
 from pyro_ebm.ops.arguments import shown
 
 
@@ -63,8 +58,8 @@ def mixture(
         components: K distributions of one event shape and support, with batch shapes that
             broadcast with that of the weights: energies or ordinary distributions.
         unnormalized_weights: whether weights multiply unnormalized densities.
-        constant_normalizer: the user's word that :math:`Z` of the mixture does not depend on any
-            latent, the weights included.
+        constant_normalizer: True says that :math:`Z` of the mixture does not depend on any latent,
+            the weights included.
 
     Raises:
         ValueError: if the :math:`\log Z` of a component is not known (and not waived by
@@ -108,7 +103,7 @@ def mixture(
 
 
 class Mixture(UnnormalizedEnergy):
-    """What :func:`mixture` returns: an energy that knows its components and how to draw them.
+    """What :func:`mixture` returns: an energy with components that can be drawn from.
 
     Args:
         weights: positive, shape ``(*batch, K)``.
@@ -153,7 +148,7 @@ class Mixture(UnnormalizedEnergy):
             learned_normalizer=False,
         )
         if self._has_shares:
-            self._normalized_parts = self.components
+            self.normalized_parts = self.components
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of components picked by their shares; last states of chains if these are unknown.
@@ -252,6 +247,3 @@ def _log_normalizers(components: Sequence[Distribution], like: Tensor) -> Tensor
     log_z = [getattr(p, "log_normalizer", None) for p in components]
     values = [like.new_zeros(()) if value is None else value for value in log_z]
     return torch.stack(torch.broadcast_tensors(*values), -1)
-
-
-__all__ = ["Mixture", "MixtureEnergy", "mixture"]

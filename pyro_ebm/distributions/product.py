@@ -18,29 +18,22 @@ a base without an energy.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.distributions.core.introspection import unvalidated
-from pyro_ebm.distributions.core.parts import (
-    as_part,
-    check_shapes,
-    checked_coefficient,
-    held,
-    is_finite,
-    name_of,
-    support_of,
-)
-from pyro_ebm.distributions.core.supports import contains, same_support
+from pyro_ebm.distributions.checks.arguments import checked_coefficient
+from pyro_ebm.distributions.core.linear import LinearEnergy, Term
+from pyro_ebm.distributions.core.supports import contains, is_finite, same_support, support_of
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
-
-Term = tuple[Tensor | float, Callable[[Tensor], Tensor]]
+from pyro_ebm.distributions.parts import as_part, check_shapes
 
 
 class IntegrabilityWarning(UserWarning):
@@ -65,8 +58,8 @@ def product(*parts: Distribution, constant_normalizer: bool = False) -> Unnormal
         *parts: distributions of one event shape, with batch shapes that broadcast:
             energies, or ordinary distributions, whose energy is :math:`-\log p_i`. Supports are
             the same, or the narrowest lies within the others.
-        constant_normalizer: the user's word that :math:`Z` of the product does not depend on any
-            latent. The same word of a part does not say so: two location families that move apart
+        constant_normalizer: True says that :math:`Z` of the product does not depend on any latent.
+            That it holds for each part is not enough: two location families that move apart
             overlap less.
 
     Raises:
@@ -84,7 +77,7 @@ def product(*parts: Distribution, constant_normalizer: bool = False) -> Unnormal
         >>> right = dist.Normal(torch.tensor([2.0, 0.0]), 1.0).to_event(1)
         >>> p = product(UnnormalizedEnergy(ring, event_shape=(2,)), right)
         >>> p
-        Combination(energy=ring, event_shape=(2,), base=Independent, log_normalizer=unknown)
+        UnnormalizedEnergy(energy=ring, event_shape=(2,), base=Independent, log_normalizer=unknown)
         >>> p.log_density_ratio(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.0]))
         tensor(8.)
     """
@@ -125,15 +118,14 @@ def negation(
         a: what is wanted, an energy or an ordinary distribution. Its base is the result's.
         b: what is not wanted, of the same event shape, on a support that holds that of ``a``.
         weight: :math:`w > 0`, broadcastable to the batch of ``a`` and ``b``.
-        constant_normalizer: the user's word that :math:`Z` of the contrast does not depend on any
-            latent.
+        constant_normalizer: True says that :math:`Z` of the ratio does not depend on any latent.
 
     Raises:
-        ValueError: if the weight is not positive, shapes or supports do not fit, or the contrast
+        ValueError: if the weight is not positive, shapes or supports do not fit, or the ratio
             of members of an exponential family has no finite :math:`Z`.
 
     Warns:
-        IntegrabilityWarning: if nobody knows that :math:`Z` is finite.
+        IntegrabilityWarning: if :math:`Z` may be infinite.
 
     Reference:
         Du, Li and Mordatch (2020), Compositional visual generation with energy based models.
@@ -144,7 +136,7 @@ def negation(
         tensor(4.)
     """
     checked = [as_part("a", a), as_part("b", b)]
-    batch_shape = check_shapes("the contrast", checked)
+    batch_shape = check_shapes("the ratio", checked)
     weight = checked_coefficient("weight", weight, batch_shape, zero=False)
     support, other = map(support_of, checked)
     if not contains(other, support):
@@ -162,91 +154,6 @@ def negation(
             stacklevel=2,
         )
     return p
-
-
-def tempered(p: UnnormalizedEnergy, beta: Tensor | float) -> UnnormalizedEnergy:
-    """The energy times ``beta``, see :meth:`UnnormalizedEnergy.tempered`."""
-    beta = checked_coefficient("beta", beta, p.batch_shape, zero=p.base is not None)
-    if not isinstance(beta, Tensor) and beta == 1:
-        return p
-    # Only a number tells: a tensor that happens to be 0 or 1 may be computed from a latent.
-    is_zero = not isinstance(beta, Tensor) and beta == 0
-    is_base = is_zero and p.base is not None and same_support(p.support, support_of(p.base))
-    terms = [] if is_zero else [(beta * c, f) for c, f in _terms(p)]
-    return Combination(
-        terms,
-        starts=p if _says_where_to_start(p) else None,
-        event_shape=p.event_shape,
-        support=p.support,
-        batch_shape=p.batch_shape,
-        base=p.base,
-        log_normalizer=0.0 if is_base else None,
-        kernel=p.kernel,
-        num_steps=p.num_steps,
-    )
-
-
-class Combination(UnnormalizedEnergy):
-    r"""What products, contrasts and tempered densities are: an energy that is a sum of others.
-
-    .. math:: E(x) = \sum_i c_i f_i(x)
-
-    Args:
-        terms: pairs of :math:`c_i` and :math:`f_i`, see :class:`LinearEnergy`.
-        starts: the density in whose starting points chains start where there is no base.
-        **kwargs: the other arguments of :class:`~pyro_ebm.UnnormalizedEnergy`.
-    """
-
-    def __init__(self, terms: Iterable[Term], starts: UnnormalizedEnergy | None, **kwargs: Any):
-        self._starts = starts
-        energy = LinearEnergy(terms, len(kwargs["event_shape"]))
-        super().__init__(energy, **kwargs)
-        self.terms = energy.terms
-        if self._log_normalizer is not None:  # the base alone is left
-            self._normalized_parts = ()
-
-    def starting_points(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Where chains start: draws of the base, else where the first part says, if one does.
-
-        Args:
-            sample_shape: how many points.
-
-        Returns:
-            Points of the support, shape ``(*sample_shape, *batch_shape, *event_shape)``.
-        """
-        start = super().starting_points(sample_shape)
-        if self.base is not None or self._starts is None:
-            return start
-        x = self._starts.expand(self.batch_shape).starting_points(sample_shape)
-        inside = self.support.check(x)
-        return torch.where(inside.reshape(inside.shape + (1,) * self.event_dim), x, start)
-
-
-class LinearEnergy:
-    r"""The energy :math:`E(x) = \sum_i c_i f_i(x)` of energies and log densities.
-
-    Args:
-        terms: pairs of :math:`c_i`, a number or a tensor that broadcasts to ``(*sample, *batch)``,
-            and :math:`f_i`, the method ``energy`` or ``log_prob`` of a distribution.
-        event_dim: number of dimensions of an event.
-    """
-
-    def __init__(self, terms: Iterable[Term], event_dim: int):
-        self.terms = tuple(terms)
-        self.event_dim = event_dim
-        self.held = held([x for c, f in self.terms for x in (_owner(f), c)])
-        self.__name__ = _written(self.terms)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Energies ``(*sample, *batch)`` of points ``(*sample, *batch, *event)``."""
-        total = x.new_zeros(x.shape[: x.dim() - self.event_dim])
-        for c, f in self.terms:
-            value = f(x)
-            if isinstance(c, Tensor):  # 0 times infinity is 0 here: the power 0 of a density is 1
-                total = total + torch.where(c == 0, torch.zeros_like(value), c * value)
-            else:
-                total = total + c * value
-        return total
 
 
 def _combined(
@@ -269,7 +176,7 @@ def _combined(
     for c, part in zip(coefficients, parts, strict=True):
         base = part
         if isinstance(part, UnnormalizedEnergy):
-            terms += [(c * inner, f) for inner, f in _terms(part)]
+            terms += [(c * inner, f) for inner, f in part.terms]
             base = part.base
         if base is not None:
             bases.append((c, base))
@@ -277,19 +184,21 @@ def _combined(
     fitting = [i for i in possible if same_support(support_of(bases[i][1]), support)]
     chosen = next(iter(fitting + possible), None)
     terms += [(-c, unvalidated(h).log_prob) for i, (c, h) in enumerate(bases) if i != chosen]
-    base: Any = None if chosen is None else bases[chosen][1]
-    return Combination(
-        terms,
-        starts=next((p for p in energies if _says_where_to_start(p)), None),
-        event_shape=parts[0].event_shape,
-        support=support,
-        batch_shape=batch_shape,
-        base=base,
-        log_normalizer=0.0 if not terms and chosen in fitting else None,
+    known = not terms and chosen in fitting  # the base alone is left
+    p = UnnormalizedEnergy(
+        LinearEnergy(terms, len(parts[0].event_shape)),
+        parts[0].event_shape,
+        support,
+        batch_shape,
+        None if chosen is None else cast(TorchDistribution, bases[chosen][1]),
+        log_normalizer=0.0 if known else None,
         kernel=kernel,
         num_steps=num_steps,
         constant_normalizer=constant_normalizer,
     )
+    p.starts = next((part for part in energies if part.has_starts), None)
+    p.normalized_parts = () if known else None
+    return p
 
 
 def _member(
@@ -316,32 +225,3 @@ def _member(
         raise ValueError(
             f"the combined density is no member of {first.family}, its Z is not finite: {error}"
         ) from error
-
-
-def _terms(p: UnnormalizedEnergy) -> tuple[Term, ...]:
-    """The energy as a sum: its own, where it is one; nesting flattens."""
-    return p.terms if isinstance(p, Combination) else ((1.0, p.energy),)
-
-
-def _says_where_to_start(p: UnnormalizedEnergy) -> bool:
-    return type(p).starting_points is not UnnormalizedEnergy.starting_points
-
-
-def _owner(f: Any) -> Distribution:
-    return f.__self__
-
-
-def _written(terms: Sequence[Term]) -> str:
-    """The sum as a formula, such as ``ring - 0.5 moons - log Normal``."""
-    text = ""
-    for c, f in terms:
-        owner = _owner(f)
-        factor, sign = "c ", "+"
-        if not isinstance(c, Tensor):
-            factor, sign = "" if abs(c) == 1 else f"{abs(c):g} ", "-" if c < 0 else "+"
-        log = "" if f == getattr(owner, "energy", None) else "log "
-        text += f" {sign} {factor}{log}{name_of(owner)}"
-    return text.removeprefix(" + ").strip() or "0"
-
-
-__all__ = ["Combination", "IntegrabilityWarning", "LinearEnergy", "negation", "product", "tempered"]

@@ -24,7 +24,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from pyro_ebm.distributions.checks.arguments import normalizers_minded
+from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled
 from pyro_ebm.distributions.checks.energy_calls import at_site
 from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.core.introspection import modules
@@ -207,7 +207,7 @@ class EnergyLoss(Trace_ELBO):
         sites = _energy_sites(model_trace, noise)
         self._check_guide(sites, guide_trace, noise.keys() - sites.keys())
         model_trace.compute_log_prob(site_filter=lambda name, _: name not in sites)
-        with normalizers_minded():
+        with normalizers_handled():
             guide_trace.compute_score_parts()
             judged = []
             for name, site in sites.items():

@@ -22,9 +22,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 from torch.nn.functional import logsigmoid
 
+from pyro_ebm.distributions.core.wrappers import inside_event
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.sites import EnergySite
@@ -256,7 +256,7 @@ def checked_noise(site: EnergySite, loss: str) -> Any:
             f" would move the noise too: {loss} needs fixed data. Write the energy as a function"
             " of both instead"
         )
-    fn = _rows_of(fn, site.inner_dims)
+    fn = inside_event(fn, site.inner_dims)
     got = (tuple(fn.batch_shape), tuple(fn.event_shape))
     want = (tuple(site.batch_shape), tuple(site.energy.event_shape))
     if got != want:
@@ -265,15 +265,6 @@ def checked_noise(site: EnergySite, loss: str) -> Any:
             f" energy's rows {want[0]} and {want[1]}: put both in the same plates, with the same"
             " to_event"
         )
-    return fn
-
-
-def _rows_of(fn: Any, dims: int) -> Any:
-    """The distribution inside ``to_event(dims)``, as far as there is one."""
-    while dims > 0 and isinstance(fn, Independent):
-        inner = fn.reinterpreted_batch_ndims
-        fn = fn.base_dist if inner <= dims else fn.base_dist.to_event(inner - dims)
-        dims -= min(inner, dims)
     return fn
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_ebm.distributions.core.masks import unmasked
+from pyro_ebm.distributions.core.supports import is_unbounded
+from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.arguments import check_tensor
 
@@ -106,7 +106,7 @@ def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> Ene
         )
     if site["is_observed"]:
         _check_dtype(name, fn, x)
-    x = fn._broadcast(x)
+    x = fn.broadcast(x)
     batch = x.shape[: x.dim() - fn.event_dim]
     if mask is not None:
         mask = mask.to(x.device).expand(batch)
@@ -148,9 +148,9 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             f"the data at site {name!r} hold NaN or infinite values: mask those rows"
             " (poutine.mask) or drop them"
         )
-    if not (_on_the_reals(energy) or energy.support.check(x).all()):
+    if not (is_unbounded(energy.support) or energy.support.check(x).all()):
         try:
-            energy._validate_sample(x)  # an energy may know better what is wrong
+            energy.check_values(x)  # the error of its own class may say more
         except ValueError as error:
             raise ValueError(
                 f"the data at site {name!r} leave the energy's support {energy.support}: {error}"
@@ -159,14 +159,6 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             f"the data at site {name!r} leave the energy's support {energy.support}: give the"
             " support that they live on"
         )
-
-
-def _on_the_reals(energy: UnnormalizedEnergy) -> bool:
-    """Whether every finite point lies in the support."""
-    support = energy.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real
 
 
 def leaves(tensor: Tensor) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ Pyro's own ``HMC`` and ``NUTS`` stand beside this package's kernels.
 
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 
+from pyro_ebm.distributions.core.sampler import ChainDiagnostics
 from pyro_ebm.mcmc.exchange.inner_steps import InnerStepsReport, inner_steps_report
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.kernels.base import Kernel
@@ -30,7 +31,6 @@ from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.running.mcmc import MCMC
-from pyro_ebm.mcmc.short_run import ChainDiagnostics
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.models.checks.intractability import NormalizerError, check_normalizers
 from pyro_ebm.models.sites.site import Site

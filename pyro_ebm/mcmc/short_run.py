@@ -1,12 +1,11 @@
 """Many short chains of an energy, each giving one approximate draw."""
 
-from typing import Any, NamedTuple
-
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
+from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
@@ -18,23 +17,18 @@ from pyro_ebm.ops.arguments import shown
 MAX_STEPS = 30  # of a trajectory; 15 in the mean
 
 
-class ChainDiagnostics(NamedTuple):
-    """The evidence for and against the draws of short chains, from their second halves.
+def own_kernel(energy: UnnormalizedEnergy) -> Kernel | None:
+    """The kernel that an energy was given, None if it was given none.
 
-    R-hat and the effective sample size are the worst over the event's elements, one for each batch
-    element.
+    Raises:
+        TypeError: if it is no kernel of this package.
     """
-
-    r_hat: Tensor
-    """Split R-hat, shape ``batch_shape``; near 1 if the chains agree."""
-    ess: Tensor
-    """Effective sample size of all chains together, shape ``batch_shape``."""
-    acceptance_rate: Tensor
-    """Mean acceptance probability, shape ``batch_shape``."""
-    step_size: Tensor
-    """The adapted step size, shape ``batch_shape``."""
-    num_divergences: int
-    """Number of divergent transitions, all batch elements together."""
+    kernel = energy.kernel
+    if kernel is None or isinstance(kernel, Kernel):
+        return kernel
+    raise TypeError(
+        f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
+    )
 
 
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
@@ -63,9 +57,9 @@ def sampling_kernel(energy: UnnormalizedEnergy) -> Kernel:
         >>> sampling_kernel(UnnormalizedEnergy(torch.square))
         ChEESKernel()
     """
-    if energy.kernel is not None:
-        return energy.kernel
-    kernel: Any = default_kernel(energy)
+    if (own := own_kernel(energy)) is not None:
+        return own
+    kernel = default_kernel(energy)
     if isinstance(kernel, LangevinKernel):
         kernel = ChEESKernel()
         kernel.max_steps = MAX_STEPS
@@ -93,10 +87,6 @@ def short_run(
     n, steps = sample_shape.numel(), energy.num_steps
     shape = sample_shape + energy.batch_shape + energy.event_shape
     kernel = sampling_kernel(energy)
-    if not isinstance(kernel, Kernel):
-        raise TypeError(
-            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
-        )
     refuse_temperature(
         kernel,
         f"{energy!r} is to be drawn at temperature 1 (that of another, p^(1/T), is"
@@ -140,3 +130,6 @@ def short_run(
         step_size,
         int(diverging),
     )
+
+
+register_sampler(short_run)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.distributions.core.masks import unmasked
 from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.models.provenance import HostReads
 from pyro_ebm.models.sites.init import latents_of
 from pyro_ebm.models.sites.site import to_support

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.core.discrete import support_values_of
-from pyro_ebm.distributions.core.introspection import unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.exponential.quadrature import (
@@ -239,7 +239,7 @@ def _certain(p: UnnormalizedEnergy, value: Any, method: str) -> NormalizerEstima
 
 
 def _is_closed_form(p: UnnormalizedEnergy) -> bool:
-    return isinstance(p, ExponentialFamily) and p._normalized_parts is not None
+    return isinstance(p, ExponentialFamily) and p.normalized_parts is not None
 
 
 def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:

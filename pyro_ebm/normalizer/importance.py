@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions.core.introspection import modules, unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.normalizer.estimate_result import (
     NormalizerEstimate,
@@ -60,7 +60,7 @@ def _log_weights(p: UnnormalizedEnergy, q: Any, x: Tensor) -> Tensor:
     """``log p~ - log q``, and ``-inf`` outside the support, shape ``(n, *batch)``."""
     inside = p.support.check(x)
     log_q = unvalidated(q).log_prob(x)
-    with eval_mode(modules(p._energy)):
+    with eval_mode(p.modules):
         log_p = unvalidated(p).unnormalized_log_prob(x)
     return torch.where(inside, log_p - log_q, -torch.inf)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pyro_ebm.distributions.checks.arguments import expands
 from pyro_ebm.distributions.checks.rows import check_rows
-from pyro_ebm.distributions.core.introspection import modules
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.normalizer.estimate_result import digits, places
 from pyro_ebm.ops.arguments import check_tensor, shown
@@ -113,7 +112,7 @@ def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = Non
         )
     if data.isnan().any() or not p.support.check(data).all():
         raise ValueError(f"the data hold NaN, or leave the energy's support {p.support}")
-    with eval_mode(modules(p._energy)):
+    with eval_mode(p.modules):
         check_rows(p, data[:ROWS_COMPARED], f"the energy {p!r}")
         density = p.unnormalized_log_prob(data)
     if density.isnan().any():

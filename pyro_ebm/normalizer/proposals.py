@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from pyro_ebm.distributions.core.parts import support_of
-from pyro_ebm.distributions.core.supports import contains
+from pyro_ebm.distributions.core.supports import contains, support_of
+from pyro_ebm.distributions.core.wrappers import improper_part
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.mcmc.adaptation.warmup import PooledCovariance
@@ -247,15 +245,6 @@ class _Zero:
         return x.new_zeros(x.shape[: x.dim() - self.event_dim])
 
 
-def _improper_part(q: Any) -> str | None:
-    """The part of a distribution that is masked, a point mass or improper, by name."""
-    if isinstance(q, MaskedDistribution | Delta | ImproperUniform):
-        return type(q).__name__
-    names = ("base_dist", "_component_distribution", "component0", "component1")
-    parts = (getattr(q, name, None) for name in names)
-    return next((found for p in parts if p is not None and (found := _improper_part(p))), None)
-
-
 def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
     """A normalized distribution that can be drawn from exactly and covers the energy's support.
 
@@ -284,9 +273,9 @@ def checked_proposal(q: Any, p: UnnormalizedEnergy) -> Any:
             f"{name} is an energy whose log Z is {energy.normalizer_state}: propose from a"
             " normalized distribution"
         )
-    if (hollow := _improper_part(q)) is not None:
+    if (improper := improper_part(q)) is not None:
         raise ValueError(
-            f"{name} holds a {hollow}, whose log_prob is no density that integrates to 1: propose"
+            f"{name} holds a {improper}, whose log_prob is no density that integrates to 1: propose"
             " from the distribution without it"
         )
     if not has_exact_draws(q):

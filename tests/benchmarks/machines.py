@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import BernoulliRBM
 
-from pyro_ebm.distributions import RBM
+from pyro_ebm.distributions import RBM, RBMModule
 from pyro_ebm.losses import fit_rbm
 from tests.benchmarks.harness import Options, Row, progress, versions
 
@@ -65,7 +65,7 @@ def ours(x: torch.Tensor, test: torch.Tensor, seed: int, **settings: Any) -> Cur
         judging += time.perf_counter() - now
 
     start = time.perf_counter()
-    net = RBM.module(64, NUM_HIDDEN, x, centered=True)
+    net = RBMModule(64, NUM_HIDDEN, x, centered=True)
     fit_rbm(net, x, callback=watch, disable_progbar=True, **settings)
     return curve
 

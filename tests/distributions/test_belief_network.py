@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_ebm.distributions import RBM, DeepBeliefNetwork, GaussianRBMModule, RBMModule
+from pyro_ebm.distributions import DeepBeliefNetwork, GaussianRBMModule, RBMModule
 
 WIDTHS = (4, 3, 2)
 
@@ -20,7 +20,7 @@ def bits(n, dtype=torch.float64):
 def network(widths=WIDTHS, scale=0.8):
     machines = []
     for n, m in itertools.pairwise(widths):
-        net = RBM.module(n, m, weight_scale=scale).double()
+        net = RBMModule(n, m, weight_scale=scale).double()
         with torch.no_grad():
             net.visible_bias.normal_(std=scale)
             net.hidden_bias.normal_(std=scale)
@@ -68,7 +68,7 @@ def test_the_bound_is_the_evidence_minus_the_divergence_of_q():
 def test_a_top_that_is_the_machine_below_upside_down_closes_the_gap():
     # p_top(h) = p_1(h) if the top machine is the first one upside down: the network is the first
     first = network((4, 3)).machines[0]
-    top = RBM.module(3, 4).double()
+    top = RBMModule(3, 4).double()
     with torch.no_grad():
         top.weights.copy_(first.weights.T)
         top.visible_bias.copy_(first.hidden_bias)
@@ -132,7 +132,7 @@ def test_saved_and_restored():
 def test_bad_input():
     with pytest.raises(ValueError, match="at least one"):
         DeepBeliefNetwork([])
-    with pytest.raises(ValueError, match=r"must be modules, such as RBM\.module"):
+    with pytest.raises(ValueError, match=r"must be modules, such as RBMModule"):
         DeepBeliefNetwork([RBMModule(3, 2)()])
     with pytest.raises(ValueError, match=r"machine 0 has 2 hidden .* has 3 visible"):
         DeepBeliefNetwork([RBMModule(4, 2), RBMModule(3, 2)])

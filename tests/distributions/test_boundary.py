@@ -7,7 +7,7 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 
 from pyro_ebm.distributions.checks.boundary import check_inside, inside, margins, too_many
-from pyro_ebm.distributions.exponential.positive_definite import positive_definite
+from pyro_ebm.distributions.core.positive_definite import positive_definite
 
 EPS = torch.finfo(torch.float32).eps
 

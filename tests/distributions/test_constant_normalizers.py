@@ -27,6 +27,7 @@ from pyro_ebm.distributions import (
     BoltzmannMachine,
     DeepBeliefNetwork,
     ExponentialFamily,
+    RBMModule,
     mixture,
     product,
 )
@@ -298,8 +299,8 @@ def test_weights_of_fixed_components_are_shares():
 
 
 def test_modules():
-    machine = RBM.module(3, 2)
-    network = DeepBeliefNetwork([RBM.module(4, 3), machine])
+    machine = RBMModule(3, 2)
+    network = DeepBeliefNetwork([RBMModule(4, 3), machine])
 
     def model():
         pyro.module("machine", machine)

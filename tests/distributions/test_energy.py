@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import find_energy
-from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
 
 
 def half_square(x):

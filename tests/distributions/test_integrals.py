@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions.exponential.positive_definite import (
+from pyro_ebm.distributions.core.positive_definite import (
     FromLowerTriangle,
     positive_definite,
 )

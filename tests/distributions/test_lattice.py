@@ -23,7 +23,7 @@ def as_pairs(edges):
 @pytest.mark.parametrize("periodic", [True, False])
 def test_a_lattice_is_that_of_networkx(shape, periodic):
     edges = lattice_edges(*shape, periodic=periodic)
-    grid = networkx.InteractionGraph()
+    grid = networkx.Graph()
     places = list(itertools.product(*map(range, shape)))  # row by row
     for i, place in enumerate(places):
         for axis, side in enumerate(shape):

@@ -87,7 +87,7 @@ def test_a_machine_is_refreshed():
 
 def test_start():
     data = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    net = RBM.module(3, 1000, data)
+    net = RBMModule(3, 1000, data)
     assert isinstance(net, RBMModule)
     # (ones + 1) / (zeros + 1): finite for pixels that never change
     assert_close(net.visible_bias.exp(), torch.tensor([4.0, 0.25, 2 / 3]))
@@ -98,44 +98,44 @@ def test_start():
     assert_close(net().visible_bias, net.visible_bias)
     assert_close(net().hidden_bias, net.hidden_bias)
     assert not net.visible_offset.any()
-    assert_close(RBM.module(3, 2).visible_bias, torch.zeros(3))
+    assert_close(RBMModule(3, 2).visible_bias, torch.zeros(3))
 
 
 def test_offsets_start_at_the_means():
     data = bars()
-    net = RBM.module(6, 2, data, centered=True)
+    net = RBMModule(6, 2, data, centered=True)
     assert_close(net.visible_offset, data.mean(0))
     assert_close(net.hidden_offset, torch.full((2,), 0.5).double())
-    assert_close(RBM.module(6, 2, centered=True).visible_offset, torch.full((6,), 0.5))
-    assert_close(GaussianRBM.module(6, 2, data, centered=True).visible_offset, data.mean(0))
-    assert not GaussianRBM.module(6, 2, centered=True).visible_offset.any()
+    assert_close(RBMModule(6, 2, centered=True).visible_offset, torch.full((6,), 0.5))
+    assert_close(GaussianRBMModule(6, 2, data, centered=True).visible_offset, data.mean(0))
+    assert not GaussianRBMModule(6, 2, centered=True).visible_offset.any()
 
 
 def test_weights_come_from_a_seed():
     def weights(seed):
         generator = torch.Generator().manual_seed(seed)
-        return RBM.module(3, 2, weight_scale=1.0, generator=generator).weights
+        return RBMModule(3, 2, weight_scale=1.0, generator=generator).weights
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
     pyro.set_rng_seed(3)
-    first = RBM.module(3, 2).weights
+    first = RBMModule(3, 2).weights
     pyro.set_rng_seed(3)
-    assert torch.equal(first, RBM.module(3, 2).weights)
+    assert torch.equal(first, RBMModule(3, 2).weights)
 
 
 def test_dtype_follows_the_data():
     data = bars()
-    assert RBM.module(6, 2, data).weights.dtype == torch.float64
+    assert RBMModule(6, 2, data).weights.dtype == torch.float64
     for dtype in [torch.bool, torch.uint8, torch.float32]:
-        net = RBM.module(6, 2, data.to(dtype), centered=True)
+        net = RBMModule(6, 2, data.to(dtype), centered=True)
         assert {v.dtype for v in net.state_dict().values()} == {torch.float32}
     assert net.double()().weights.dtype == torch.float64
 
 
 def test_gaussian_start():
     data = 5 + torch.randn(100, 3).double() * torch.tensor([0.1, 1.0, 10.0])
-    net = GaussianRBM.module(3, 500, data)
+    net = GaussianRBMModule(3, 500, data)
     p = net()
     assert isinstance(net, GaussianRBMModule)
     assert isinstance(p, GaussianRBM)
@@ -143,8 +143,8 @@ def test_gaussian_start():
     assert_close(p.scale, data.std(0, correction=0))
     ratio = net.weights.std(1) / (0.01 * p.scale)  # weights have the units of x
     assert ((ratio > 0.8) & (ratio < 1.2)).all()
-    assert_close(GaussianRBM.module(3, 2)().scale, torch.ones(3))
-    fixed = GaussianRBM.module(3, 2, data, learn_scale=False)
+    assert_close(GaussianRBMModule(3, 2)().scale, torch.ones(3))
+    fixed = GaussianRBMModule(3, 2, data, learn_scale=False)
     assert "log_scale" not in dict(fixed.named_parameters())
     assert_close(fixed().scale, p.scale)
     assert "log_scale" in fixed.state_dict()
@@ -206,7 +206,7 @@ def test_recentering_changes_offsets_and_not_the_density():
 @pytest.mark.parametrize("learn_scale", [True, False])
 def test_gaussian_recentering_leaves_the_density(learn_scale):
     data = 5 + 3 * torch.randn(50, 3, dtype=torch.float64)
-    net = GaussianRBM.module(3, 2, data, centered=True, weight_scale=0.5, learn_scale=learn_scale)
+    net = GaussianRBMModule(3, 2, data, centered=True, weight_scale=0.5, learn_scale=learn_scale)
     other = 2 + torch.randn(50, 3, dtype=torch.float64)
     before = net().mixture().log_prob(data).detach()
     net.recenter(other, rate=0.5)
@@ -217,7 +217,7 @@ def test_gaussian_recentering_leaves_the_density(learn_scale):
 def test_gaussian_centered_gradient():
     # d/dW log p = E[(x - mu)(z - lambda)' / s^2 | data] - E[...] of the model
     data = torch.randn(6, 2, dtype=torch.float64)
-    net = GaussianRBM.module(2, 2, data, centered=True, weight_scale=1.0)
+    net = GaussianRBMModule(2, 2, data, centered=True, weight_scale=1.0)
     with torch.no_grad():
         net.visible_offset += torch.tensor([0.3, -2.0])
         net.hidden_offset += torch.tensor([0.2, -0.1])
@@ -235,8 +235,8 @@ def test_gaussian_centered_gradient():
 @pytest.mark.parametrize("recenter", [0.0, 0.1])
 def test_flipped_data_are_learned_the_same_way_when_centered(recenter):
     data = bars()
-    net = RBM.module(6, 3, data, centered=True, weight_scale=0.5)
-    flipped = RBM.module(6, 3, 1 - data, centered=True)
+    net = RBMModule(6, 3, data, centered=True, weight_scale=0.5)
+    flipped = RBMModule(6, 3, 1 - data, centered=True)
     with torch.no_grad():
         flipped.weights.copy_(-net.weights)  # the mirror image of the same machine
     values = ascend(net, data, 100, recenter=recenter)
@@ -249,8 +249,8 @@ def test_flipped_data_are_learned_the_same_way_when_centered(recenter):
 
 def test_flipped_data_are_learned_differently_when_not_centered():
     data = bars()
-    net = RBM.module(6, 3, data, weight_scale=0.5)
-    flipped = RBM.module(6, 3, 1 - data)
+    net = RBMModule(6, 3, data, weight_scale=0.5)
+    flipped = RBMModule(6, 3, 1 - data)
     with torch.no_grad():
         # x' W z = -(1 - x)' W z + 1' W z
         flipped.weights.copy_(-net.weights)
@@ -266,7 +266,7 @@ def test_flipped_data_are_learned_differently_when_not_centered():
 @pytest.mark.parametrize("centered", [False, True])
 def test_trains_in_a_model_by_exact_likelihood(centered):
     data = bars().float().repeat(4, 1)
-    net = RBM.module(6, 6, data, centered=centered)
+    net = RBMModule(6, 6, data, centered=centered)
 
     def model(x):
         rbm = pyro.module("rbm", net)
@@ -295,7 +295,7 @@ def test_trains_by_contrastive_divergence(persistent):
     truth = RBM(2 * w, b - w.sum(1), c - w.sum(0))
     truth = truth.normalized(truth.exact_log_normalizer())
     data, every = truth.exact_sample((2000,)), all_bits(4)
-    net = RBM.module(4, 3, data, centered=True)
+    net = RBMModule(4, 3, data, centered=True)
 
     def divergence():
         p = net()
@@ -321,7 +321,7 @@ def test_trains_by_contrastive_divergence(persistent):
 
 
 def test_gray_data_are_refused_by_the_losses():
-    net = RBM.module(4, 3)
+    net = RBMModule(4, 3)
 
     def model(x):
         rbm = pyro.module("rbm", net)
@@ -343,10 +343,10 @@ def test_state_dict_holds_the_offsets():
         assert_close(other().energy(data), net().energy(data))
 
 
-@pytest.mark.parametrize("family", [RBM, GaussianRBM])
+@pytest.mark.parametrize("family", [RBMModule, GaussianRBMModule])
 def test_pickles_and_copies(family):
     data = torch.bernoulli(torch.full((20, 4), 0.5))
-    net = family.module(4, 3, data, centered=True)
+    net = family(4, 3, data, centered=True)
     for clone in [pickle.loads(pickle.dumps(net)), copy.deepcopy(net)]:
         assert_close(clone().energy(data), net().energy(data))
         clone.recenter(data)
@@ -354,7 +354,7 @@ def test_pickles_and_copies(family):
 
 def test_conditional_use():
     # biases computed from a context make a batch of machines
-    net, context = RBM.module(4, 3), torch.randn(10, 2)
+    net, context = RBMModule(4, 3), torch.randn(10, 2)
     bias = torch.nn.Linear(2, 4)
     p = RBM(net.weights, net.visible_bias + bias(context), net.hidden_bias)
     assert p.batch_shape == (10,)
@@ -378,24 +378,24 @@ def test_conditional_use():
 )
 def test_bad_data(data, says):
     with pytest.raises(ValueError, match=says):
-        RBM.module(4, 3, data)
+        RBMModule(4, 3, data)
 
 
 def test_bad_gaussian_data():
     with pytest.raises(ValueError, match=r"NaN or infinite"):
-        GaussianRBM.module(4, 3, torch.full((5, 4), torch.inf))
+        GaussianRBMModule(4, 3, torch.full((5, 4), torch.inf))
     data = torch.randn(5, 4)
     data[:, 2] = 1
     with pytest.raises(ValueError, match=r"columns \[2\] of the data are constant"):
-        GaussianRBM.module(4, 3, data)
+        GaussianRBMModule(4, 3, data)
 
 
 def test_bad_calls():
     with pytest.raises(ValueError, match=r"num_visible must be an integer of at least 1, got 0"):
-        RBM.module(0, 3)
+        RBMModule(0, 3)
     with pytest.raises(ValueError, match=r"centered=True"):
-        RBM.module(4, 3).recenter(torch.ones(5, 4))
-    net = RBM.module(4, 3, centered=True)
+        RBMModule(4, 3).recenter(torch.ones(5, 4))
+    net = RBMModule(4, 3, centered=True)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\], got 2"):
         net.recenter(torch.ones(5, 4), rate=2.0)
     with pytest.raises(ValueError, match=r"0 or 1"):

@@ -10,16 +10,15 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions.checks.arguments import lift_support
 from pyro_ebm.distributions.core.introspection import (
     bounds_of,
     first_tensor,
     modules,
     sources,
     tensors_of,
-    uniform_start,
-    unvalidated,
 )
+from pyro_ebm.distributions.core.supports import lift_support, uniform_start
+from pyro_ebm.distributions.core.wrappers import unvalidated
 
 GLOBAL_NET = nn.Sequential(nn.Linear(2, 1), nn.Dropout())
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from pyro_ebm import ContrastiveDivergence
-from pyro_ebm.distributions import RBM, DeepBeliefNetwork, GaussianRBM
-from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
+from pyro_ebm.distributions import (
+    RBM,
+    DeepBeliefNetwork,
+    GaussianRBM,
+    GaussianRBMModule,
+    RBMModule,
+)
 from pyro_ebm.losses import fit_layers, fit_rbm
 from pyro_ebm.losses.contrastive import fit_rbm as layers
 from pyro_ebm.losses.contrastive.rbm_gradient import ClosedFormStep
@@ -39,7 +44,7 @@ def entropy():
 @pytest.mark.parametrize("centered", [True, False])
 def test_a_machine_learns_the_patterns(centered):
     train, test = patterns(2000), patterns(5000)
-    net = RBM.module(6, 2, train, centered=centered)
+    net = RBMModule(6, 2, train, centered=centered)
     before = log_likelihood(net(), test)
     told = fit_rbm(net, train, num_epochs=30, disable_progbar=True)
     assert len(told) == 30
@@ -51,7 +56,7 @@ def test_a_machine_learns_the_patterns(centered):
 
 def test_the_parameter_store_is_left_alone():
     pyro.param("weights", torch.tensor(3.0))
-    fit_rbm(RBM.module(6, 2), patterns(100), num_epochs=1, disable_progbar=True)
+    fit_rbm(RBMModule(6, 2), patterns(100), num_epochs=1, disable_progbar=True)
     assert list(pyro.get_param_store()) == ["weights"]
     assert pyro.param("weights") == 3.0
 
@@ -59,7 +64,7 @@ def test_the_parameter_store_is_left_alone():
 def test_probabilities_are_drawn_anew():
     # data of one row of probabilities: the machine must learn these frequencies, not that row
     p = torch.tensor([0.2, 0.9, 0.5])
-    net = RBM.module(3, 1)
+    net = RBMModule(3, 1)
     fit_rbm(net, p.expand(1000, 3), num_epochs=60, disable_progbar=True)
     x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
     machine = net()
@@ -72,7 +77,7 @@ def test_a_gaussian_machine_learns_too():
     centers = torch.tensor([[3.0, 3.0], [-3.0, -3.0]])
     x = centers[torch.randint(2, (2000,))] + torch.randn(2000, 2)
     x = (x - x.mean(0)) / x.std(0)
-    net = GaussianRBM.module(2, 2, x, centered=True)
+    net = GaussianRBMModule(2, 2, x, centered=True)
     before = log_likelihood(net(), x)
     fit_rbm(net, x, num_epochs=60, lr=0.02, disable_progbar=True)
     assert log_likelihood(net(), x) > before + 0.5
@@ -80,7 +85,7 @@ def test_a_gaussian_machine_learns_too():
 
 def test_callbacks_and_layers():
     data, seen = patterns(200), []
-    net = DeepBeliefNetwork([RBM.module(6, 4, data), RBM.module(4, 2)])
+    net = DeepBeliefNetwork([RBMModule(6, 4, data), RBMModule(4, 2)])
     told = fit_layers(
         net,
         data,
@@ -95,18 +100,18 @@ def test_callbacks_and_layers():
 @pytest.mark.parametrize("means", [True, False])
 def test_layers_raise_the_bound(means):
     train, test = patterns(2000), patterns(2000)
-    machines = [RBM.module(6, 3, train, centered=True), RBM.module(3, 3, centered=True)]
+    machines = [RBMModule(6, 3, train, centered=True), RBMModule(3, 3, centered=True)]
     net = DeepBeliefNetwork(machines)
     fit_layers(net, train, means=means, num_epochs=40, disable_progbar=True)
     assert net.lower_bound(test).mean() > -entropy() - 0.25
     # the second machine has seen the first one's hidden units: a fresh one knows nothing
-    fresh = DeepBeliefNetwork([machines[0], RBM.module(3, 3)])
+    fresh = DeepBeliefNetwork([machines[0], RBMModule(3, 3)])
     assert net.lower_bound(test).mean() > fresh.lower_bound(test).mean() + 0.2
 
 
 def test_own_loss_is_used():
     loss = ContrastiveDivergence(num_steps=3, persistent=True, num_chains=7)
-    fit_rbm(RBM.module(6, 2), patterns(50), 1, 10, loss=loss, disable_progbar=True)
+    fit_rbm(RBMModule(6, 2), patterns(50), 1, 10, loss=loss, disable_progbar=True)
     assert loss.chains["x"].shape == (7, 6)
 
 
@@ -125,7 +130,7 @@ def test_own_loss_is_used():
 def test_bad_input(change, message):
     arguments = {"data": patterns(20), "num_epochs": 1, **change}
     with pytest.raises(ValueError, match=message):
-        fit_rbm(RBM.module(6, 2), disable_progbar=True, **arguments)
+        fit_rbm(RBMModule(6, 2), disable_progbar=True, **arguments)
 
 
 # -- steps in closed form ------------------------------------------------------------------------
@@ -194,7 +199,7 @@ class Tied(RBMModule):
 
 
 def hooked():
-    net = RBM.module(6, 4)
+    net = RBMModule(6, 4)
     net.weights.register_hook(lambda grad: 0 * grad)
     return net
 
@@ -204,11 +209,11 @@ def hooked():
     [
         (Tied(6, 4), {}),
         (hooked(), {}),
-        (torch.nn.utils.parametrizations.weight_norm(RBM.module(6, 4), "weights"), {}),
-        (RBM.module(6, 4), {"energy_penalty": 0.1}),
-        (RBM.module(6, 4), {"num_particles": 2}),
-        (RBM.module(6, 4), {"monitor": lambda p: p.exact_log_normalizer()}),
-        (GaussianRBM.module(6, 4), {"kernel": LangevinKernel()}),
+        (torch.nn.utils.parametrizations.weight_norm(RBMModule(6, 4), "weights"), {}),
+        (RBMModule(6, 4), {"energy_penalty": 0.1}),
+        (RBMModule(6, 4), {"num_particles": 2}),
+        (RBMModule(6, 4), {"monitor": lambda p: p.exact_log_normalizer()}),
+        (GaussianRBMModule(6, 4), {"kernel": LangevinKernel()}),
     ],
     ids=["subclass", "hook", "parametrized", "penalty", "particles", "monitor", "kernel"],
 )
@@ -228,7 +233,7 @@ def test_frozen_parameters_stay(monkeypatch):
         if not closed:
             monkeypatch.setattr(layers.ClosedFormStep, "of", lambda *args: None)
         pyro.set_rng_seed(0)
-        net = RBM.module(6, 4).double()
+        net = RBMModule(6, 4).double()
         net.visible_bias.requires_grad_(False)
         fit_rbm(net, patterns(100).double(), 3, 20, disable_progbar=True)
         assert not net.visible_bias.any()
@@ -237,7 +242,7 @@ def test_frozen_parameters_stay(monkeypatch):
 
 
 def test_parameters_that_are_no_numbers_are_refused():
-    net = RBM.module(6, 2)
+    net = RBMModule(6, 2)
     with pytest.raises(ValueError, match="Expected parameter weights"):
         fit_rbm(
             net,
@@ -251,11 +256,11 @@ def test_parameters_that_are_no_numbers_are_refused():
 def test_real_data_must_be_finite():
     data = torch.tensor([[0.0, 1.0], [torch.inf, 2.0]])
     with pytest.raises(ValueError, match="hold NaN or infinite values"):
-        fit_rbm(GaussianRBM.module(2, 2), data, 1, disable_progbar=True)
+        fit_rbm(GaussianRBMModule(2, 2), data, 1, disable_progbar=True)
 
 
 def test_layers_take_no_loss():
-    net = DeepBeliefNetwork([RBM.module(6, 2)])
+    net = DeepBeliefNetwork([RBMModule(6, 2)])
     with pytest.raises(ValueError, match="a loss holds the chains of one machine"):
         fit_layers(net, patterns(20), loss=ContrastiveDivergence())
 
@@ -266,7 +271,7 @@ def test_bars_and_stripes_to_a_tenth_of_the_ceiling():
     stripes = bits[:, None, :].expand(16, 4, 4).reshape(16, 16)
     data = torch.cat([bars, stripes]).unique(dim=0)
     assert len(data) == 30
-    net = RBM.module(16, 24, data, centered=True, weight_scale=0.1)
+    net = RBMModule(16, 24, data, centered=True, weight_scale=0.1)
     # many chains, some of them started anew: the energy must not outrun them
     settings = {"persistent": True, "num_chains": 2000, "restart_prob": 0.02}
     loss = ContrastiveDivergence(num_steps=10, **settings)

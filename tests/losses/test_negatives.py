@@ -13,7 +13,7 @@ from pyro.infer import SVI
 from torch import nn
 
 from pyro_ebm import ContrastiveDivergence, LangevinKernel, MHKernel, UnnormalizedEnergy
-from pyro_ebm.distributions import RBM
+from pyro_ebm.distributions import RBM, RBMModule
 from pyro_ebm.losses.contrastive import negatives
 from pyro_ebm.losses.contrastive.negatives import MAX_KEPT, STRANGERS
 from pyro_ebm.mcmc import CompositeKernel, GibbsKernel
@@ -242,7 +242,7 @@ def test_settings_of_the_kernel_count(graphs):
 
 def test_block_gibbs_and_composite_kernels():
     torch.manual_seed(0)
-    net, x = RBM.module(4, 3), torch.bernoulli(torch.full((6, 4), 0.5))
+    net, x = RBMModule(4, 3), torch.bernoulli(torch.full((6, 4), 0.5))
     ends = []
     for flag in (False, "capture"):
         pyro.set_rng_seed(0)

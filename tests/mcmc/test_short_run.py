@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import mixture
-from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.mcmc import ChainDiagnostics, CompositeKernel, LangevinKernel, MHKernel
 
 HOT_PAIR = CompositeKernel(kernels=[LangevinKernel(temperature=2.0)] * 2)

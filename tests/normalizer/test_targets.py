@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from pyro_ebm import UnnormalizedEnergy
-from pyro_ebm.distributions import RBM, GaussianRBM
+from pyro_ebm.distributions import GaussianRBMModule, RBMModule
 from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
 from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.distributions.boltzmann.potts import Potts
@@ -187,7 +187,7 @@ def digits():
 def trained():
     """A machine on digits, whose 12 hidden units can be enumerated."""
     pyro.set_rng_seed(0)
-    net = RBM.module(64, 12, digits(), centered=True)
+    net = RBMModule(64, 12, digits(), centered=True)
     fit_rbm(net, digits()[:1500], num_epochs=10, batch_size=10, lr=0.01, disable_progbar=True)
     return net.requires_grad_(False)()
 
@@ -217,7 +217,7 @@ def test_data_in_place_of_draws():
 
 def test_a_machine_with_real_units():
     data = torch.tensor(load_digits().data[:, [18, 20, 27, 28, 35, 36, 43, 45]] / 16).float()
-    net = GaussianRBM.module(data.shape[1], 6, data)
+    net = GaussianRBMModule(data.shape[1], 6, data)
     fit_rbm(net, data, num_epochs=5, lr=0.01, disable_progbar=True)
     p = net.requires_grad_(False)()
     log_z = p.exact_log_normalizer()

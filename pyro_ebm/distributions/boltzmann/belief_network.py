@@ -40,15 +40,14 @@ class DeepBeliefNetwork(nn.Module):
     Train it with :func:`pyro_ebm.losses.fit_layers`, layer by layer.
 
     Args:
-        machines: the machines from the bottom up, as ``[RBM.module(64, 32), RBM.module(32, 16)]``.
+        machines: the machines from the bottom up, as ``[RBMModule(64, 32), RBMModule(32, 16)]``.
 
     Raises:
         ValueError: if there are none, a hidden layer is not as wide as the visible layer of the
             next machine, or a machine of real visible units stands on another.
 
     Example:
-        >>> from pyro_ebm.distributions import RBM
-        >>> network = DeepBeliefNetwork([RBM.module(6, 4), RBM.module(4, 3)])
+        >>> network = DeepBeliefNetwork([RBMModule(6, 4), RBMModule(4, 3)])
         >>> network
         DeepBeliefNetwork(6, 4, 3)
         >>> x = network.sample((10,))
@@ -66,10 +65,10 @@ class DeepBeliefNetwork(nn.Module):
         for machine in machines:
             if not isinstance(machine, RBMModule):
                 raise ValueError(
-                    f"machines must be modules, such as RBM.module(64, 32), got {shown(machine)}"
+                    f"machines must be modules, such as RBMModule(64, 32), got {shown(machine)}"
                 )
         if not machines:
-            raise ValueError("machines must hold at least one, such as [RBM.module(64, 32)]")
+            raise ValueError("machines must hold at least one, such as [RBMModule(64, 32)]")
         for i, (lower, upper) in enumerate(pairwise(machines)):
             hidden, visible = lower.weights.shape[1], upper.weights.shape[0]
             if hidden != visible:
@@ -80,7 +79,7 @@ class DeepBeliefNetwork(nn.Module):
             if isinstance(upper, GaussianRBMModule):
                 raise ValueError(
                     f"machine {i + 1} has real visible units, and the hidden units of machine {i}"
-                    " below it are bits: use RBM.module above the first"
+                    " below it are bits: use RBMModule above the first"
                 )
         self.machines = nn.ModuleList(machines)
 

@@ -15,7 +15,7 @@ computed from a context: each batch element is then a machine of its own, with i
 """
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions import (
@@ -28,11 +28,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.functional import softplus as _softplus
 
+from pyro_ebm.distributions.core.sampler import ChainKernel
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.integration.enumerate import log_sum_over_states, states, values_of_states
-
-if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernels.base import Kernel
 
 NUMBERS_PER_CHUNK = 2**21
 """How many preactivations an enumeration holds at once."""
@@ -77,7 +75,7 @@ class TwoLayers(UnnormalizedEnergy):
         batch_shape: tuple[int, ...] = (),
         *,
         log_normalizer: Tensor | float | None = None,
-        kernel: "Kernel | None" = None,
+        kernel: ChainKernel | None = None,
         num_steps: int = 100,
         learned_normalizer: bool | None = None,
         validate_args: bool | None = None,
@@ -160,7 +158,9 @@ class TwoLayers(UnnormalizedEnergy):
 
     _modules = ()  # parameters are tensors, and no network hides among them
 
-    def _like(self) -> Tensor:
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the parameters' dtype and device."""
         return self.weights.detach()
 
     def _uniform(self, shape: tuple[int, ...]) -> Tensor:

@@ -24,7 +24,7 @@ Reference:
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions import (
@@ -48,9 +48,6 @@ from pyro_ebm.distributions.boltzmann.bipartite import (
 )
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.integration.enumerate import states
-
-if TYPE_CHECKING:
-    from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule
 
 
 class GaussianRBM(TwoLayers):
@@ -225,24 +222,6 @@ class GaussianRBM(TwoLayers):
         probability = self.hidden_logits(x.to(self.weights.dtype)).sigmoid()
         z = (uniform < probability).to(self.weights.dtype)
         return (self.visible_mean(z) + self.scale * normal).to(x.dtype)
-
-    @staticmethod
-    def module(
-        num_visible: int, num_hidden: int, data: Tensor | None = None, **kwargs: Any
-    ) -> "GaussianRBMModule":
-        """An ``nn.Module`` whose call gives the machine of its current parameters.
-
-        Args:
-            num_visible: n, how many visible units.
-            num_hidden: m, how many hidden units.
-            data: points, shape ``(num, n)``, whose mean and standard deviation the visible bias
-                and the scale start at.
-            **kwargs: further arguments of
-                :class:`~pyro_ebm.distributions.boltzmann.rbm_module.GaussianRBMModule`.
-        """
-        from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule
-
-        return GaussianRBMModule(num_visible, num_hidden, data, **kwargs)
 
 
 __all__ = ["GaussianRBM"]

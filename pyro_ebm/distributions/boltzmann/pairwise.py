@@ -29,7 +29,7 @@ Reference:
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from pyro.distributions import Categorical, constraints
@@ -38,6 +38,7 @@ from torch import Tensor
 from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating, interactions
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import readable
+from pyro_ebm.distributions.core.sampler import ChainKernel
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.integration.enumerate import (
     check_enumerable,
@@ -45,9 +46,6 @@ from pyro_ebm.ops.integration.enumerate import (
     states,
     values_of_states,
 )
-
-if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernels.base import Kernel
 
 NUMBERS_PER_CHUNK = 2**20
 """How many numbers an enumeration holds at once."""
@@ -111,7 +109,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         values: constraints.Constraint,
         num_states: int | None = None,
         log_normalizer: Tensor | float | None = None,
-        kernel: "Kernel | None" = None,
+        kernel: ChainKernel | None = None,
         num_steps: int = 100,
         learned_normalizer: bool | None = None,
         validate_args: bool | None = None,
@@ -184,7 +182,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         Returns:
             The shape of ``x`` (broadcast against the batch).
         """
-        s, pairs = self._vectors(self._broadcast(x)), self.pairs
+        s, pairs = self._vectors(self.broadcast(x)), self.pairs
         weights = pairs.weights(self.couplings)
         fields = torch.cat([pairs.field(w, s, k) for k, w in enumerate(weights)], -2)
         return self._points(fields.index_select(-2, pairs.order.argsort()) + self._bias)
@@ -195,7 +193,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         Args:
             x: points, shape ``(*sample, *batch, *event)``.
         """
-        shape = self._vectors(self._broadcast(x)).shape[:-1]
+        shape = self._vectors(self.broadcast(x)).shape[:-1]
         # at least float32: the uniforms of bfloat16 are multiples of 2^-8
         dtype = torch.promote_types(self.couplings.dtype, torch.float32)
         return (torch.rand(shape, dtype=dtype, device=self.couplings.device),)
@@ -216,7 +214,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         Returns:
             Points, of the shape of ``x``.
         """
-        s, pairs = self._vectors(self._broadcast(x)), self.pairs
+        s, pairs = self._vectors(self.broadcast(x)), self.pairs
         sizes = [len(sites) for sites in pairs.blocks]
         bias = self._bias.expand(self._bias.shape[:-2] + (self.num_sites, s.shape[-1]))
         biases = bias.index_select(-2, pairs.order).split(sizes, -2)
@@ -367,7 +365,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
             new._log_normalizer = scale.new_tensor(
                 self.num_sites * math.log(len(self._support_values))
             )
-            new._normalized_parts = ()
+            new.normalized_parts = ()
         return new if new._batch_shape == batch else new.expand(batch)
 
     # -- plumbing ------------------------------------------------------------------------------
@@ -381,7 +379,9 @@ class PairwiseEnergy(UnnormalizedEnergy):
         """Vectors ``(..., n, b)`` as points ``(..., *event)``."""
         return s if self.event_dim == 2 else s[..., 0]
 
-    def _like(self) -> Tensor:
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the parameters' dtype and device."""
         return self.couplings.detach()
 
     def _check_values(self) -> None:

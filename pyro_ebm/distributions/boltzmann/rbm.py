@@ -24,7 +24,7 @@ Reference:
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions import (
@@ -42,9 +42,6 @@ from pyro_ebm.distributions.boltzmann.bipartite import (
     dot,
     softplus,
 )
-
-if TYPE_CHECKING:
-    from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
 
 
 class BinaryLayers(TwoLayers):
@@ -203,23 +200,6 @@ class RBM(BinaryLayers):
             )
         return self._sweep(x.to(self.weights.dtype), noise)[0].to(x.dtype)
 
-    @staticmethod
-    def module(
-        num_visible: int, num_hidden: int, data: Tensor | None = None, **kwargs: Any
-    ) -> "RBMModule":
-        """An ``nn.Module`` whose call gives the machine of its current parameters.
-
-        Args:
-            num_visible: n, how many visible units.
-            num_hidden: m, how many hidden units.
-            data: bits, shape ``(num, n)``, whose log-odds the visible bias starts at.
-            **kwargs: ``centered`` and further arguments of
-                :class:`~pyro_ebm.distributions.boltzmann.rbm_module.RBMModule`.
-        """
-        from pyro_ebm.distributions.boltzmann.rbm_module import RBMModule
-
-        return RBMModule(num_visible, num_hidden, data, **kwargs)
-
 
 class JointRBM(BinaryLayers):
     r"""A restricted Boltzmann machine over all its bits, visible and hidden.
@@ -294,7 +274,7 @@ class JointRBM(BinaryLayers):
             if beta == 0:  # all states are alike
                 log_z = math.log(2) * (self.num_visible + self.num_hidden)
                 uniform = self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
-                uniform._normalized_parts = ()
+                uniform.normalized_parts = ()
                 return uniform
         beta = torch.as_tensor(beta, dtype=self.weights.dtype, device=self.weights.device)
         return self._sibling(JointRBM, beta)

@@ -183,8 +183,9 @@ class RBMModule(nn.Module):
             >>> net = RBMModule(6, 4, centered=True)
             >>> x, negatives = torch.bernoulli(torch.full((2, 50, 6), 0.3))
             >>> (net().energy(x).mean() - net().energy(negatives).mean()).backward()
-            >>> torch.allclose(net.cd_gradient(x, negatives)["weights"], net.weights.grad,
-            atol=1e-6) True
+            >>> gradient = net.cd_gradient(x, negatives)["weights"]
+            >>> torch.allclose(gradient, net.weights.grad, atol=1e-6)
+            True
         """
         machine = self()
         x, negatives = x.to(self.weights.dtype), negatives.to(self.weights.dtype)
@@ -233,7 +234,7 @@ class RBMModule(nn.Module):
         if not ((data == 0) | (data == 1)).all():
             raise ValueError(
                 "data must be bits, 0 or 1: binarize them, as in torch.bernoulli(data) or"
-                " (data > 0.5).float(), or use GaussianRBM.module for real values"
+                " (data > 0.5).float(), or use GaussianRBMModule for real values"
             )
 
 

@@ -18,24 +18,13 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_ebm.distributions.exponential.positive_definite import positive_definite
+from pyro_ebm.distributions.core.introspection import elementwise
+from pyro_ebm.distributions.core.positive_definite import positive_definite
 
 ROUNDED = 0.01
 """The share of the values that may have been rounded onto the boundary."""
 ROUNDED_OF_ELEMENT = 0.1
 """The share of the values of one element of the event; a single one always may."""
-
-
-def elementwise(support: Any) -> Any:
-    """The constraint of the smallest part of an event.
-
-    Example:
-        >>> elementwise(dist.constraints.independent(dist.constraints.positive, 2))
-        GreaterThan(lower_bound=0.0)
-    """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def ends_of(support: Any) -> tuple[Any, Any]:
@@ -234,14 +223,3 @@ def _way_inside(support: Any) -> str:
     if isinstance(support, _ORDERED):
         return "break ties"
     return "move them inside"
-
-
-__all__ = [
-    "boundary_error",
-    "check_inside",
-    "elementwise",
-    "ends_of",
-    "inside",
-    "margins",
-    "too_many",
-]

@@ -1,19 +1,21 @@
-"""What went wrong when an energy was called: which energy, at which points, and what it owes them.
+"""Calls of an energy function, and errors that say which energy failed at which points, and why.
 
 An energy takes points with any number of batch dimensions, none included: MCMC, ``sample`` and the
 losses call it at points of different shapes. A network that takes one batch dimension, or numbers
-of its own dtype alone, fails in the middle of its layers, with an error that knows nothing of the
-energy. Whether it would have taken the same points in another shape or dtype is found out by
-calling it so.
+of its own dtype alone, fails in the middle of its layers, with an error that does not mention the
+energy. It is then called at the same points in another shape and dtype, to see whether it takes
+those.
 """
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.ops.arguments import first_line
@@ -49,6 +51,36 @@ def at_site(name: str) -> Iterator[None]:
         raise
 
 
+class _RefuseSampling(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        raise RuntimeError(
+            f"the energy draws its weight {msg['name']!r} (a PyroSample) anew whenever it is"
+            " evaluated: read the weight in the model and give the energy its value, as in"
+            " w = net.weight; UnnormalizedEnergy(lambda x: f(x, w))"
+        )
+
+
+@contextlib.contextmanager
+def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context reading a ``PyroSample`` of a module is an error.
+
+    ``log_prob`` is called when the model has returned. A ``PyroSample`` read there is a fresh draw
+    from its prior, not the value in the trace.
+
+    Raises:
+        RuntimeError: at such a read.
+    """
+    random = [m for m in modules if isinstance(m, PyroModule) and m._pyro_samples]
+    if not random:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_RefuseSampling())
+        for module in random:  # an active context turns the read into a sample statement
+            stack.enter_context(module._pyro_context)
+        yield
+
+
 def explain(
     error: Exception,
     energy: Callable[[Tensor], Any],
@@ -57,7 +89,7 @@ def explain(
     event_shape: torch.Size,
     like: Tensor,
 ) -> None:
-    """Says more of an error that an energy raised; the caller raises it where this returns.
+    """Raises an error that says more than the one that an energy raised, or adds a note to that.
 
     Args:
         error: what it raised.
@@ -65,7 +97,7 @@ def explain(
         name: what to call it.
         x: the points, shape ``(*sample, *batch, *event)``.
         event_shape: of the energy.
-        like: a tensor that tells the energy's dtype and device.
+        like: a tensor of the energy's dtype and device.
 
     Raises:
         EnergyCallError: if the shape, dtype or device of the points is to blame.

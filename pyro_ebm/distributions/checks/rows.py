@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_ebm.distributions.core.introspection import unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.rows import rows_interact
 

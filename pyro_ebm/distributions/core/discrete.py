@@ -13,7 +13,9 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-MAX_CODEWORDS = 10_000
+from pyro_ebm.distributions.core.introspection import elementwise
+
+MAX_SUPPORT_VALUES = 10_000
 
 
 class _Spin(constraints.Constraint):
@@ -57,8 +59,7 @@ def support_values_of(support: constraints.Constraint, event_shape: torch.Size) 
     """
     if not support.is_discrete:
         return None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = elementwise(support)
     if isinstance(support, type(constraints.one_hot)):
         return torch.eye(event_shape[-1])
     if isinstance(support, type(constraints.boolean)):
@@ -66,7 +67,7 @@ def support_values_of(support: constraints.Constraint, event_shape: torch.Size) 
     if isinstance(support, _Spin):
         return torch.tensor([[-1.0], [1.0]])
     low, high = (_one_number(getattr(support, f"{e}_bound", None)) for e in ("lower", "upper"))
-    if low is None or high is None or not high - low < MAX_CODEWORDS:
+    if low is None or high is None or not high - low < MAX_SUPPORT_VALUES:
         raise ValueError(
             f"the discrete support {support} is not a finite set of values that all elements"
             " share: use constraints.boolean, spin, one_hot, or an integer_interval with numbers"

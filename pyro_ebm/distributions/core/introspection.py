@@ -1,56 +1,18 @@
-"""Small helpers for energy sites: their tensors, their wrappers, their starting points."""
+"""The tensors and modules that callables, distributions and supports hold."""
 
 import contextlib
-import copy
 import dis
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.distributions import biject_to
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-from pyro_ebm.distributions.core.discrete import support_values_of
-
-
-def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
-    """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
-
-    Of whole numbers above a bound, over the five least.
-
-    Args:
-        support: the support of a whole event.
-        shape: ``(*sample, *batch, *event)``.
-        like: a tensor that tells dtype and device.
-
-    Raises:
-        ValueError: for a discrete support that is not a finite set.
-
-    Example:
-        >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
-        tensor([True, True, True])
-    """
-    if not support.is_discrete:
-        bijection = biject_to(support)
-        z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
-        return bijection(z.uniform_(-2.0, 2.0))
-    inner: Any = support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    if hasattr(inner, "lower_bound") and not hasattr(inner, "upper_bound"):  # whole numbers
-        return torch.randint(5, shape, device=like.device).to(like) + inner.lower_bound
-    support_values = support_values_of(support, shape)
-    assert support_values is not None
-    support_values = support_values.to(like)
-    variables = shape[: len(shape) - (support_values.shape[1] > 1)]
-    return support_values[
-        torch.randint(len(support_values), variables, device=like.device)
-    ].reshape(shape)
 
 
 def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
@@ -128,6 +90,33 @@ def first_tensor(*functions: Any) -> Tensor | None:
     return None
 
 
+def held(parts: Iterable[Any]) -> tuple[Tensor | nn.Module, ...]:
+    """The modules and tensors of distributions and tensors, each once.
+
+    A callable that keeps them in an attribute shows them to :func:`sources`, however deep its parts
+    are nested.
+
+    Example:
+        >>> held([dist.Normal(torch.tensor(1.0), 2.0)])
+        (tensor(1.), tensor(2.))
+    """
+    inside = [  # the distributions of torch are no callables
+        x for p in parts for x in (vars(p).values() if isinstance(p, Distribution) else [p])
+    ]
+    return tuple({id(source): source for x in inside for source in sources(x)}.values())
+
+
+def name_of_function(function: Any) -> str:
+    """The name of a callable, or of its class.
+
+    Example:
+        >>> name_of_function(torch.square), name_of_function(lambda x: x)
+        ('square', 'lambda')
+    """
+    name = getattr(function, "__name__", None)
+    return type(function).__name__ if name is None else name.replace("<lambda>", "lambda")
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether Python may look at the values of a tensor.
 
@@ -146,6 +135,18 @@ def readable(tensor: Tensor) -> bool:
         and get_proxy_mode() is None
         and not torch.jit.is_tracing()
     )
+
+
+def elementwise(support: Any) -> Any:
+    """The constraint of the smallest part of an event.
+
+    Example:
+        >>> elementwise(dist.constraints.independent(dist.constraints.positive, 2))
+        GreaterThan(lower_bound=0.0)
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def bounds_of(support: Any) -> list[Any]:
@@ -168,35 +169,3 @@ def bounds_of(support: Any) -> list[Any]:
 def tensors_of(support: Any) -> list[Tensor]:
     """The tensors that a constraint is made of: its bounds."""
     return [bound for bound in bounds_of(support) if isinstance(bound, Tensor)]
-
-
-def unvalidated(fn: Any) -> Any:
-    """A distribution that checks no values: a point outside the support has no density, no error.
-
-    Samplers propose such points and must see the density there, not an exception; and checks
-    branch on values, which ``vmap`` forbids.
-
-    Example:
-        >>> p = dist.Normal(0.0, 1.0, validate_args=True).expand([2]).to_event(1)
-        >>> unvalidated(p).log_prob(torch.full((2,), float("nan")))
-        tensor(nan)
-    """
-    new = copy.copy(fn)
-    for part in PARTS:
-        inner = vars(new).get(part)
-        if inner is not None:
-            setattr(new, part, unvalidated(inner))
-    if hasattr(new, "_validate_args"):  # after the parts: Independent passes it on to its base
-        new._validate_args = False
-    return new
-
-
-PARTS = (
-    "base_dist",
-    "base",
-    "_component_distribution",
-    "_mixture_distribution",
-    "component0",
-    "component1",
-    "_dirichlet",  # of Beta
-)

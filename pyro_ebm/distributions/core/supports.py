@@ -1,4 +1,4 @@
-"""Which supports are the same, which lies within which, and which have a bijection in disguise."""
+"""Supports: those of whole events, their bijections, which lies within which, points of them."""
 
 import copy
 import math
@@ -8,14 +8,17 @@ import torch
 from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
+from torch.distributions import Distribution, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
-from pyro_ebm.distributions.core.introspection import readable
-from pyro_ebm.distributions.exponential.positive_definite import positive_definite
+from pyro_ebm.distributions.core.discrete import support_values_of
+from pyro_ebm.distributions.core.introspection import elementwise, readable
+from pyro_ebm.distributions.core.positive_definite import positive_definite
+from pyro_ebm.ops.arguments import shown
 
 
 def plain_support(support: constraints.Constraint) -> constraints.Constraint:
-    """A support in words that ``biject_to`` knows, where it is only their wording it does not.
+    """The same support as a constraint that ``biject_to`` takes, where there is one.
 
     A mixture lives where its components do, on the least interval that holds theirs; an interval
     up to infinity is a half-line; positive definite matrices have a bijection of ours.
@@ -70,6 +73,118 @@ def _hull(support: constraints.Constraint, dim: int) -> constraints.Constraint:
     return hull
 
 
+def lift_support(
+    support: constraints.Constraint, event_shape: torch.Size
+) -> constraints.Constraint:
+    """The support of a whole event: an elementwise constraint holds for every element.
+
+    Args:
+        support: a constraint with ``event_dim`` at most ``len(event_shape)``.
+        event_shape: the shape of one event.
+
+    Raises:
+        ValueError: if it is no constraint, or has more event dimensions than the event.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> lift_support(constraints.positive, torch.Size([3])).event_dim
+        1
+    """
+    if not isinstance(support, constraints.Constraint):
+        raise ValueError(
+            "support must be a constraint, such as pyro.distributions.constraints.positive, got"
+            f" {shown(support)}"
+        )
+    support = plain_support(support)
+    missing = len(event_shape) - support.event_dim
+    if missing < 0:
+        raise ValueError(
+            f"the support {support} is of events with {support.event_dim} dimension(s), but"
+            f" event_shape={tuple(event_shape)} has {len(event_shape)}: give event_shape="
+            " a shape with that many dimensions, or an elementwise support"
+        )
+    return constraints.independent(support, missing) if missing else support
+
+
+def check_bijection(support: constraints.Constraint, event_shape: torch.Size) -> None:
+    """Raises a ValueError unless the reals map onto the support, with events of this shape."""
+    try:
+        biject_to(support).inverse_shape(event_shape)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"no bijection from the reals onto the support {support} is known to"
+            " torch.distributions.biject_to: register one, or use another support"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"event_shape={tuple(event_shape)} does not fit the support {support}: {error}"
+        ) from error
+
+
+def support_of(fn: Distribution) -> constraints.Constraint:
+    """The support of a whole event."""
+    support: Any = fn.support
+    return lift_support(support, fn.event_shape)
+
+
+def is_unbounded(support: constraints.Constraint) -> bool:
+    """Whether every finite point lies in the support.
+
+    Example:
+        >>> is_unbounded(dist.constraints.real_vector), is_unbounded(dist.constraints.positive)
+        (True, False)
+    """
+    return elementwise(support) is constraints.real
+
+
+def is_finite(support: constraints.Constraint, event_shape: torch.Size) -> bool:
+    """Whether a support is a finite set.
+
+    Example:
+        >>> is_finite(dist.constraints.boolean, torch.Size([3]))
+        True
+        >>> is_finite(dist.constraints.nonnegative_integer, torch.Size([]))
+        False
+    """
+    try:
+        return support_values_of(support, event_shape) is not None
+    except ValueError:
+        return False
+
+
+def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
+    """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
+
+    Of whole numbers above a bound, over the five least.
+
+    Args:
+        support: the support of a whole event.
+        shape: ``(*sample, *batch, *event)``.
+        like: a tensor that tells dtype and device.
+
+    Raises:
+        ValueError: for a discrete support that is not a finite set.
+
+    Example:
+        >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
+        tensor([True, True, True])
+    """
+    if not support.is_discrete:
+        bijection = biject_to(support)
+        z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
+        return bijection(z.uniform_(-2.0, 2.0))
+    inner = elementwise(support)
+    if hasattr(inner, "lower_bound") and not hasattr(inner, "upper_bound"):  # whole numbers
+        return torch.randint(5, shape, device=like.device).to(like) + inner.lower_bound
+    support_values = support_values_of(support, shape)
+    assert support_values is not None
+    support_values = support_values.to(like)
+    variables = shape[: len(shape) - (support_values.shape[1] > 1)]
+    return support_values[
+        torch.randint(len(support_values), variables, device=like.device)
+    ].reshape(shape)
+
+
 def contains(wide: constraints.Constraint, narrow: constraints.Constraint) -> bool:
     r"""Whether the points of one support are points of another, as far as is known.
 
@@ -87,7 +202,7 @@ def contains(wide: constraints.Constraint, narrow: constraints.Constraint) -> bo
         >>> contains(dist.constraints.nonnegative, positive), contains(positive, positive)
         (True, True)
     """
-    wide, narrow = _elementwise(wide), _elementwise(narrow)
+    wide, narrow = elementwise(wide), elementwise(narrow)
     if isinstance(wide, type(constraints.real)) or _same(wide, narrow):
         return True
     outer, inner = _bounds(wide), _bounds(narrow)
@@ -104,12 +219,6 @@ def same_support(one: constraints.Constraint, other: constraints.Constraint) -> 
         True
     """
     return contains(one, other) and contains(other, one)
-
-
-def _elementwise(support: constraints.Constraint) -> constraints.Constraint:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -145,6 +254,3 @@ def _at_most(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return bool((torch.as_tensor(one) <= torch.as_tensor(other)).all())
     return one <= other
-
-
-__all__ = ["contains", "plain_support", "same_support"]

@@ -17,7 +17,6 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
@@ -26,13 +25,11 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.distributions.core.parts import checked_coefficient
+from pyro_ebm.distributions.checks.arguments import checked_coefficient
+from pyro_ebm.distributions.core.sampler import ChainKernel
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.distributions.exponential.families import Family, OwnFamily, family_of
 from pyro_ebm.ops.score import value_and_grad
-
-if TYPE_CHECKING:
-    from pyro_ebm.mcmc.kernels.base import Kernel
 
 
 class ExponentialFamily(UnnormalizedEnergy):
@@ -97,7 +94,7 @@ class ExponentialFamily(UnnormalizedEnergy):
         log_normalizer: Callable[[Tensor], Tensor] | None = None,
         support: constraints.Constraint = constraints.real,
         event_shape: torch.Size | tuple[int, ...] = (),
-        kernel: "Kernel | None" = None,
+        kernel: ChainKernel | None = None,
         num_steps: int = 100,
         validate_args: bool | None = None,
     ):
@@ -136,7 +133,7 @@ class ExponentialFamily(UnnormalizedEnergy):
             learned_normalizer=False,
             validate_args=validate_args,
         )
-        self._normalized_parts = ()  # log Z is a function of the natural parameters
+        self.normalized_parts = ()  # log Z is a function of the natural parameters
 
     # -- members of known families -----------------------------------------------------------------
 
@@ -301,9 +298,9 @@ class ExponentialFamily(UnnormalizedEnergy):
         return -self.family.log_density(self.natural_parameters, x)
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        if self._member is None or self._normalized_parts is None:
+        if self._member is None or self.normalized_parts is None:
             return super()._log_prob(value)
-        return self._member.log_prob(self._broadcast(value))
+        return self._member.log_prob(self.broadcast(value))
 
     def log_density_ratio(self, x: Tensor, y: Tensor) -> Tensor:
         r"""The exact :math:`\log p(x) - \log p(y)`, see :class:`~pyro_ebm.UnnormalizedEnergy`.
@@ -317,7 +314,7 @@ class ExponentialFamily(UnnormalizedEnergy):
         """
         if self._member is None:
             return super().log_density_ratio(x, y)
-        x, y = self._broadcast(x), self._broadcast(y)
+        x, y = self.broadcast(x), self.broadcast(y)
         return self._member.log_prob(x) - self._member.log_prob(y)
 
     # -- draws -------------------------------------------------------------------------------------

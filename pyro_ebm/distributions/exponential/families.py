@@ -26,9 +26,9 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDis
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_ebm.distributions.checks.arguments import checked_shape, lift_support
+from pyro_ebm.distributions.checks.arguments import checked_shape
 from pyro_ebm.distributions.core.discrete import support_values_of
-from pyro_ebm.distributions.core.supports import same_support
+from pyro_ebm.distributions.core.supports import lift_support, same_support
 from pyro_ebm.distributions.exponential.formulas import FORMULAS, Formula
 from pyro_ebm.distributions.exponential.quadrature import (
     Integrand,

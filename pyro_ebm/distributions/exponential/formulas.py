@@ -17,7 +17,7 @@ from torch import Tensor, lgamma
 from torch import distributions as td
 from torch.nn.functional import logsigmoid, softplus
 
-from pyro_ebm.distributions.exponential.positive_definite import positive_definite
+from pyro_ebm.distributions.core.positive_definite import positive_definite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_ebm.distributions.core.introspection import unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.integration.quadrature import (
     MAX_EVALUATIONS,
@@ -60,7 +60,7 @@ def log_normalizer_by_quadrature(
     q: Any = unvalidated(p.unexpanded)
     check_dimensions(q.support, q.event_shape, q.batch_shape, f"log Z of {p!r}")
     integrand = Integrand(q.unnormalized_log_prob, q.support, q.event_shape, q.batch_shape)
-    like, result = integrand.precision(q._like()), q._like()
+    like, result = integrand.precision(q.like), q.like
     rtol = accuracy(like, result) if rtol is None else rtol
     try:
         log_z = log_integral(

@@ -31,7 +31,7 @@ from pyro_ebm.losses.sites import EnergySite, leaves
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.mcmc.short_run import default_kernel
+from pyro_ebm.mcmc.short_run import default_kernel, own_kernel
 from pyro_ebm.ops.arguments import check_count, check_number, shown
 from pyro_ebm.ops.eval_mode import eval_mode
 
@@ -193,7 +193,7 @@ class ContrastiveDivergence(EnergyLoss):
 
     def _run_chains(self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor) -> Tensor:
         """The points that ``num_steps`` transitions lead to from ``start``, without gradient."""
-        template = self.kernel or energy.kernel or default_kernel(energy)
+        template = self.kernel or own_kernel(energy) or default_kernel(energy)
         if isinstance(template, TemperingKernel):
             raise ValueError(
                 f"TemperingKernel at site {site.name!r}: its replicas would start anew from the"

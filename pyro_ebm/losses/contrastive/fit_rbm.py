@@ -47,7 +47,7 @@ def fit_rbm(
     replacement; the negatives are persistent chains. Offsets of a centered machine follow the data.
 
     Args:
-        net: ``RBM.module(n, m, data, centered=True)``, ``GaussianRBM.module(...)``; trained in
+        net: ``RBMModule(n, m, data, centered=True)``, ``GaussianRBMModule(...)``; trained in
             place.
         data: points, shape ``(num, n)``. Numbers between 0 and 1 for binary units are
             probabilities: bits are drawn from them anew for each batch.
@@ -73,9 +73,8 @@ def fit_rbm(
         likelihood gradient.
 
     Example:
-        >>> from pyro_ebm.distributions import RBM
         >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
-        >>> net = RBM.module(4, 3, data)
+        >>> net = RBMModule(4, 3, data)
         >>> history = fit_rbm(net, data, num_epochs=5, disable_progbar=True)
         >>> sorted(history[-1])
         ['acceptance_rate', 'energy_data', 'energy_negatives', 'step_size']
@@ -93,7 +92,7 @@ def fit_rbm(
     if bits and not ((data >= 0) & (data <= 1)).all():
         raise ValueError(
             "data of binary units must be bits, or probabilities of bits, and some leave [0, 1]:"
-            " scale or binarize them, or use GaussianRBM.module"
+            " scale or binarize them, or use GaussianRBMModule"
         )
     if not data.isfinite().all():
         raise ValueError("the data hold NaN or infinite values: drop those rows")
@@ -151,9 +150,8 @@ def fit_layers(
         Hinton, Osindero and Teh (2006), A fast learning algorithm for deep belief nets.
 
     Example:
-        >>> from pyro_ebm.distributions import RBM, DeepBeliefNetwork
         >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
-        >>> network = DeepBeliefNetwork([RBM.module(4, 3, data), RBM.module(3, 2)])
+        >>> network = DeepBeliefNetwork([RBMModule(4, 3, data), RBMModule(3, 2)])
         >>> history = fit_layers(network, data, num_epochs=2, disable_progbar=True)
         >>> [len(epochs) for epochs in history]
         [2, 2]

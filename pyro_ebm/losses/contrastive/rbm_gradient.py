@@ -29,9 +29,8 @@ class ClosedFormStep:
         loss: its settings and its chains.
 
     Example:
-        >>> from pyro_ebm.distributions import RBM
         >>> x = torch.bernoulli(torch.full((50, 6), 0.3))
-        >>> net, loss = RBM.module(6, 4), ContrastiveDivergence(persistent=True)
+        >>> net, loss = RBMModule(6, 4), ContrastiveDivergence(persistent=True)
         >>> ClosedFormStep(net, loss)(x)
         >>> net.weights.grad.shape, loss.chains["x"].shape
         (torch.Size([6, 4]), torch.Size([50, 6]))
@@ -99,10 +98,9 @@ def is_as_made(net: RBMModule) -> bool:
     """Whether a machine computes what its class says: no subclass, parametrization or hook.
 
     Example:
-        >>> from pyro_ebm.distributions import RBM
-        >>> is_as_made(RBM.module(6, 4))
+        >>> is_as_made(RBMModule(6, 4))
         True
-        >>> is_as_made(torch.nn.utils.parametrizations.spectral_norm(RBM.module(6, 4), "weights"))
+        >>> is_as_made(torch.nn.utils.parametrizations.spectral_norm(RBMModule(6, 4), "weights"))
         False
     """
     names = {"weights", "visible_bias", "hidden_bias", "log_scale"}

@@ -20,7 +20,7 @@ Other observed sites keep their data: a site that depends on :math:`x` does not 
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -307,7 +307,7 @@ def auxiliary_of(
         (exact draws, 100 Gibbs sweeps)
     """
     num_steps = energy.num_steps if num_steps is None else num_steps
-    kernel = energy.kernel if kernel is None else kernel
+    kernel = cast("Kernel | None", energy.kernel) if kernel is None else kernel
     if kernel is not None:
         check_inner_kernel("the kernel of an auxiliary", kernel)
     if kernel is None and _draws_exactly(energy):

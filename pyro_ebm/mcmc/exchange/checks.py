@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from pyro.ops.provenance import detach_provenance, get_provenance
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import TransformedDistribution
 
+from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.mixture import Mixture
 from pyro_ebm.models.checks.intractability import MovingNormalizer, NormalizerError
@@ -60,7 +61,7 @@ def refuse_site(one: MovingNormalizer, node: Any) -> None:
             " of its component, which its unknown Z is part of. Where weights multiply e^{-E}"
             " instead, say so by mixture(weights, components, unnormalized_weights=True)"
         )
-    if _is_everything(energy.support):
+    if is_unbounded(energy.support):
         return
     while not isinstance(fn, UnnormalizedEnergy):
         for transform in reversed(fn.transforms if isinstance(fn, TransformedDistribution) else []):
@@ -72,9 +73,3 @@ def refuse_site(one: MovingNormalizer, node: Any) -> None:
                     " values may lie outside the support at another"
                 )
         fn = fn.base_dist
-
-
-def _is_everything(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map
 
 from pyro_ebm.distributions.checks.boundary import check_inside
 from pyro_ebm.distributions.checks.rows import check_rows
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.exchange.auxiliary import (
     Auxiliary,
     AuxiliaryDraw,

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform
 
-from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.models.checks.fixed_density import FixedLatents, moving_support
 from pyro_ebm.models.checks.fixed_supports import moving_supports
 from pyro_ebm.models.checks.validity import Unvalidated, what_to_check

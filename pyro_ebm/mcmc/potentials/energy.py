@@ -12,7 +12,7 @@ from torch.distributions.transforms import identity_transform
 from pyro_ebm.distributions.checks.boundary import check_inside
 from pyro_ebm.distributions.checks.rows import check_function
 from pyro_ebm.distributions.core.discrete import BlockGibbs, support_values_of
-from pyro_ebm.distributions.core.introspection import unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.base import Potential, nan_where_singular
 from pyro_ebm.models.sites.site import Site
@@ -59,7 +59,7 @@ class EnergyPotential(Potential):
         self._rows = max(energy.batch_shape.numel(), 1)
         super().__init__([site], targets=self._rows if targets is None else targets)
         if not start.is_floating_point():  # as precise as the energy
-            self.dtype = torch.promote_types(self.dtype, energy._like().dtype)
+            self.dtype = torch.promote_types(self.dtype, energy.like.dtype)
         self._modules = energy.modules
         if isinstance(self.energy, BlockGibbs):
             self.blocks = self.energy

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, identity_transform
 
-from pyro_ebm.distributions.checks.arguments import normalizers_minded
 from pyro_ebm.distributions.checks.boundary import inside
+from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled
 from pyro_ebm.distributions.checks.energy_calls import EnergyCallError
 from pyro_ebm.distributions.core.introspection import modules
-from pyro_ebm.distributions.core.masks import unmasked
+from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.distributions.core.supports import plain_support
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.core.wrappers import unmasked
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.base import FunctionPotential
 from pyro_ebm.models.checks.fixed_density import FixedLatents, moving_support, random_part
 from pyro_ebm.models.checks.fixed_supports import moving_supports
@@ -133,7 +134,7 @@ class ModelPotential(FunctionPotential):
             if any(map(_is_discrete, latents.values())) and not keep_discrete:
                 self._fixed.enumerates = True
                 # the run in the open was validated, and the normalizers have been checked
-                with pyro.validation_enabled(False), normalizers_minded():
+                with pyro.validation_enabled(False), normalizers_handled():
                     _, potential_fn, _, _ = initialize_model(  # sums the discrete sites out
                         model,
                         args,

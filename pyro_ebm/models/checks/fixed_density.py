@@ -28,6 +28,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_ebm.distributions.core.wrappers import innermost
 from pyro_ebm.files import random_state, set_random_state
 
 NUM_REPEATS, NUM_REPEATS_AFTER_DRAWS = 2, 64
@@ -81,10 +82,8 @@ class FixedLatents(Messenger):
             return
         name, fn = msg["name"], msg["fn"]
         shape = tuple(fn.batch_shape + fn.event_shape)
-        while isinstance(fn, Independent):
-            fn = fn.base_dist
         try:
-            support = type(fn.support)
+            support = type(innermost(fn, Independent).support)
         except NotImplementedError:  # it is refused elsewhere
             support = None
         self._seen[name] = shape, support

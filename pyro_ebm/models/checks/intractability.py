@@ -38,9 +38,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, TransformedDistribution
 
-from pyro_ebm.distributions.checks.arguments import register_posterior_check
-from pyro_ebm.distributions.core.introspection import bounds_of, uniform_start
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, starting_points_only
+from pyro_ebm.distributions.checks.elbo_guard import register_posterior_check
+from pyro_ebm.distributions.core.introspection import bounds_of
+from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.distributions.core.supports import uniform_start
+from pyro_ebm.distributions.core.wrappers import parts_of
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
 from pyro_ebm.models.checks.fixed_density import FixedLatents, check_model_repeats
 from pyro_ebm.models.provenance import (
     HostReads,
@@ -351,7 +354,7 @@ def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Ite
     if isinstance(fn, UnnormalizedEnergy):
         if fn.constant_normalizer:
             return
-        if fn._normalized_parts is None:
+        if fn.normalized_parts is None:
             yield _Suspect(name, (fn,), fn, (x, *_probes(fn, x)), counted)
         for part in fn.rests_on:
             yield from _suspects_in(name, part, x, counted)
@@ -363,12 +366,12 @@ def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Ite
         for transform in reversed(fn.transforms):
             x = detach_provenance(cast(Tensor, transform.inv(x)))
         yield from _suspects_in(name, fn.base_dist, x, counted)
-    elif energies := tuple(_energies_in(fn)):  # a mixture
+    elif energies := [p for p in energies_of(fn) if not p.constant_normalizer]:  # a mixture
         unknown = tuple(energy for energy in energies if not energy.is_normalized)
         if unknown:  # its normalizer mixes those of its parts
             yield _Suspect(name, unknown, fn, (x,), counted)
             return
-        for part in _parts_of(fn):
+        for part in parts_of(fn):
             point = fn._pad(x) if isinstance(fn, MixtureSameFamily) else x
             yield from _suspects_in(name, part, point, counted)
 
@@ -377,22 +380,8 @@ def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
     """Points where chains may start: a threshold may hide a dependence at the data alone."""
     if x.numel() == 0 or x.is_complex():
         return []
-    like = x if p.support.is_discrete or x.is_floating_point() else x.to(p._like())
+    like = x if p.support.is_discrete or x.is_floating_point() else x.to(p.like)
     return [detach_provenance(uniform_start(p.support, x.shape, like)) for _ in range(NUM_PROBES)]
-
-
-def _energies_in(fn: Any) -> Iterator[UnnormalizedEnergy]:
-    for part in _parts_of(fn):
-        if not isinstance(part, UnnormalizedEnergy):
-            yield from _energies_in(part)
-        elif not part.constant_normalizer:
-            yield part
-
-
-def _parts_of(fn: Any) -> Iterator[Any]:
-    for attribute in ("base_dist", "_component_distribution", "component0", "component1"):
-        if (part := getattr(fn, attribute, None)) is not None:
-            yield part
 
 
 def _close(a: list[Any], b: list[Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
-from pyro_ebm.distributions.energy import starting_points_only
+from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.models.sites.discrete_sites import site_support_values
 from pyro_ebm.models.sites.site import Site
 

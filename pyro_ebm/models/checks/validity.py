@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -31,8 +31,9 @@ from torch.distributions import (
 )
 from torch.distributions.utils import lazy_property
 
-from pyro_ebm.distributions.core.introspection import PARTS, tensors_of, unvalidated
+from pyro_ebm.distributions.core.introspection import tensors_of
 from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.wrappers import PARTS, VIEWS, layers, unvalidated
 from pyro_ebm.models.sites.init import latents_of
 
 
@@ -265,11 +266,7 @@ def _is_told_not_to(fn: Any) -> bool:
     """Whether it was made with ``validate_args=False``, where others validate."""
     if not Distribution._validate_args:
         return False
-    while vars(fn).get("_validate_args") is not False:
-        if not isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-            return False
-        fn = fn.base_dist
-    return True
+    return any(vars(layer).get("_validate_args") is False for layer in layers(fn, VIEWS))
 
 
 __all__ = ["Checked", "Unvalidated", "invalid_parts", "what_to_check"]

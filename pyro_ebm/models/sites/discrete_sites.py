@@ -4,14 +4,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_ebm.distributions.core.discrete import support_values_of
+from pyro_ebm.distributions.core.introspection import elementwise
 from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 
 
@@ -32,8 +31,7 @@ def site_support_values(name: str, fn: Any) -> Tensor | None:
     """
     if not fn.support.is_discrete:
         return None
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
+    fn = innermost(fn, VIEWS)
     error: Exception | None = None
     if isinstance(fn, UnnormalizedEnergy) or fn.has_enumerate_support:
         try:
@@ -65,7 +63,7 @@ def is_integer(support: Any) -> bool:
         >>> is_integer(dist.Poisson(1.0).support), is_integer(dist.Bernoulli(0.5).support)
         (True, False)
     """
-    return support.is_discrete and hasattr(_of_elements(support), "lower_bound")
+    return support.is_discrete and hasattr(elementwise(plain_support(support)), "lower_bound")
 
 
 class WithinBounds(Messenger):
@@ -89,18 +87,14 @@ class WithinBounds(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.names:
-            support, x = _of_elements(msg["fn"].support), torch.as_tensor(msg["value"])
+            support, x = (
+                elementwise(plain_support(msg["fn"].support)),
+                torch.as_tensor(msg["value"]),
+            )
             for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
                 if (end := getattr(support, bound, None)) is not None:
                     x = nearest(x, torch.as_tensor(end).to(x))
             msg["value"] = x
-
-
-def _of_elements(support: Any) -> Any:
-    support = plain_support(support)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _because(error: Exception | None) -> str:

@@ -11,7 +11,8 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of, uniform_start
+from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
+from pyro_ebm.distributions.core.supports import uniform_start
 from pyro_ebm.models.sites.discrete_sites import is_integer
 from pyro_ebm.models.sites.latents import support_of, transform_of
 from pyro_ebm.ops.arguments import shown

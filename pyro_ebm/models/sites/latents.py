@@ -3,7 +3,6 @@
 from math import pi
 from typing import Any
 
-import torch
 from pyro.distributions import (
     Delta,
     ProjectedNormal,
@@ -17,6 +16,7 @@ from torch.distributions import VonMises, biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 from pyro_ebm.ops.arguments import is_array, shown
 
 
@@ -40,7 +40,7 @@ def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
             f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
             " no kernel can move it: use another distribution, or give its class a support"
         ) from error
-    if isinstance(_innermost(fn), VonMises | SineBivariateVonMises | SineSkewed):
+    if isinstance(innermost(fn, VIEWS), VonMises | SineBivariateVonMises | SineSkewed):
         # they say the reals, where their periodic density has no finite integral
         return constraints.independent(constraints.interval(-pi, pi), fn.event_dim), True
     plain = plain_support(support)
@@ -61,7 +61,7 @@ def transform_of(name: str, fn: Any) -> Transform:
         ...
         ValueError: site 'x' is a Delta, a point without a density: ...
     """
-    kind = _innermost(fn)
+    kind = innermost(fn, VIEWS)
     if isinstance(kind, Delta):
         raise ValueError(
             f"site {name!r} is a Delta, a point without a density: write"
@@ -109,9 +109,3 @@ def without_density(trace: Trace | None) -> str | None:
                 f" {tuple(fn.shape())} cannot compute it, or not at a value of {what}"
             )
     return None
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent) or hasattr(fn, "_mask"):
-        fn = fn.base_dist
-    return fn

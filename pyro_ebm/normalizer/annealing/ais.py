@@ -42,8 +42,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.distributions.core.parts import support_of
-from pyro_ebm.distributions.core.supports import same_support
+from pyro_ebm.distributions.core.supports import same_support, support_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel

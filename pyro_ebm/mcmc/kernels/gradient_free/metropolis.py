@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.distributions.core.introspection import unvalidated
+from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.mcmc.engine.engine import JitCompile
 from pyro_ebm.mcmc.kernels.base import Kernel, check_positive
 from pyro_ebm.mcmc.potentials.base import Potential
