@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyro_ebm.distributions.checks.arguments import common_batch
 from pyro_ebm.distributions.core.introspection import held
 from pyro_ebm.distributions.core.linear import name_of
 from pyro_ebm.distributions.core.wrappers import improper_part
@@ -124,8 +125,5 @@ def check_shapes(
                 f"the parts of {whole} must have one event_shape, got {event_shape} and, in"
                 f" place {i}, {tuple(part.event_shape)}{hint}"
             )
-    shapes = [*(tuple(part.batch_shape) for part in parts), *map(tuple, batch_shapes)]
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError as error:
-        raise ValueError(f"the batch shapes of {whole} do not broadcast: {shapes}") from error
+    shapes = (part.batch_shape for part in parts)
+    return common_batch(f"parts of {whole}", *shapes, *batch_shapes)

@@ -55,7 +55,7 @@ def naive_log_f(s, pairs, bias):
 
 def naive_table(machine):
     """All states of a machine, and their log probabilities, from its parameters alone."""
-    s = all_states(machine._support_values.double(), machine.num_sites)
+    s = all_states(machine.support_values.double(), machine.num_sites)
     edges = machine.edges.tolist()
     if machine.pairs.coupling_dim == 2:
         pairs = {(i, j): machine.couplings[i, j] for i, j in edges}
@@ -345,7 +345,7 @@ def assert_frequencies(machine, x, beta=1.0):
     """Points ``(draws, *event)`` have the frequencies of the machine, each and all at once."""
     s, log_p, _ = naive_table(machine)
     p = (beta * log_p).softmax(0)
-    support_values = machine._support_values
+    support_values = machine.support_values
     x = x if machine.event_dim == 2 else x[..., None]
     digits = (x[..., None, :] == support_values).all(-1).double().argmax(-1)
     assert torch.equal(support_values[digits], x)
@@ -733,7 +733,7 @@ def at(i, j, value, batch=()):
         (lambda: BoltzmannMachine(0.1, torch.zeros(9), EDGES, num_sites=10), "each of 9 site"),
         (
             lambda: BoltzmannMachine(torch.zeros(2, 4, 4), torch.zeros(3, 4)),
-            r"batch shape \(2,\) and bias of batch shape \(3,\) do not broadcast",
+            r"couplings and bias have batch shapes that do not broadcast: \[\(2,\), \(3,\)\]",
         ),
         (lambda: BoltzmannMachine(0.1, edges=EDGES, states="bits"), "states must be 'spin'"),
         (lambda: BoltzmannMachine(0.1, edges=torch.tensor([[1, 1]])), "joins a site to itself"),

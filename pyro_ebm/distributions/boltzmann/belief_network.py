@@ -168,9 +168,8 @@ class DeepBeliefNetwork(nn.Module):
                 visible units.
         """
         top, bottom = self.machine(-1), self.machine(0)
-        x = bottom._layer("visible", x, bottom.num_visible)
-        if bottom._validate_args:
-            bottom._validate_sample(x)
+        x = bottom.visible_units(x)
+        bottom.check_values(x)
         if log_normalizer is None:
             log_normalizer = top.exact_log_normalizer()
         below, total = x.expand((num_samples, *x.shape)), torch.zeros(())

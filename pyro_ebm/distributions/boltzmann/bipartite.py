@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from pyro.distributions import (
     Bernoulli,  # pyright: ignore[reportAttributeAccessIssue]
-    Categorical,
     Independent,
     constraints,
 )
@@ -28,15 +27,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.functional import softplus as _softplus
 
-from pyro_ebm.distributions.core.sampler import ChainKernel
-from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.ops.integration.enumerate import log_sum_over_states, states, values_of_states
+from pyro_ebm.distributions.checks.arguments import common_batch
+from pyro_ebm.distributions.enumerated import EnumeratedEnergy, Enumeration
 
 NUMBERS_PER_CHUNK = 2**21
 """How many preactivations an enumeration holds at once."""
 
 
-class TwoLayers(UnnormalizedEnergy):
+class TwoLayers(EnumeratedEnergy):
     r"""What all machines of the family share: parameters, hidden bits, the sum over their states.
 
     A member says what its visible units are: :meth:`visible_given`, :meth:`hidden_logits`, and
@@ -49,11 +47,8 @@ class TwoLayers(UnnormalizedEnergy):
         event_shape: shape of one point.
         support: where points live.
         batch_shape: the batch of further parameters.
-        log_normalizer: as in :class:`~pyro_ebm.UnnormalizedEnergy`, as are the rest.
-        kernel: makes the draws of ``sample``.
-        num_steps: its transitions for each draw.
-        learned_normalizer: whether ``log_normalizer`` is a parameter under training.
-        validate_args: as in every distribution.
+        **kwargs: passed to
+            :class:`~pyro_ebm.distributions.enumerated.EnumeratedEnergy`.
 
     Raises:
         ValueError: for parameters that are not floating tensors of one dtype and fitting shapes.
@@ -73,35 +68,20 @@ class TwoLayers(UnnormalizedEnergy):
         event_shape: tuple[int, ...],
         support: constraints.Constraint,
         batch_shape: tuple[int, ...] = (),
-        *,
-        log_normalizer: Tensor | float | None = None,
-        kernel: ChainKernel | None = None,
-        num_steps: int = 100,
-        learned_normalizer: bool | None = None,
-        validate_args: bool | None = None,
+        **kwargs: Any,
     ):
         n, m = check_weights(weights)
         check_beside(weights, "visible_bias", visible_bias, n)
         check_beside(weights, "hidden_bias", hidden_bias, m)
         self.weights, self.visible_bias, self.hidden_bias = weights, visible_bias, hidden_bias
-        self._own_batch = common_batch(
+        batch_shape = common_batch(
             "parameters",
             weights.shape[:-2],
             visible_bias.shape[:-1],
             hidden_bias.shape[:-1],
             batch_shape,
         )
-        super().__init__(
-            None,
-            event_shape,
-            support,
-            self._own_batch,
-            log_normalizer=log_normalizer,
-            kernel=kernel,
-            num_steps=num_steps,
-            learned_normalizer=learned_normalizer,
-            validate_args=validate_args,
-        )
+        super().__init__(event_shape, support, batch_shape, **kwargs)
 
     @property
     def num_visible(self) -> int:
@@ -124,7 +104,7 @@ class TwoLayers(UnnormalizedEnergy):
         Returns:
             A Bernoulli distribution over events of shape ``(m,)``.
         """
-        logits = self.hidden_logits(self._layer("visible", x, self.num_visible))
+        logits = self.hidden_logits(self.visible_units(x))
         return Bernoulli(logits=logits, validate_args=self._validate_args).to_event(1)
 
     @abstractmethod
@@ -146,8 +126,15 @@ class TwoLayers(UnnormalizedEnergy):
     def log_hidden(self, z: Tensor) -> Tensor:
         r""":math:`\log p(z) + \log Z`, ``(*sample, *batch, m) -> (*sample, *batch)``."""
 
+    def visible_units(self, x: Tensor) -> Tensor:
+        """Visible units ``(..., n)`` broadcast against the batch, in the weights' precision."""
+        return self._layer("visible", x, self.num_visible)
+
+    def hidden_units(self, z: Tensor) -> Tensor:
+        """Hidden units ``(..., m)`` broadcast against the batch, in the weights' precision."""
+        return self._layer("hidden", z, self.num_hidden)
+
     def _layer(self, name: str, units: Tensor, size: int) -> Tensor:
-        """Units of one layer, broadcast against the batch, in the precision of the weights."""
         if units.shape[-1:] != (size,):
             raise ValueError(
                 f"{name} units of {self!r} must have shape (*sample, *batch, {size}), got"
@@ -168,45 +155,6 @@ class TwoLayers(UnnormalizedEnergy):
 
     # -- sums over all states ----------------------------------------------------------------
 
-    def exact_log_normalizer(self, max_units: int = 25) -> Tensor:
-        r""":math:`\log Z`, by enumerating one layer and summing the other in closed form.
-
-        Differentiable in the parameters, in bounded memory. Given back to the distribution, as in
-        ``p.normalized(p.exact_log_normalizer())``, it normalizes the density.
-
-        Args:
-            max_units: how many units may be enumerated. 20 take seconds, and each further one
-                doubles the time.
-
-        Returns:
-            A shape that broadcasts to ``batch_shape``: that of the parameters' batch.
-
-        Raises:
-            ValueError: if the layer has more units.
-        """
-        enumeration = self._enumerated()._enumeration(max_units)
-        return log_sum_over_states(*enumeration, max_states=2**max_units)
-
-    @torch.no_grad()
-    def exact_sample(
-        self, sample_shape: torch.Size | tuple[int, ...] = (), max_units: int = 20
-    ) -> Tensor:
-        """Independent exact draws, through a table of all states of one layer.
-
-        Args:
-            sample_shape: how many.
-            max_units: how many units may be enumerated.
-
-        Returns:
-            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``.
-
-        Raises:
-            ValueError: if the layer has more units.
-        """
-        enumerated, shape = self._enumerated(), torch.Size(sample_shape)
-        x, z = enumerated._exact_layers(shape, max_units)
-        return self._point(x, z) if enumerated is self else self._point(z, x)
-
     def _point(self, x: Tensor, z: Tensor) -> Tensor:
         """The point of the distribution that has these layers: by default the visible units."""
         return x
@@ -215,37 +163,28 @@ class TwoLayers(UnnormalizedEnergy):
         """The machine whose hidden layer is enumerated in place of this one's."""
         return self
 
-    def _exact_layers(self, sample_shape: torch.Size, max_units: int) -> tuple[Tensor, Tensor]:
-        logits = self._log_hidden_table(max_units)
-        if self._own_batch.numel() == 1:
-            # one table for all rows of a plate
-            which = Categorical(logits=logits.flatten()).sample(sample_shape + self.batch_shape)
-        else:
-            logits = logits.expand(self.batch_shape + logits.shape[-1:])
-            which = Categorical(logits=logits).sample(sample_shape)
-        z = states(bits_like(self.weights), self.num_hidden)[which]
-        return self.visible_given(z).sample(), z
+    def _completed(self, s: Tensor) -> Tensor:
+        enumerated = self._enumerated()
+        x = enumerated.visible_given(s).sample()
+        return self._point(x, s) if enumerated is self else self._point(s, x)
 
-    def _log_hidden_table(self, max_units: int) -> Tensor:
-        """:meth:`log_hidden` of all states, shape ``(*own_batch, 2^m)``."""
-        table = values_of_states(*self._enumeration(max_units), max_states=2**max_units)
-        return table.expand(table.shape[:1] + self._own_batch).movedim(0, -1)
-
-    def _enumeration(self, max_units: int) -> tuple[Any, Tensor, int, int]:
-        m = self.num_hidden
+    def _enumeration(self, max_units: int) -> Enumeration:
+        machine = self._enumerated()
+        m = machine.num_hidden
         if m > max_units:
             raise ValueError(
                 f"the layer to enumerate has {m} units, 2^{m} states, and max_units={max_units}:"
                 " use an estimate of log Z (annealed importance sampling), or raise max_units if"
                 " you can wait"
             )
-        inner = (1,) * len(self._own_batch)
-        chunk_size = max(NUMBERS_PER_CHUNK // (self.num_visible * self._own_batch.numel()), 256)
+        batch = self.unexpanded.batch_shape
+        inner = (1,) * len(batch)
+        chunk_size = max(NUMBERS_PER_CHUNK // (machine.num_visible * max(batch.numel(), 1)), 256)
 
-        def log_f(z: Tensor) -> Tensor:  # (chunk, m) -> (chunk, *own_batch)
-            return self.log_hidden(z.reshape((len(z),) + inner + (m,)))
+        def log_f(z: Tensor) -> Tensor:  # (chunk, m) -> (chunk, *batch)
+            return machine.log_hidden(z.reshape((len(z),) + inner + (m,)))
 
-        return log_f, bits_like(self.weights), m, chunk_size
+        return Enumeration(log_f, bits_like(self.weights), m, chunk_size)
 
     def __repr__(self) -> str:
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
@@ -253,6 +192,48 @@ class TwoLayers(UnnormalizedEnergy):
             f"{type(self).__name__}(visible={self.num_visible}, hidden={self.num_hidden}{batch},"
             f" log_normalizer={self.normalizer_state})"
         )
+
+
+class MarginalLayers(TwoLayers):
+    """The visible units of two layers, the hidden bits summed out."""
+
+    supports_tempering = False  # of e^{-beta F} the layers are not independent given each other
+    _way_to_temper = ""
+
+    def free_energy(self, x: Tensor) -> Tensor:
+        r"""The energy :math:`F(x) = -\log \sum_z e^{-E(x, z)}`.
+
+        Args:
+            x: visible units, shape ``(*sample, *batch, n)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+        """
+        return self.energy(x)
+
+    def gibbs_sweep(
+        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
+    ) -> Tensor:
+        r"""New visible units: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
+
+        Args:
+            x: visible units, shape ``(*sample, *batch, n)``.
+            noise: what ``gibbs_noise`` gave.
+            beta: must be None.
+
+        Raises:
+            ValueError: for any other ``beta``.
+        """
+        if beta is not None:
+            raise ValueError(
+                f"a sweep of {type(self).__name__} leaves e^{{-F}} invariant, not e^{{-beta F}},"
+                " whose layers are not independent given each other" + self._way_to_temper
+            )
+        return self._visible_sweep(x.to(self.weights.dtype), noise).to(x.dtype)
+
+    @abstractmethod
+    def _visible_sweep(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        """New visible units, in the weights' precision."""
 
 
 def check_weights(weights: Tensor) -> tuple[int, int]:
@@ -288,15 +269,6 @@ def _check_floating(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a tensor of floating numbers, got {got}")
 
 
-def common_batch(what: str, *shapes: tuple[int, ...]) -> torch.Size:
-    try:
-        return torch.Size(torch.broadcast_shapes(*shapes))
-    except RuntimeError as error:
-        raise ValueError(
-            f"the {what} have batch shapes that do not broadcast: {[tuple(s) for s in shapes]}"
-        ) from error
-
-
 def times(x: Tensor, weights: Tensor) -> Tensor:
     """The products ``x W``, ``(*sample, *batch, n)`` with ``(*batch, n, m)``."""
     if weights.dim() == 2:
@@ -324,6 +296,3 @@ def softplus(a: Tensor) -> Tensor:
 def bits_like(like: Tensor) -> Tensor:
     """The support values of a bit, shape ``(2, 1)``, of the dtype and device of a tensor."""
     return torch.tensor([[0.0], [1.0]], dtype=like.dtype, device=like.device)
-
-
-__all__ = ["TwoLayers"]

@@ -37,9 +37,8 @@ from pyro.distributions import (
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.bipartite import (
-    TwoLayers,
+    MarginalLayers,
     affine,
-    bits_like,
     check_beside,
     check_weights,
     dot,
@@ -47,10 +46,10 @@ from pyro_ebm.distributions.boltzmann.bipartite import (
     times,
 )
 from pyro_ebm.ops.arguments import check_number
-from pyro_ebm.ops.integration.enumerate import states
+from pyro_ebm.ops.integration.enumerate import states, values_of_states
 
 
-class GaussianRBM(TwoLayers):
+class GaussianRBM(MarginalLayers):
     r"""A restricted Boltzmann machine over real visible units, the hidden bits summed out.
 
     .. math:: p(x) \propto \prod_i e^{-(x_i - b_i)^2 / 2 s_i^2}
@@ -82,10 +81,9 @@ class GaussianRBM(TwoLayers):
     """
 
     arg_constraints = {
-        **TwoLayers.arg_constraints,
+        **MarginalLayers.arg_constraints,
         "scale": constraints.independent(constraints.positive, 1),
     }
-    supports_tempering = False  # of e^{-beta F} the layers are not independent given each other
 
     def __init__(
         self,
@@ -115,17 +113,6 @@ class GaussianRBM(TwoLayers):
             **kwargs,
         )
 
-    def free_energy(self, x: Tensor) -> Tensor:
-        r"""The energy :math:`F(x) = -\log \sum_z e^{-E(x, z)}`.
-
-        Args:
-            x: visible units, shape ``(*sample, *batch, n)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-        """
-        return self.energy(x)
-
     def _energy(self, x: Tensor) -> Tensor:
         x = x.to(self.weights.dtype)
         quadratic = ((x - self.visible_bias) / self.scale).square().sum(-1) / 2
@@ -148,7 +135,7 @@ class GaussianRBM(TwoLayers):
         Returns:
             A normal distribution over events of shape ``(n,)``.
         """
-        mean = self.visible_mean(self._layer("hidden", z, self.num_hidden))
+        mean = self.visible_mean(self.hidden_units(z))
         return Normal(mean, self.scale, validate_args=self._validate_args).to_event(1)
 
     def log_hidden(self, z: Tensor) -> Tensor:
@@ -173,10 +160,12 @@ class GaussianRBM(TwoLayers):
         Raises:
             ValueError: if there are more.
         """
-        logits = self._log_hidden_table(max_units)
-        z = states(bits_like(self.weights), self.num_hidden)
-        z = z.reshape((len(z),) + (1,) * len(self._own_batch) + (-1,))
-        mean = self.visible_mean(z).expand((len(z),) + self._own_batch + (self.num_visible,))
+        batch, enumeration = self.unexpanded.batch_shape, self._enumeration(max_units)
+        logits = values_of_states(*enumeration, max_states=2**max_units).movedim(0, -1)
+        logits = logits.expand(batch + logits.shape[-1:])
+        z = states(enumeration.support_values, self.num_hidden)
+        z = z.reshape((len(z),) + (1,) * len(batch) + (-1,))
+        mean = self.visible_mean(z).expand((len(z),) + batch + (self.num_visible,))
         components = Normal(mean.movedim(0, -2), self.scale[..., None, :])
         mixture = MixtureSameFamily(Categorical(logits=logits), Independent(components, 1))
         return mixture.expand(self.batch_shape)
@@ -200,28 +189,7 @@ class GaussianRBM(TwoLayers):
         normal = torch.randn(x.shape, dtype=like.dtype, device=like.device)
         return self._uniform(shape), normal
 
-    def gibbs_sweep(
-        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
-    ) -> Tensor:
-        r"""New visible units: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
-
-        Args:
-            x: visible units, shape ``(*sample, *batch, n)``.
-            noise: what :meth:`gibbs_noise` gave.
-            beta: must be None.
-
-        Raises:
-            ValueError: for any other ``beta``.
-        """
-        if beta is not None:
-            raise ValueError(
-                "a sweep of GaussianRBM leaves e^{-F} invariant, not e^{-beta F}, whose layers are"
-                " not independent given each other"
-            )
+    def _visible_sweep(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         uniform, normal = noise
-        probability = self.hidden_logits(x.to(self.weights.dtype)).sigmoid()
-        z = (uniform < probability).to(self.weights.dtype)
-        return (self.visible_mean(z) + self.scale * normal).to(x.dtype)
-
-
-__all__ = ["GaussianRBM"]
+        z = (uniform < self.hidden_logits(x).sigmoid()).to(x.dtype)
+        return self.visible_mean(z) + self.scale * normal

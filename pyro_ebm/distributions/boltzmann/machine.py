@@ -88,15 +88,15 @@ class BoltzmannMachine(PairwiseEnergy):
 
     def _draw_given(self, field: Tensor, uniform: Tensor) -> Tensor:
         """Units given their local fields, by their log-odds."""
-        low, high = self._support_values
+        low, high = self.support_values
         up = uniform[..., None] < ((high - low) * field).sigmoid()
         return low + (high - low) * up
 
     def _validate_sample(self, value: Tensor) -> None:
         if isinstance(value, Tensor) and not bool(
-            (value[..., None] == self._support_values[:, 0]).any(-1).all()
+            (value[..., None] == self.support_values[:, 0]).any(-1).all()
         ):
-            low, high = self._support_values.flatten().int().tolist()
+            low, high = self.support_values.flatten().int().tolist()
             way = "bits as spins are 2 * x - 1, or say states='binary'"
             if low == 0:
                 way = "spins as bits are (1 + s) / 2, or say states='spin'"
@@ -105,6 +105,3 @@ class BoltzmannMachine(PairwiseEnergy):
                 f" {value.min().item():.4g} and {value.max().item():.4g}: {way}"
             )
         super()._validate_sample(value)
-
-
-__all__ = ["BoltzmannMachine"]

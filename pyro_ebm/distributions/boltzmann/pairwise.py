@@ -27,31 +27,24 @@ Reference:
     images.
 """
 
-import copy
-import math
 from typing import Any, Self
 
 import torch
-from pyro.distributions import Categorical, constraints
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating, interactions
+from pyro_ebm.distributions.checks.arguments import common_batch
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import readable
-from pyro_ebm.distributions.core.sampler import ChainKernel
-from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.ops.integration.enumerate import (
-    check_enumerable,
-    log_sum_over_states,
-    states,
-    values_of_states,
-)
+from pyro_ebm.distributions.enumerated import EnumeratedEnergy, Enumeration
+from pyro_ebm.ops.integration.enumerate import check_enumerable
 
 NUMBERS_PER_CHUNK = 2**20
 """How many numbers an enumeration holds at once."""
 
 
-class PairwiseEnergy(UnnormalizedEnergy):
+class PairwiseEnergy(EnumeratedEnergy):
     r"""Discrete sites that interact in pairs, the base of Boltzmann machines and Potts models.
 
     A member says which support values its sites take. Everything else, sweeps and sums over states
@@ -71,12 +64,9 @@ class PairwiseEnergy(UnnormalizedEnergy):
         values: the constraint of one site: its support values are those of
             :func:`~pyro_ebm.distributions.core.discrete.support_values_of`.
         num_states: K where ``values`` are one-hot rows, which alone do not tell.
-        log_normalizer: as in :class:`~pyro_ebm.UnnormalizedEnergy`, as are the rest.
-        kernel: makes the draws of ``sample``; block Gibbs sweeps by default.
-        num_steps: its transitions for each draw.
-        learned_normalizer: whether ``log_normalizer`` is a parameter under training.
-        validate_args: as in every distribution. The values of couplings and bias are checked unless
-            this is False, or they cannot be read, as under ``vmap``.
+        **kwargs: passed to :class:`~pyro_ebm.distributions.enumerated.EnumeratedEnergy`. The
+            values of couplings and bias are checked unless ``validate_args`` is False, or they
+            cannot be read, as under ``vmap``.
 
     Raises:
         ValueError: for couplings, bias or edges of shapes that do not fit, matrices that are not
@@ -108,11 +98,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         *,
         values: constraints.Constraint,
         num_states: int | None = None,
-        log_normalizer: Tensor | float | None = None,
-        kernel: ChainKernel | None = None,
-        num_steps: int = 100,
-        learned_normalizer: bool | None = None,
-        validate_args: bool | None = None,
+        **kwargs: Any,
     ):
         couplings = floating("couplings", couplings, (bias, edges))
         if bias is not None:
@@ -127,33 +113,18 @@ class PairwiseEnergy(UnnormalizedEnergy):
         support_values = support_values_of(values, event_shape)
         if support_values is None:
             raise ValueError(f"values must be a discrete constraint, got {values}")
-        self._support_values = support_values.to(self.couplings.device, self.couplings.dtype)
-        bias = torch.zeros_like(self._support_values[:1]) if bias is None else bias
+        self.support_values = support_values.to(self.couplings.device, self.couplings.dtype)
+        bias = torch.zeros_like(self.support_values[:1]) if bias is None else bias
         if bias.shape[-2] not in (1, n) or bias.shape[-1] != support_values.shape[1]:
             raise ValueError(
                 f"the bias or field has {bias.shape[-1]} number(s) for each of {bias.shape[-2]}"
                 f" site(s), but there are {n} sites of {support_values.shape[1]} number(s)"
             )
         self._bias = bias.to(self.couplings.dtype)
-        batches = [self.couplings.shape[: -self.pairs.coupling_dim], bias.shape[:-2]]
-        try:
-            batch = torch.broadcast_shapes(*batches)
-        except RuntimeError as error:
-            raise ValueError(
-                f"couplings of batch shape {tuple(batches[0])} and bias of batch shape"
-                f" {tuple(batches[1])} do not broadcast"
-            ) from error
-        super().__init__(
-            None,
-            event_shape,
-            values,
-            batch,
-            log_normalizer=log_normalizer,
-            kernel=kernel,
-            num_steps=num_steps,
-            learned_normalizer=learned_normalizer,
-            validate_args=validate_args,
+        batch = common_batch(
+            "couplings and bias", self.couplings.shape[: -self.pairs.coupling_dim], bias.shape[:-2]
         )
+        super().__init__(event_shape, values, batch, **kwargs)
         if self._validate_args:
             self._check_values()
 
@@ -228,64 +199,16 @@ class PairwiseEnergy(UnnormalizedEnergy):
         return self._points(s).to(x.dtype)
 
     def _draw_given(self, field: Tensor, uniform: Tensor) -> Tensor:
-        """Codewords ``(..., c, b)`` of sites in local fields ``(..., c, b)``, by inverse cdf."""
-        logits = field @ self._support_values.mT.to(field.dtype)
+        """Sites ``(..., c, b)`` drawn in local fields ``(..., c, b)``, by the inverse cdf."""
+        logits = field @ self.support_values.mT.to(field.dtype)
         cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)  # times a constant
         which = (uniform[..., None] * cdf[..., -1:] >= cdf[..., :-1]).sum(-1)
-        return self._support_values.index_select(0, which.flatten()).reshape(field.shape)
+        return self.support_values.index_select(0, which.flatten()).reshape(field.shape)
 
     # -- sums over all states ------------------------------------------------------------------
 
-    def exact_log_normalizer(self, max_units: int = 25) -> Tensor:
-        r""":math:`\log Z` by enumeration, the sites of one colour summed in closed form.
-
-        Differentiable in couplings and bias, in bounded memory. Given back to the distribution, as
-        in ``p.normalized(p.exact_log_normalizer())``, it normalizes the density.
-
-        Args:
-            max_units: at most :math:`2^{\text{max\_units}}` states may be enumerated: on a
-                checkerboard of bits or spins these many sites of one colour.
-
-        Returns:
-            A shape that broadcasts to ``batch_shape``: that of the parameters' batch.
-
-        Raises:
-            ValueError: if there are more states.
-        """
-        log_f, count, chunk_size = self._enumeration(max_units)
-        if count == 0:
-            return log_f(self._support_values.new_zeros(1, 0))[0]
-        return log_sum_over_states(log_f, self._support_values, count, chunk_size, 2**max_units)
-
-    @torch.no_grad()
-    def exact_sample(
-        self, sample_shape: torch.Size | tuple[int, ...] = (), max_units: int = 20
-    ) -> Tensor:
-        """Independent exact draws, through a table of all states but those of one colour.
-
-        Args:
-            sample_shape: how many.
-            max_units: as in :meth:`exact_log_normalizer`.
-
-        Returns:
-            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``.
-
-        Raises:
-            ValueError: if there are more states.
-        """
-        log_f, count, chunk_size = self._enumeration(max_units)
-        shape = torch.Size(sample_shape) + self.batch_shape
-        if count:
-            table = values_of_states(log_f, self._support_values, count, chunk_size, 2**max_units)
-            if table[0].numel() == 1:  # one table for all rows of a plate
-                which = Categorical(logits=table.flatten()).sample(shape)
-            else:
-                logits = table.movedim(0, -1).expand(self.batch_shape + (len(table),))
-                which = Categorical(logits=logits).sample(torch.Size(sample_shape))
-            enumerated = states(self._support_values, count)[which]
-        else:
-            enumerated = self._support_values.new_zeros(shape + (0,))
-        s = self._embedded(enumerated)
+    def _completed(self, s: Tensor) -> Tensor:
+        s = self._embedded(s)
         weights = self.pairs.weights(self.couplings)
         for k in self.pairs.independent:
             field = self._block_field(weights[k], s, k)
@@ -293,9 +216,9 @@ class PairwiseEnergy(UnnormalizedEnergy):
             s = s.index_copy(-2, self.pairs.blocks[k], new)
         return self._points(s)
 
-    def _enumeration(self, max_units: int) -> tuple[Any, int, int]:
+    def _enumeration(self, max_units: int) -> Enumeration:
         count, batch = len(self.pairs.rest), self.unexpanded.batch_shape
-        check_enumerable(len(self._support_values), count, 2**max_units)
+        check_enumerable(len(self.support_values), count, 2**max_units)
         chunk_size = max(NUMBERS_PER_CHUNK // (self._numbers * max(batch.numel(), 1)), 64)
 
         def log_f(enumerated: Tensor) -> Tensor:  # (chunk, count * b) -> (chunk, *batch)
@@ -304,20 +227,20 @@ class PairwiseEnergy(UnnormalizedEnergy):
             total = self.pairs.pair_sum(self.couplings, s) + (self._bias * s).sum((-1, -2))
             weights = self.pairs.weights(self.couplings)
             for k in self.pairs.independent:
-                logits = self._block_field(weights[k], s, k) @ self._support_values.mT
+                logits = self._block_field(weights[k], s, k) @ self.support_values.mT
                 total = total + logits.logsumexp(-1).sum(-1)
             return total
 
-        return log_f, count, chunk_size
+        return Enumeration(log_f, self.support_values, count, chunk_size)
 
     @property
     def _numbers(self) -> int:
         """How many numbers the energy of one point holds at once, about."""
-        return (self.pairs.num_edges + self.num_sites) * self._support_values.shape[1]
+        return (self.pairs.num_edges + self.num_sites) * self.support_values.shape[1]
 
     def _embedded(self, enumerated: Tensor) -> Tensor:
         """States ``(..., n, b)`` that have these at all sites but the independent ones, 0 there."""
-        rest, b = self.pairs.rest, self._support_values.shape[1]
+        rest, b = self.pairs.rest, self.support_values.shape[1]
         s = enumerated.new_zeros(enumerated.shape[:-1] + (self.num_sites, b))
         return s.index_copy(-2, rest, enumerated.reshape(enumerated.shape[:-1] + (len(rest), b)))
 
@@ -342,31 +265,7 @@ class PairwiseEnergy(UnnormalizedEnergy):
         Raises:
             ValueError: if it is not finite, or does not broadcast.
         """
-        if not isinstance(beta, Tensor) and not math.isfinite(beta):
-            raise ValueError(f"beta must be finite, got {beta}")
-        if not isinstance(beta, Tensor) and beta == 1:
-            return self
-        scale = torch.as_tensor(beta, dtype=self.couplings.dtype, device=self.couplings.device)
-        if self._validate_args and readable(scale) and not scale.isfinite().all():
-            raise ValueError(f"beta must be finite, got {beta}")
-        try:
-            batch = torch.broadcast_shapes(scale.shape, self.batch_shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"beta has shape {tuple(scale.shape)}, which does not broadcast with batch_shape="
-                f"{tuple(self.batch_shape)}"
-            ) from error
-        new = copy.copy(self.unexpanded)
-        new.couplings = scale[(...,) + (None,) * self.pairs.coupling_dim] * self.couplings
-        new._bias = scale[..., None, None] * self._bias
-        new._batch_shape = torch.broadcast_shapes(scale.shape, new.batch_shape)
-        new._log_normalizer = new._learned_normalizer = None
-        if not isinstance(beta, Tensor) and beta == 0:
-            new._log_normalizer = scale.new_tensor(
-                self.num_sites * math.log(len(self._support_values))
-            )
-            new.normalized_parts = ()
-        return new if new._batch_shape == batch else new.expand(batch)
+        return self._scaled(beta, {"couplings": self.pairs.coupling_dim, "_bias": 2})
 
     # -- plumbing ------------------------------------------------------------------------------
 
@@ -400,6 +299,3 @@ class PairwiseEnergy(UnnormalizedEnergy):
             f"{type(self).__name__}(event_shape={tuple(self.event_shape)}{batch},"
             f" pairs={self.pairs.num_edges}, log_normalizer={self.normalizer_state})"
         )
-
-
-__all__ = ["PairwiseEnergy"]

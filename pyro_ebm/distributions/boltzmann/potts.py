@@ -112,6 +112,3 @@ class Potts(PairwiseEnergy):
                 f" torch.nn.functional.one_hot(labels, {shape[1]}).float()"
             )
         super()._validate_sample(value)
-
-
-__all__ = ["Potts"]

@@ -23,8 +23,8 @@ Reference:
     Hinton (2012), A practical guide to training restricted Boltzmann machines.
 """
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from pyro.distributions import (
@@ -35,13 +35,15 @@ from pyro.distributions import (
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.bipartite import (
+    MarginalLayers,
     TwoLayers,
     affine,
     check_weights,
-    common_batch,
     dot,
     softplus,
 )
+
+Layers = TypeVar("Layers", bound="BinaryLayers")
 
 
 class BinaryLayers(TwoLayers):
@@ -56,7 +58,7 @@ class BinaryLayers(TwoLayers):
         Returns:
             A Bernoulli distribution over events of shape ``(n,)``.
         """
-        logits = self.visible_logits(self._layer("hidden", z, self.num_hidden))
+        logits = self.visible_logits(self.hidden_units(z))
         return Bernoulli(logits=logits, validate_args=self._validate_args).to_event(1)
 
     def hidden_logits(self, x: Tensor) -> Tensor:
@@ -76,23 +78,21 @@ class BinaryLayers(TwoLayers):
         if self.num_hidden <= self.num_visible:
             return self
         mirror = RBM(self.weights.mT, self.hidden_bias, self.visible_bias, validate_args=False)
-        return _expanded(mirror, self.batch_shape)
+        return mirror if mirror.batch_shape == self.batch_shape else mirror.expand(self.batch_shape)
 
-    def _sibling(self, cls: type, beta: Tensor | None = None) -> Any:
-        """A density of the same parameters, or of those times ``beta``."""
+    def _sibling(self, cls: Callable[..., Layers]) -> Layers:
+        """Another density of the same parameters, with the same log Z where that is known."""
         new = cls(
-            self.weights if beta is None else beta[..., None, None] * self.weights,
-            self.visible_bias if beta is None else beta[..., None] * self.visible_bias,
-            self.hidden_bias if beta is None else beta[..., None] * self.hidden_bias,
+            self.weights,
+            self.visible_bias,
+            self.hidden_bias,
             kernel=self.kernel,
             num_steps=self.num_steps,
             validate_args=self._validate_args,
         )
-        batch = () if beta is None else beta.shape
-        new = _expanded(new, common_batch("beta and batch", batch, self.batch_shape))
-        if beta is None and self.is_normalized and self._log_normalizer is not None:
-            return new.normalized(self._log_normalizer)
-        return new
+        new = new if new.batch_shape == self.batch_shape else new.expand(self.batch_shape)
+        log_z = self.log_normalizer
+        return new.normalized(log_z) if self.is_normalized and log_z is not None else new
 
     def _sweep(
         self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
@@ -116,7 +116,7 @@ class BinaryLayers(TwoLayers):
         super()._validate_sample(value)
 
 
-class RBM(BinaryLayers):
+class RBM(BinaryLayers, MarginalLayers):
     r"""A restricted Boltzmann machine over its visible bits, the hidden ones summed out.
 
     .. math:: p(x) \propto e^{b^\top x} \prod_j \big(1 + e^{c_j + (W^\top x)_j}\big)
@@ -151,22 +151,11 @@ class RBM(BinaryLayers):
         torch.Size([64, 3])
     """
 
-    supports_tempering = False  # of e^{-beta F} the layers are not independent given each other
+    _way_to_temper = ": temper joint()"
 
     def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
         n, _ = check_weights(weights)
         super().__init__(weights, visible_bias, hidden_bias, (n,), constraints.boolean, **kwargs)
-
-    def free_energy(self, x: Tensor) -> Tensor:
-        r"""The energy :math:`F(x) = -\log \sum_z e^{-E(x, z)}`.
-
-        Args:
-            x: visible units, shape ``(*sample, *batch, n)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-        """
-        return self.energy(x)
 
     def _energy(self, x: Tensor) -> Tensor:
         x = x.to(self.weights.dtype)
@@ -180,25 +169,8 @@ class RBM(BinaryLayers):
         """The uniforms of a sweep, for the hidden and the visible units."""
         return self._uniform(x.shape[:-1] + (self.num_hidden,)), self._uniform(x.shape)
 
-    def gibbs_sweep(
-        self, x: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
-    ) -> Tensor:
-        r"""New visible units: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
-
-        Args:
-            x: visible units, shape ``(*sample, *batch, n)``.
-            noise: what :meth:`gibbs_noise` gave.
-            beta: must be None.
-
-        Raises:
-            ValueError: for any other ``beta``.
-        """
-        if beta is not None:
-            raise ValueError(
-                "a sweep of RBM leaves e^{-F} invariant, not e^{-beta F}, whose layers are not"
-                " independent given each other: temper joint()"
-            )
-        return self._sweep(x.to(self.weights.dtype), noise)[0].to(x.dtype)
+    def _visible_sweep(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        return self._sweep(x, noise)[0]
 
 
 class JointRBM(BinaryLayers):
@@ -266,18 +238,7 @@ class JointRBM(BinaryLayers):
         Raises:
             ValueError: if it is not finite, or does not broadcast.
         """
-        if not isinstance(beta, Tensor):
-            if not math.isfinite(beta):
-                raise ValueError(f"beta must be finite, got {beta}")
-            if beta == 1:
-                return self
-            if beta == 0:  # all states are alike
-                log_z = math.log(2) * (self.num_visible + self.num_hidden)
-                uniform = self._sibling(JointRBM, self.weights.new_zeros(())).normalized(log_z)
-                uniform.normalized_parts = ()
-                return uniform
-        beta = torch.as_tensor(beta, dtype=self.weights.dtype, device=self.weights.device)
-        return self._sibling(JointRBM, beta)
+        return self._scaled(beta, {"weights": 2, "visible_bias": 1, "hidden_bias": 1})
 
     def _point(self, x: Tensor, z: Tensor) -> Tensor:
         return torch.cat([x, z], -1)
@@ -299,10 +260,3 @@ class JointRBM(BinaryLayers):
         """
         visible, _ = self.split(x.to(self.weights.dtype))
         return torch.cat(self._sweep(visible, noise, beta), -1).to(x.dtype)
-
-
-def _expanded(energy: Any, batch_shape: torch.Size) -> Any:
-    return energy if energy.batch_shape == batch_shape else energy.expand(batch_shape)
-
-
-__all__ = ["RBM", "BinaryLayers", "JointRBM"]

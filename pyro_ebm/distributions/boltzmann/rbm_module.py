@@ -146,7 +146,7 @@ class RBMModule(nn.Module):
         if not 0 <= rate <= 1:
             raise ValueError(f"rate must lie in [0, 1], got {rate}")
         machine = self()
-        machine._validate_sample(x)
+        machine.check_values(x)
         x = x.to(self.weights.dtype).reshape(-1, machine.num_visible)
         self.move_offsets(x.mean(0), machine.hidden_logits(x).sigmoid().mean(0), rate)
 

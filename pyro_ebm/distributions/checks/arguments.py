@@ -118,3 +118,21 @@ def checked_coefficient(
             f"{name} must be finite and {'at least 0' if zero else 'greater than 0'}, got {value}"
         )
     return value
+
+
+def common_batch(what: str, *shapes: tuple[int, ...]) -> torch.Size:
+    """The shape that batch shapes broadcast to.
+
+    Args:
+        what: what to call the things that have them.
+        *shapes: the batch shapes.
+
+    Raises:
+        ValueError: if they do not broadcast.
+    """
+    try:
+        return torch.Size(torch.broadcast_shapes(*shapes))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {what} have batch shapes that do not broadcast: {[tuple(s) for s in shapes]}"
+        ) from error
