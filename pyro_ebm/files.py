@@ -43,7 +43,7 @@ PathLike = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or does not belong to what is asked to go on from it."""
+    """A file that cannot be read, or that belongs to another run or training."""
 
 
 def previous(path: PathLike) -> Path:
@@ -63,7 +63,7 @@ def save(path: PathLike, payload: Mapping[str, Any], kind: str, keep_previous: b
         path: where; its folder must exist.
         payload: tensors, numbers, strings, bytes, ``None``, dtypes, and dicts, lists and tuples of
             these. Tensors are kept as plain ones on the CPU.
-        kind: what the file holds, in a word; :func:`load` asks for it.
+        kind: what the file holds, in a word; :func:`load` compares it.
         keep_previous: whether to keep the one before.
 
     Returns:
@@ -109,7 +109,7 @@ def save(path: PathLike, payload: Mapping[str, Any], kind: str, keep_previous: b
 
 
 def load(path: PathLike, kind: str) -> dict[str, Any]:
-    """What :func:`save` wrote; its tensors are on the CPU.
+    """The payload that :func:`save` wrote, with its tensors on the CPU.
 
     Args:
         path: the file.
@@ -226,7 +226,7 @@ _FIELDS = {"version": int, "kind": str, "size": int, "sha256": str}
 
 
 def _keep(path: Path) -> None:
-    """The file also under the name of the one before it, while it stays where it is."""
+    """Gives the file the name of the one before it too, while it stays where it is."""
     before = previous(path)
     temporary = Path(f"{before}.tmp")
     temporary.unlink(missing_ok=True)
@@ -280,7 +280,7 @@ _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
 
 
 def random_state() -> dict[str, Any]:
-    """Where all global random number generators are: of torch, on all devices, NumPy and Python.
+    """The state of all global random number generators: torch's on all devices, NumPy's, Python's.
 
     Example:
         >>> state = random_state()
@@ -300,7 +300,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts them back to where :func:`random_state` found them.
+    """Restores what :func:`random_state` returned.
 
     Raises:
         CheckpointError: if the state is of more CUDA devices than there are.

@@ -1,4 +1,4 @@
-r"""A model run again at draws of its latents: what it observes, and how likely that was.
+r"""A model run again at draws of its latents: its observed sites and their log likelihood.
 
 The pointwise log-likelihood of draws :math:`\theta_1, \dots, \theta_S` is
 
@@ -94,7 +94,7 @@ class Replay:
         return bool(same.all())
 
     def is_normalized(self, name: str) -> bool:
-        """Whether the density of a site integrates to 1 at all draws: its energies know log Z."""
+        """Whether the density of a site integrates to 1: the log Z of its energies is known."""
         known = all(energy.is_normalized for energy in energies_of(self.sites[name]["fn"]))
         with self._quiet():
             return known and not lags(self.sites[name], self._last[name])
@@ -156,7 +156,7 @@ class Replay:
     @staticmethod
     @contextlib.contextmanager
     def _quiet() -> Iterator[None]:
-        """Runs of the model change nothing and leave no trace."""
+        """Within it, runs of the model change no state, and no handler outside records them."""
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),

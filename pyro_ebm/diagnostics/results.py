@@ -30,7 +30,7 @@ class Results:
         args: the positional arguments of the model.
         kwargs: its keyword arguments.
         store: the folder of the draws where they are on disk, not in ``samples``.
-        asked: the numbers of chains and of draws where there are neither sites nor statistics.
+        requested: the shape of a run with neither sites nor statistics.
     """
 
     samples: Values
@@ -43,14 +43,14 @@ class Results:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     store: Path | None = None
-    asked: tuple[int, int] = (0, 0)
+    requested: tuple[int, int] = (0, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
         """The numbers of chains and of draws."""
         for value in (*self.samples.values(), *self.fields.values()):
             return value.shape[0], value.shape[1]
-        return self.asked
+        return self.requested
 
     @classmethod
     def of(cls, mcmc: Any) -> "Results":
@@ -78,7 +78,7 @@ class Results:
             model=getattr(mcmc.kernel, "model", None),
             args=mcmc._args or (),
             kwargs=mcmc._kwargs or {},
-            asked=(mcmc.num_chains, mcmc.num_samples),
+            requested=(mcmc.num_chains, mcmc.num_samples),
         )
 
     @classmethod
@@ -102,6 +102,12 @@ class Results:
         fields = fields_of(reported, num_draws, thinning)
         kept = [{k: v for k, v in chain.items() if k != "sample_stats"} for chain in reported]
         return cls(samples, fields, kept, **parts)
+
+    def thinned(self, thinning: int) -> "Results":
+        """Every ``thinning``-th draw."""
+        parts = (self.samples, self.fields)
+        samples, fields = ({k: v[:, thinning - 1 :: thinning] for k, v in p.items()} for p in parts)
+        return replace(self, samples=samples, fields=fields)
 
     def followed_by(self, later: "Results") -> "Results":
         """These draws and the later ones of the same chains; of the warmup, these."""

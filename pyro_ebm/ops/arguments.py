@@ -1,4 +1,4 @@
-"""What arguments are asked to be: each check names the argument, what it got and what it wanted.
+"""Checks of arguments, whose errors name the argument, what it got and what it wanted.
 
 A wrong argument is an error where it is given, and not one of Python's or torch's in the middle of
 a computation.
@@ -35,7 +35,7 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it: its ``repr`` where that is short.
 
     Example:
@@ -48,17 +48,17 @@ def shown(value: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error is and says, in one line."""
+    """The type of an error and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _as_tensor(value: Any) -> str:
-    """The way out for numbers that are no tensor."""
+def _as_tensor(value: object) -> str:
+    """A hint for numbers that are no tensor, else nothing."""
     return "" if isinstance(value, Tensor) or not is_array(value) else ": use torch.as_tensor"
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """Whether it holds numbers as NumPy or lists do, or tensors.
 
     Example:
@@ -68,7 +68,7 @@ def is_array(value: Any) -> bool:
     return isinstance(value, list | tuple) or hasattr(value, "__array__")
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: object) -> None:
     """Raises a ValueError unless it is a number, or a tensor of one; NaN is one, True is not.
 
     Example:
@@ -86,7 +86,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """The value as an ``int``; raises a ValueError unless it is one of at least so much.
+    """The value as an ``int``; raises a ValueError unless it is an integer of at least ``least``.
 
     Example:
         >>> check_count("num_steps", torch.tensor(3))
@@ -105,7 +105,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def check_callable(name: str, value: Any, what: str = "a function") -> None:
+def check_callable(name: str, value: object, what: str = "a function") -> None:
     """Raises a ValueError unless it can be called, and is not a class.
 
     Example:
@@ -118,7 +118,7 @@ def check_callable(name: str, value: Any, what: str = "a function") -> None:
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
-def check_mapping(name: str, value: Any, of: type = object, what: str = "values") -> None:
+def check_mapping(name: str, value: object, of: type = object, what: str = "values") -> None:
     """Raises a ValueError unless it is a dict, from names to things of a type.
 
     Example:
@@ -133,7 +133,7 @@ def check_mapping(name: str, value: Any, of: type = object, what: str = "values"
         raise ValueError(f"{name} must be a dict from names to {what}, got {shown(value)}")
 
 
-def check_tensor(name: str, value: Any, what: str = "a tensor of real numbers") -> None:
+def check_tensor(name: str, value: object, what: str = "a tensor of real numbers") -> None:
     """Raises a ValueError unless it is a tensor, and not of complex numbers.
 
     Example:
@@ -147,7 +147,7 @@ def check_tensor(name: str, value: Any, what: str = "a tensor of real numbers") 
 
 
 def checked_device(name: str, value: Any) -> torch.device | None:
-    """A device as torch knows it; None is None.
+    """The value as a ``torch.device``; None stays None.
 
     Example:
         >>> checked_device("draws_device", "nowhere")

@@ -38,7 +38,7 @@ class RankError(RuntimeError):
         super().__init__(message)
         self.ranks = ranks
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.ranks)
 
 
@@ -78,7 +78,7 @@ def join_group(timeout: float = 600.0, backend: str | None = None) -> None:
     dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=wait)
 
 
-def world_size(group: Any = None) -> int:
+def world_size(group: "dist.ProcessGroup | None" = None) -> int:
     """How many ranks compute together; 1 outside a process group.
 
     Args:
@@ -91,7 +91,7 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if _in_group() else 1
 
 
-def rank(group: Any = None) -> int:
+def rank(group: "dist.ProcessGroup | None" = None) -> int:
     """Which of them this process is, from 0; 0 outside a process group.
 
     Args:
@@ -127,7 +127,7 @@ def rank_seed(seed: int, of: int | None = None) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def gathered(value: Tensor, group: Any = None) -> Tensor:
+def gathered(value: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     """The values of all ranks, detached; a collective call, of one shape and dtype everywhere.
 
     Args:
@@ -153,7 +153,7 @@ def gathered(value: Tensor, group: Any = None) -> Tensor:
     return parts.to(device)
 
 
-def pooled_mean(value: Tensor, weight: Tensor, group: Any = None) -> Tensor:
+def pooled_mean(value: Tensor, weight: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     r"""The weighted mean over the ranks, :math:`\sum_r w_r v_r / \sum_r w_r`, elementwise.
 
     A value of weight 0 does not count, whatever it is; where all weights are 0 it is NaN.
@@ -174,7 +174,7 @@ def pooled_mean(value: Tensor, weight: Tensor, group: Any = None) -> Tensor:
 
 
 def rank_path(path: str | os.PathLike[str]) -> Path:
-    """Where this rank keeps what is its own: the path itself outside a process group.
+    """The path of this rank's own file: ``path`` itself outside a process group.
 
     Example:
         >>> rank_path("run.ckpt").name  # on rank 0 of 2: run.rank0of2.ckpt
@@ -266,7 +266,7 @@ def _is_of_transport(error: RuntimeError) -> bool:
 
 
 def _roll_call(group: Any, timeout: float) -> tuple[int, ...]:
-    """The ranks that do not answer: each sends a number to each, and waits for theirs."""
+    """The ranks that do not answer: each sends a number to every other and waits for theirs."""
     me, missing, waiting = rank(), set(), []
     for other in range(world_size()):
         if other == me:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import pyro
 import torch
@@ -13,7 +13,21 @@ from torch.optim import Optimizer
 from pyro_ebm.losses.base import EnergyLoss
 
 
-def state_of(piece: Any) -> Any:
+class Stateful(Protocol):
+    """Anything else with a state, such as a scheduler or a gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Restores what :meth:`state_dict` returned."""
+
+
+Piece = torch.Generator | EnergyLoss | PyroOptim | Stateful
+
+
+def state_of(piece: Piece) -> Any:
     """The state of a network, optimiser, loss, generator, or anything with ``state_dict``.
 
     Example:
@@ -30,7 +44,7 @@ def state_of(piece: Any) -> Any:
     return piece.state_dict()
 
 
-def differences(piece: Any, state: Any) -> Iterator[str]:
+def differences(piece: Piece, state: Any) -> Iterator[str]:
     """The differences, in words, that keep a state from being that of the piece."""
     if isinstance(piece, nn.Module):
         yield from _differences_of_module(piece.state_dict(), state)
@@ -92,7 +106,7 @@ def _differences_of_moments(state: Mapping[str, Any], parameters: list[Tensor]) 
                 )
 
 
-def restore(piece: Any, state: Any) -> None:
+def restore(piece: Piece, state: Any) -> None:
     """Loads into a piece what :func:`state_of` returned."""
     if isinstance(piece, torch.Generator):
         piece.set_state(state)

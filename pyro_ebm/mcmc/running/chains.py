@@ -1,8 +1,8 @@
 """All chains of a run, moved at once, from any transition on.
 
-Everything that a transition reads is the kernel's state, the chains' state, and the global random
-number generators. So whoever puts these back, as they were after some transition, gets the draws
-that followed it, to the last bit.
+All that a transition reads is the kernel's state, the chains' state, and the global random number
+generators. Restored as they were after some transition, they give the draws that followed it, to
+the last bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from pyro_ebm.models.sites.site import Site
 
 
 class VectorizedRun:
-    """Chains on their way, and what they have drawn so far.
+    """The chains of a run under way, and their draws so far.
 
     Args:
         kernel: moves them.
@@ -39,6 +39,7 @@ class VectorizedRun:
         t: transitions made so far, those of the warmup included.
         goal: how many are to be made.
         state: where the chains are.
+        records: the ``"draws"``, and the ``"warmup"`` if it is kept.
     """
 
     def __init__(
@@ -51,14 +52,13 @@ class VectorizedRun:
     ):
         self.kernel, self.potential, self.sites = kernel, potential, sites
         self.warmup_steps, self.thinning = options.warmup_steps, options.thinning
-        self.save_warmup, self.device = options.save_warmup, options.draws_device
-        self.store = store
+        self.save_warmup, self.store = options.save_warmup, store
+        self.device = options.draws_device or potential.device
         self.t, self.goal = 0, options.warmup_steps + options.num_samples
         kernel.planned_steps = self.goal
         kernel.bind(potential, options.warmup_steps)
         self.state: Any = None
-        self.warmup: DrawBuffer | None = None
-        self.draws: DrawBuffer | None = None
+        self.records: dict[str, DrawBuffer] = {}
 
     def start(self, z: Tensor) -> None:
         """Starts at the positions ``z``, shape ``(chains, dim)``."""
@@ -66,22 +66,23 @@ class VectorizedRun:
 
     def extend(self, num_samples: int) -> None:
         """As many transitions more, without a warmup; the draws so far were read."""
-        seen, count = self._draws.seen, self._draws.count
+        before = self.records["draws"]
         self.goal += num_samples
-        self.draws = self._new_draws(self.goal - self.warmup_steps, first=count)
-        self.draws.seen, self.draws.first, self.draws.count = seen, count, count
+        draws = self._new_draws(before.count)
+        draws.seen, draws.first, draws.count = before.seen, before.count, before.count
 
     def _collect_from(self, state: State) -> None:
         self.state = state
         if self.save_warmup:
-            memory = Memory(self.warmup_steps, self.device or self.potential.device)
-            self.warmup = self._buffer(self.warmup_steps, 1, memory)
-        self.draws = self._new_draws(self.goal - self.warmup_steps)
+            memory = Memory(self.warmup_steps, self.device)
+            self.records["warmup"] = self._buffer(self.warmup_steps, 1, memory)
+        self._new_draws()
 
-    def _new_draws(self, num_samples: int, first: int = 0) -> DrawBuffer:
-        num = num_samples // self.thinning - first
-        memory = Memory(num, self.device or self.potential.device, first)
-        return self._buffer(num, self.thinning, self.store or memory)
+    def _new_draws(self, first: int = 0) -> DrawBuffer:
+        num = (self.goal - self.warmup_steps) // self.thinning - first
+        store = self.store or Memory(num, self.device, first)
+        draws = self.records["draws"] = self._buffer(num, self.thinning, store)
+        return draws
 
     def _buffer(self, num: int, thinning: int, store: Store) -> DrawBuffer:
         return DrawBuffer(self.potential, self.sites, num, thinning, self.state, store)
@@ -106,11 +107,11 @@ class VectorizedRun:
             hook_fn: as in :class:`~pyro_ebm.MCMC`.
             after: called with the run after each.
         """
-        kernel = self.kernel
+        kernel, records = self.kernel, self.records
         while self.t < self.goal:
-            stage, into, i = "Sample", self.draws, self.t - self.warmup_steps
+            stage, into, i = "Sample", records["draws"], self.t - self.warmup_steps
             if i < 0:
-                stage, into, i = "Warmup", self.warmup, self.t
+                stage, into, i = "Warmup", records.get("warmup"), self.t
             step_size = kernel.adaptation.step_size
             self.state, info = kernel.step(self.state)
             if into is not None:
@@ -122,18 +123,7 @@ class VectorizedRun:
             if after is not None:
                 after(self)
 
-    # -- what came of it -----------------------------------------------------------------------
-
-    @property
-    def _draws(self) -> DrawBuffer:
-        assert self.draws is not None
-        return self.draws
-
-    @property
-    def records(self) -> dict[str, DrawBuffer]:
-        """What is collected: the draws, and the warmup if it is kept."""
-        records = {"warmup": self.warmup, "draws": self.draws}
-        return {name: record for name, record in records.items() if record is not None}
+    # -- draws --------------------------------------------------------------------------------
 
     def read(
         self, record: DrawBuffer, transforms: Mapping[str, Transform]
@@ -199,9 +189,9 @@ class VectorizedRun:
         set_random_state(state["random"])
 
     def _compare(self, potential: Tensor, exact: bool) -> None:
-        """The model must say of the positions what it said when they were saved."""
+        """Raises a CheckpointError if the potential at the saved positions is not as saved."""
         saved, eps = self.state.potential, torch.finfo(self.state.potential.dtype).eps
-        # a compiled graph rounds otherwise than the model as it is, and a machine than another
+        # a compiled graph rounds differently from the model as it is, and so do two machines
         tolerance = (1000 * eps if exact else eps**0.5) * (1 + saved.abs())
         same = ((potential - saved).abs() <= tolerance) | (potential == saved)
         same |= potential.isnan() & saved.isnan()

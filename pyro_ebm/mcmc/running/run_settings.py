@@ -1,8 +1,8 @@
 """What a run was asked to do, in a form that can be compared: settings, sites and data.
 
 Numbers, strings and tensors are compared by value, and so are modules, by their parameters.
-Functions are compared by their names, and what is not known by its type alone: a model is told
-apart by what it says, see :meth:`~pyro_ebm.mcmc.running.chains.VectorizedRun.load_state_dict`.
+Functions are compared by their names, other objects by their type: two models are distinguished by
+their potentials, see :meth:`~pyro_ebm.mcmc.running.chains.VectorizedRun.load_state_dict`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from pyro_ebm.mcmc.potentials.base import Potential
 
 RunSettings = dict[str, str]
 
-# Of a kernel: what says where to start, how to show itself, or is told by the model's values.
+# Settings of a kernel on which the draws do not depend, or that show in the potential.
 NOT_COMPARED = {
     *("model", "potential_fn", "transforms", "init_strategy"),
     *("ignore_jit_warnings", "planned_steps"),
@@ -62,15 +62,15 @@ def _described(value: Any, name: str) -> Iterator[tuple[str, str]]:
         shapes = (tuple(value.batch_shape), tuple(value.event_shape))
         yield name, f"{type(value).__qualname__} {shapes}"
         parts = {key: getattr(value, key, None) for key in value.arg_constraints}
-        parts = {k: x for k, x in {**vars(value), **parts}.items() if _is_told(x, k in parts)}
+        parts = {k: x for k, x in {**vars(value), **parts}.items() if _defines(x, k in parts)}
         for key, item in parts.items():
             yield from _described(item, f"{name}.{key}")
     else:
         yield name, getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _is_told(part: Any, is_parameter: bool) -> bool:
-    """Whether a part of a distribution says what it is, and is not something it remembers."""
+def _defines(part: object, is_parameter: bool) -> bool:
+    """Whether a part of a distribution defines it, and is not a value that it caches."""
     return isinstance(part, Tensor) if is_parameter else isinstance(part, Distribution | nn.Module)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -134,18 +134,9 @@ class ParallelRunner(Runner):
                 save_params=None if options.save_params is None else sorted(options.save_params),
             )
             mcmc.run(*self.args, **self.kwargs)
-        samples, thinning = mcmc.get_samples(group_by_chain=True), options.thinning
-        assert samples is not None
-        return Results.of_chains(
-            {name: draws[:, thinning - 1 :: thinning] for name, draws in samples.items()},
-            mcmc._diagnostics,
-            options.num_samples // thinning,
-            thinning,
-            args=self.args,
-            kwargs=self.kwargs,
-            transforms=mcmc.transforms,
-            model=getattr(self.kernel, "model", None),
-        )
+        results = Results.of(mcmc).thinned(options.thinning)
+        model = getattr(self.kernel, "model", None)  # without the checks
+        return replace(results, transforms=mcmc.transforms, model=model)
 
 
 @contextlib.contextmanager

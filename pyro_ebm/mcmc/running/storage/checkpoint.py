@@ -11,8 +11,8 @@ A checkpoint is one small file with the state of the run, and a folder beside it
 Each checkpoint writes the draws since the last one to a file of their own, so that it costs as much
 late in a run as early. These files form a chain: each holds the checksum of the one before, and the
 state file that of the last. All are written as :mod:`pyro_ebm.files` says, the state file last: a
-process that is killed in between leaves a file of draws that no state speaks of, and the next one
-replaces it.
+process that is killed in between leaves a file of draws that no state file refers to, and the next
+one replaces it.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Checkpoint:
         self.save(run)
 
     def after_transition(self, run: VectorizedRun) -> None:
-        """A checkpoint, if it is time for one; a failure makes a warning, the first time."""
+        """Saves a checkpoint if it is time for one; see :meth:`try_to_save`."""
         if self.is_due(run):
             self.try_to_save(run)
 
@@ -124,7 +124,7 @@ class Checkpoint:
         return time.monotonic() - self._time >= self.every.total_seconds()
 
     def try_to_save(self, run: VectorizedRun) -> None:
-        """A checkpoint; a failure makes a warning, the first time."""
+        """Saves a checkpoint; the first failure is a warning."""
         self.failed = False
         try:
             self.save(run)
@@ -140,7 +140,7 @@ class Checkpoint:
                 )
 
     def save(self, run: VectorizedRun) -> None:
-        """A checkpoint.
+        """Saves a checkpoint.
 
         Raises:
             OSError: if it cannot be written; the one before is then as it was.
@@ -194,11 +194,11 @@ class Checkpoint:
         if found := differences(machine(), payload["machine"]):
             warnings.warn(
                 f"the draws go on from {self.path}, but not to the last bit: {'; '.join(found)}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def load(self, run: VectorizedRun, payload: Mapping[str, Any]) -> None:
-        """Takes a run to where it was.
+        """Restores a run as it was saved.
 
         Raises:
             CheckpointError: if draws are missing or others, or the model is another.
@@ -215,7 +215,7 @@ class Checkpoint:
             path = self._chunk(i)
             if not path.exists():
                 raise CheckpointError(
-                    f"{path} is missing, which {self.path} speaks of: keep the two together"
+                    f"{path} is missing, which {self.path} refers to: keep the two together"
                 )
             payload = files.load(path, KIND_OF_DRAWS)
             if payload["before"] != self.last:

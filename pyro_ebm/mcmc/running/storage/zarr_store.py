@@ -38,10 +38,10 @@ class ZarrStore:
         path: the folder of the store.
         sites: those that are kept, in the order of the position.
         transforms: from their supports to the reals.
-        run: what a store that is there must say of the run that it belongs to; None is a new run.
+        run: the identifier of the run that an existing store must belong to; None for a new run.
 
     Attributes:
-        run: the same, for :class:`~pyro_ebm.mcmc.running.storage.checkpoint.Checkpoint` to keep.
+        run: the identifier of the run, which its checkpoint keeps.
         count: how many draws there are.
 
     Raises:
@@ -114,7 +114,7 @@ class ZarrStore:
         self.count += num
 
     def _append(self, group: str, name: str, value: Tensor, chunk_size: int) -> list[Path]:
-        """Writes draws of one array, and tells the files."""
+        """Appends draws to one array, and returns the files that were written."""
         array, chains = value.cpu().numpy(), value.shape[0]
         if name not in self._root[group]:
             if self.count:
@@ -147,7 +147,7 @@ class ZarrStore:
         return written
 
     def _commit(self) -> None:
-        """Lets readers see what is there now."""
+        """Makes what was written visible to readers."""
         with warnings.catch_warnings():  # xarray does the same: the format is not settled yet
             warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
             self._zarr.consolidate_metadata(self.path, zarr_format=3)
@@ -187,7 +187,7 @@ class ZarrStore:
                 if array.shape[1] < count:
                     raise CheckpointError(
                         f"the store {self.path} has {array.shape[1]} draws of {name!r}, and the"
-                        f" checkpoint speaks of {count}: keep the two together"
+                        f" checkpoint refers to {count}: keep the two together"
                     )
                 array.resize((array.shape[0], count, *array.shape[2:]))
                 if array.nchunks_initialized < array.nchunks:
