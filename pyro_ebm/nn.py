@@ -16,7 +16,6 @@ Reference:
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +115,7 @@ class ConvEnergy(nn.Module):
         return self.layers(x.reshape((batch.numel(),) + self._image_shape)).reshape(batch)
 
 
-def _sizes(name: str, sizes: Any, least: int = 0) -> torch.Size:
+def _sizes(name: str, sizes: object, least: int = 0) -> torch.Size:
     if not isinstance(sizes, Sequence):
         raise ValueError(f"{name} must be a tuple of sizes, such as (3,), got {shown(sizes)}")
     for size in sizes:

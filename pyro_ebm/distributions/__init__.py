@@ -1,4 +1,10 @@
-"""What you write in a model: energies as Pyro distributions."""
+"""What you write in a model: energies as Pyro distributions.
+
+``energy`` holds :class:`~pyro_ebm.UnnormalizedEnergy`, the base of all, and the recipe for one of
+your own; ``product`` and ``mixture`` combine densities; ``flow`` wraps normalizing flows;
+``exponential`` and ``boltzmann`` are families with a known or computable log Z. ``core`` and
+``checks`` hold what these stand on.
+"""
 
 from pyro_ebm.distributions.boltzmann.belief_network import DeepBeliefNetwork
 from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM

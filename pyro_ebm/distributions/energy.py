@@ -15,7 +15,6 @@ with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a t
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -310,7 +309,7 @@ class UnnormalizedEnergy(NormalizableDensity):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def find_energy(fn: Any) -> UnnormalizedEnergy | None:
+def find_energy(fn: object) -> UnnormalizedEnergy | None:
     """The energy inside a distribution wrapped by ``to_event``, ``mask``, ``expand``, transforms.
 
     Example:
@@ -323,7 +322,7 @@ def find_energy(fn: Any) -> UnnormalizedEnergy | None:
     return next((p for p in layers(fn) if isinstance(p, UnnormalizedEnergy)), None)
 
 
-def energies_of(fn: Any) -> list[UnnormalizedEnergy]:
+def energies_of(fn: object) -> list[UnnormalizedEnergy]:
     """The energies that a distribution is made of: wrapped, or the components of a mixture.
 
     Example:

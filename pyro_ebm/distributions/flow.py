@@ -2,12 +2,12 @@
 
 A flow is noise that can be trained, drawn from and scored: the noise of flow-contrastive
 estimation, a ``base`` for an energy, a proposal for ``MHKernel``. This is the only module that
-imports zuko, and it does so when a flow is made.
+imports zuko, when a flow is made.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -17,9 +17,6 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_ebm.ops.arguments import check_count, check_number, check_tensor, shown
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class FlowDistribution(TorchDistribution):
@@ -32,7 +29,7 @@ class FlowDistribution(TorchDistribution):
         flow: what a zuko flow returns when called, ``flow()`` or ``flow(context)``: a distribution
             with batch shape that of the context and event shape ``(features,)``.
         support: where the flow lives; the reals by default.
-        validate_args: as in every distribution.
+        validate_args: whether ``log_prob`` refuses points outside the support.
 
     Example:
         >>> net = neural_spline_flow(features=2)
@@ -79,13 +76,14 @@ class FlowDistribution(TorchDistribution):
         Returns:
             Shapes ``(*sample, *batch, *event)`` and ``(*sample, *batch)``.
         """
-        if hasattr(self.flow, "rsample_and_log_prob"):
-            return self.flow.rsample_and_log_prob(torch.Size(sample_shape))  # pyright: ignore[reportAttributeAccessIssue]
+        both = getattr(self.flow, "rsample_and_log_prob", None)
+        if both is not None:
+            return both(torch.Size(sample_shape))
         x = self.flow.rsample(torch.Size(sample_shape))
         return x, self.flow.log_prob(x)
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Reparametrized draws, shape ``(*sample, *batch, *event)``; the last are remembered.
+        """Reparametrized draws, shape ``(*sample, *batch, *event)``; the last are kept.
 
         Scoring the very tensor that was drawn last costs nothing.
         """
@@ -166,7 +164,7 @@ def neural_spline_flow(
 
 
 def fit_flow(
-    flow: "Callable[[], Distribution]",
+    flow: Callable[[], Distribution],
     data: Tensor,
     num_steps: int = 1000,
     batch_size: int = 256,

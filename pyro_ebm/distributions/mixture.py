@@ -11,7 +11,6 @@ weight is the share of its component only where the component is normalized: a m
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -181,7 +180,9 @@ class Mixture(UnnormalizedEnergy):
         return [p.expand(self.batch_shape) for p in self.components]
 
     @torch.no_grad()
-    def _picked(self, draws: Sequence[Callable[..., Tensor]], sample_shape: Any) -> Tensor:
+    def _picked(
+        self, draws: Sequence[Callable[..., Tensor]], sample_shape: tuple[int, ...]
+    ) -> Tensor:
         """Draws of all components, and of these one for each point."""
         sample_shape = torch.Size(sample_shape)
         logits = self._logits.expand(self.batch_shape + self._logits.shape[-1:])
@@ -218,7 +219,7 @@ class MixtureEnergy:
         return -(self.logits + values).logsumexp(-1)
 
 
-def _checked_weights(weights: Any, components: Sequence[Distribution]) -> Tensor:
+def _checked_weights(weights: object, components: Sequence[Distribution]) -> Tensor:
     """The weights as a floating tensor ``(*batch, K)``."""
     if not isinstance(weights, Tensor):
         like = first_tensor(held(components))

@@ -1,7 +1,6 @@
 """The parts of a combined density: energies and ordinary distributions, checked and named."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -16,7 +15,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
 from pyro_ebm.ops.arguments import shown
 
 
-def as_part(name: str, fn: Any) -> Distribution:
+def as_part(name: str, fn: object) -> Distribution:
     """A part of a combined density: an energy, or a normalized ordinary distribution.
 
     An energy inside ``to_event`` is an energy of larger events.

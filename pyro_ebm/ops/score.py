@@ -112,7 +112,7 @@ def fisher_divergence(
     blind to the relative weight of modes that are far apart.
 
     Args:
-        p: the density that ``x`` are draws of; as for :func:`score`.
+        p: the density that ``x`` are draws of; a distribution or a log density, see :func:`score`.
         q: another density.
         x: draws of p, shape ``(n, *event)``.
         event_dim: number of event dimensions; p's (or q's) own if it is a distribution.
@@ -121,8 +121,8 @@ def fisher_divergence(
         The Monte Carlo estimate, shape ``()``.
 
     Raises:
-        ValueError: if neither density tells the number of event dimensions, or they disagree, or a
-            density at one row depends on the others.
+        ValueError: if neither density has a known number of event dimensions, or they disagree, or
+            a density at one row depends on the others.
 
     Reference:
         Hyvarinen (2005), Estimation of non-normalized statistical models by score matching.
@@ -136,7 +136,7 @@ def fisher_divergence(
         known = [len(d.event_shape) for d in (p, q) if isinstance(d, Distribution)]
         if not known:
             raise ValueError(
-                "give event_dim: functions do not tell how many dimensions an event has"
+                "give event_dim: the number of event dimensions of a function is unknown"
             )
         if len(set(known)) > 1:
             raise ValueError(f"p and q have {known[0]} and {known[1]} event dimensions: to_event?")

@@ -193,7 +193,7 @@ class DeepBeliefNetwork(nn.Module):
         r"""The network as a Pyro model, with sites ``"h1"``, ``"h2"``, ..., and ``"x"``.
 
         The top machine's own hidden layer is summed out. With :meth:`guide`, ``Trace_ELBO`` gives
-        minus the sum over points of :meth:`lower_bound`, if it is told the top's :math:`\log Z`.
+        minus the sum over points of :meth:`lower_bound`, if the top's :math:`\log Z` is given.
 
         Args:
             x: data, shape ``(num, n)``, to observe at ``"x"``.

@@ -263,7 +263,7 @@ def check_beside(weights: Tensor, name: str, value: Tensor, size: int) -> None:
         raise ValueError(f"{name} has dtype {value.dtype}, the weights have {weights.dtype}")
 
 
-def _check_floating(name: str, value: Any) -> None:
+def _check_floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must be a tensor of floating numbers, got {got}")

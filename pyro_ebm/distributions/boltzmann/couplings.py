@@ -4,7 +4,6 @@ A matrix holds each coupling twice and must say the same both times; the other f
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from pyro_ebm.distributions.boltzmann.interaction_graph import Pairs, complete_g
 from pyro_ebm.ops.arguments import shown
 
 
-def floating(name: str, value: Any, beside: Sequence[Any] = ()) -> Tensor:
+def floating(name: str, value: object, beside: Sequence[object] = ()) -> Tensor:
     """A number or tensor as a floating tensor.
 
     Args:

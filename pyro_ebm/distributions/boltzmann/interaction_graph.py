@@ -15,10 +15,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_ebm.ops.arguments import shown
@@ -145,7 +145,7 @@ class CompleteGraph(Pairs):
         return self.num_sites * (self.num_sites - 1) // 2
 
     def pair_sum(self, couplings: Tensor, s: Tensor) -> Tensor:
-        """See :class:`Pairs`."""
+        r""":math:`\sum_{i<j} J_{ij} \langle s_i, s_j \rangle`, shape ``(*sample, *batch)``."""
         js = torch.einsum("...ij,...jb->...ib", _symmetric(couplings), s)
         return (s * js).sum((-1, -2)) / 2
 
@@ -154,10 +154,10 @@ class CompleteGraph(Pairs):
         return _symmetric(couplings).unbind(-2)
 
     def field(self, weight: Tensor, s: Tensor, block: int) -> Tensor:
-        """See :class:`Pairs`."""
+        r""":math:`\sum_j J_{ij} s_j` for the sites of a block, ``(*sample, *batch, c, b)``."""
         return torch.einsum("...j,...jb->...b", weight, s)[..., None, :]
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # its blocks are views of one tensor, which each would be saved with
         return complete_graph, (self.num_sites, self._device)
 
@@ -213,7 +213,7 @@ class InteractionGraph(Pairs):
         return len(self.edges)
 
     def pair_sum(self, couplings: Tensor, s: Tensor) -> Tensor:
-        """See :class:`Pairs`."""
+        r""":math:`\sum_{i<j} J_{ij} \langle s_i, s_j \rangle`, shape ``(*sample, *batch)``."""
         start, end = self.edges.unbind(-1)
         products = (s.index_select(-2, start) * s.index_select(-2, end)).sum(-1)
         return (couplings * products).sum(-1)
@@ -231,7 +231,7 @@ class InteractionGraph(Pairs):
         return [padded[..., near.edges] for near in self.neighbours]
 
     def field(self, weight: Tensor, s: Tensor, block: int) -> Tensor:
-        """See :class:`Pairs`."""
+        r""":math:`\sum_j J_{ij} s_j` for the sites of a block, ``(*sample, *batch, c, b)``."""
         near = self.neighbours[block]
         s = s.index_select(-2, near.sites).unflatten(-2, tuple(near.edges.shape))
         if weight.shape[-2:] == (1, 1):
@@ -313,7 +313,7 @@ def _graph(data: bytes, num_sites: int, device: torch.device) -> InteractionGrap
     )
 
 
-def colour_sites(edges: Any, num_sites: int) -> np.ndarray:
+def colour_sites(edges: ArrayLike, num_sites: int) -> np.ndarray:
     """A colour for each site, shape ``(n,)``: two wherever two do, else few by greedy colouring.
 
     Args:

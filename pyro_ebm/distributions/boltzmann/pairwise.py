@@ -8,7 +8,7 @@ interact in pairs, through the inner products of their support values:
 
 With the support values -1 and 1 this is the Ising model, with 0 and 1 the Boltzmann machine as
 Hinton writes it, with the unit vectors of :math:`\mathbb R^q` the Potts model. The energy is
-linear in each site: all that a site knows of the others is its *local field*,
+linear in each site: the others act on a site through its *local field* alone,
 
 .. math:: f_i = \sum_j J_{ij} s_j + b_i, \qquad
           p(s_i = c \mid \text{rest}) \propto e^{\langle c, f_i \rangle},

@@ -250,9 +250,10 @@ class GaussianRBMModule(RBMModule):
         num_hidden: m, how many hidden units.
         data: points, shape ``(num, n)``; they also tell dtype and device. Without data the machine
             starts at mean 0 and scale 1.
-        centered: as in :class:`RBMModule`; the visible offset without data is 0.
+        centered: whether the parameters are centered, see :class:`RBMModule`; the visible offset
+            without data is 0.
         weight_scale: standard deviation of the weights at the start, in units of the scale.
-        generator: as in :class:`RBMModule`.
+        generator: source of those weights, a CPU generator; by default torch's own.
         learn_scale: whether the scale is a parameter, through its log, or stays.
 
     Raises:
@@ -306,7 +307,7 @@ class GaussianRBMModule(RBMModule):
         return GaussianRBM(*self.plain_parameters(), scale=self.log_scale.exp(), **kwargs)
 
     def refresh(self, machine: RBM | GaussianRBM) -> None:
-        """As for bits, and the scale."""
+        """Gives a machine that this module made the present parameters, the scale too."""
         assert isinstance(machine, GaussianRBM)
         super().refresh(machine)
         machine.scale = self.log_scale.exp()
@@ -314,7 +315,7 @@ class GaussianRBMModule(RBMModule):
     def cd_gradient_of(
         self, x: Tensor, p: Tensor, negatives: Tensor, q: Tensor
     ) -> dict[str, Tensor]:
-        """As for bits, and the log of the scale."""
+        """The gradients of :meth:`RBMModule.cd_gradient_of`, and that of the log of the scale."""
         grads = super().cd_gradient_of(x, p, negatives, q)
         # -dF / d log s = (x - b')^2 / s^2 - 2 sum_j W_j (x - mu) p_j / s^2, where b' = b - W lambda
         bias = self.visible_bias - self.weights @ self.hidden_offset

@@ -1,1 +1,5 @@
-"""What is checked of arguments, energies, rows and data, and by whom log Z is needed."""
+"""Checks of what is given to an energy, and errors that say the way out.
+
+Arguments of the constructors; calls of the energy function; points on the boundary of a support;
+energies whose rows influence each other; and Pyro's algorithms that need a log Z that is unknown.
+"""

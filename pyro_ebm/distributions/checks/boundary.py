@@ -27,7 +27,7 @@ ROUNDED_OF_ELEMENT = 0.1
 """The share of the values of one element of the event; a single one always may."""
 
 
-def ends_of(support: Any) -> tuple[Any, Any]:
+def ends_of(support: constraints.Constraint) -> tuple[Any, Any]:
     """The ends of an interval, None for those it does not have, also for other supports.
 
     Example:
@@ -40,7 +40,7 @@ def ends_of(support: Any) -> tuple[Any, Any]:
     return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
 
 
-def margins(support: Any, x: Tensor) -> Iterator[Tensor]:
+def margins(support: constraints.Constraint, x: Tensor) -> Iterator[Tensor]:
     """What is 0 on the boundary and positive inside; nothing for the reals and unknown supports.
 
     Args:
@@ -178,7 +178,12 @@ def too_many(bad: Tensor, batch_dim: int) -> bool:
 
 
 def boundary_error(
-    support: Any, x: Tensor, bad: Tensor, what: str, why: str, ways: Iterable[str | None]
+    support: constraints.Constraint,
+    x: Tensor,
+    bad: Tensor,
+    what: str,
+    why: str,
+    ways: Iterable[str | None],
 ) -> ValueError:
     """The error about points on the boundary.
 
@@ -202,7 +207,7 @@ def boundary_error(
     )
 
 
-def _way_inside(support: Any) -> str:
+def _way_inside(support: constraints.Constraint) -> str:
     low, high = ends_of(support)
     if low is not None and high is not None:
         middle = "0.5"

@@ -1,9 +1,9 @@
-r"""Which of Pyro's algorithms asks for a density whose constant is unknown?
+r"""Finds the algorithm of Pyro that evaluates an energy whose constant is unknown.
 
 A weight :math:`p(\theta)\, e^{-E_\theta(x)} / q(\theta)` that lacks :math:`Z(\theta)` is that of
 another posterior. Algorithms of this package look at the model before they start. Pyro's own do
-not, and ask an energy for its log density when their handlers are gone: nothing on Pyro's stack
-tells them from a call by hand. Python's does. It holds the algorithm's own function, and in it the
+not, and evaluate an energy when their handlers are gone: on Pyro's stack they look like a call by
+hand. Python's stack holds the algorithm's own function, and in it the
 model and its arguments, to which the same check is applied. Seen are
 
 - ``Importance`` (``CSIS`` too), ``vectorized_importance_weights``, ``psis_diagnostic`` and
@@ -21,7 +21,7 @@ particles come from earlier calls.
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,16 +40,16 @@ class Call(NamedTuple):
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    owner: Any
+    owner: object
     """The object of the algorithm; None of a function."""
 
     @property
     def is_known(self) -> bool:
-        """Whether this object was found to be in order with this model and these arguments."""
+        """Whether this object has passed the check with this model and these arguments."""
         return self.owner is not None and _known.get(self.owner) == self._key
 
     def remember(self) -> None:
-        """Notes that it is in order: an importance sampler asks once for each draw."""
+        """Records that it is in order: an importance sampler evaluates it once for each draw."""
         if self.owner is not None:
             _known[self.owner] = self._key
 
@@ -85,7 +85,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _support_values(*functions: Any) -> frozenset[CodeType]:
+def _support_values(*functions: FunctionType) -> frozenset[CodeType]:
     return frozenset(function.__code__ for function in functions)
 
 
@@ -98,4 +98,4 @@ _SAMPLERS = _support_values(
     initialize_model,
     AutoLaplaceApproximation.laplace_approximation,
 )
-_known: weakref.WeakKeyDictionary[Any, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[object, tuple[int, ...]] = weakref.WeakKeyDictionary()

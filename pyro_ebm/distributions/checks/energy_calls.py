@@ -83,7 +83,7 @@ def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def explain(
     error: Exception,
-    energy: Callable[[Tensor], Any],
+    energy: Callable[[Tensor], object],
     name: str,
     x: Tensor,
     event_shape: torch.Size,
@@ -126,7 +126,7 @@ def explain(
     error.add_note(f"({failed}, with event_shape={tuple(event_shape)})")
 
 
-def _of_another_kind(energy: Callable[[Tensor], Any], x: Tensor, like: Tensor) -> str | None:
+def _of_another_kind(energy: Callable[[Tensor], object], x: Tensor, like: Tensor) -> str | None:
     """In words, whether it takes these points with its own dtype or on its own device."""
     if x.device != like.device and _takes(energy, x.to(like.device, like.dtype)):
         return f"the points are on {x.device}, the energy is on {like.device}: move one of them"
@@ -145,7 +145,7 @@ def _cast(dtype: torch.dtype) -> str:
 
 
 def _another_shape(
-    energy: Callable[[Tensor], Any], x: Tensor, event_shape: torch.Size
+    energy: Callable[[Tensor], object], x: Tensor, event_shape: torch.Size
 ) -> torch.Size | None:
     """The shape, with one batch dimension or with none, at which it takes the same points."""
     if x.numel() == 0:
@@ -157,7 +157,7 @@ def _another_shape(
     return None
 
 
-def _takes(energy: Callable[[Tensor], Any], x: Tensor, want: torch.Size | None = None) -> bool:
+def _takes(energy: Callable[[Tensor], object], x: Tensor, want: torch.Size | None = None) -> bool:
     """Whether it maps these points to anything, or to a tensor of this shape."""
     try:
         value = energy(x)

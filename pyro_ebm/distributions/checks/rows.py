@@ -43,7 +43,7 @@ def check_function(
     eval_mode: bool = False,
     seed: int = 0,
 ) -> None:
-    """As :func:`check_rows`, of a function of points and the modules that it evaluates.
+    """Refuses a function of points whose value at a row depends on the other rows.
 
     Args:
         function: maps ``(*batch, *event)`` to ``(*batch)``.

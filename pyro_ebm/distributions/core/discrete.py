@@ -7,7 +7,7 @@ of ``n * b`` numbers is ``n`` variables of ``b`` coordinates.
 """
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import constraints
@@ -77,7 +77,7 @@ def support_values_of(support: constraints.Constraint, event_shape: torch.Size) 
     return torch.arange(low, high + 1)[:, None]
 
 
-def _one_number(bound: Any) -> float | None:
+def _one_number(bound: Tensor | float | None) -> float | None:
     if bound is None:
         return None
     bound = torch.as_tensor(bound, dtype=torch.get_default_dtype())

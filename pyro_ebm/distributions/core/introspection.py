@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
-def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
+def sources(function: object, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
     """The modules and tensors that a callable holds: as a module, in a closure, partial or method.
 
     Globals that a function names are among them, and those of the functions of its own file that
@@ -33,7 +33,7 @@ def sources(function: Any, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
             yield from sources(part, _depth - 1)
 
 
-def _parts(function: Any) -> Iterator[Any]:
+def _parts(function: object) -> Iterator[object]:
     """What a callable, a container or a constraint refers to."""
     if isinstance(function, list | tuple):
         yield from function
@@ -69,13 +69,13 @@ def _globals_read(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def modules(function: Callable[..., Any]) -> tuple[nn.Module, ...]:
+def modules(function: Callable[..., object]) -> tuple[nn.Module, ...]:
     """Every module reachable from a callable, submodules included."""
     found = {id(m): m for s in sources(function) if isinstance(s, nn.Module) for m in s.modules()}
     return tuple(found.values())
 
 
-def first_tensor(*functions: Any) -> Tensor | None:
+def first_tensor(*functions: object) -> Tensor | None:
     """The first floating tensor among the sources of the arguments: it tells dtype and device."""
     for function in functions:
         for source in sources(function):
@@ -90,7 +90,7 @@ def first_tensor(*functions: Any) -> Tensor | None:
     return None
 
 
-def held(parts: Iterable[Any]) -> tuple[Tensor | nn.Module, ...]:
+def held(parts: Iterable[object]) -> tuple[Tensor | nn.Module, ...]:
     """The modules and tensors of distributions and tensors, each once.
 
     A callable that keeps them in an attribute shows them to :func:`sources`, however deep its parts
@@ -106,7 +106,7 @@ def held(parts: Iterable[Any]) -> tuple[Tensor | nn.Module, ...]:
     return tuple({id(source): source for x in inside for source in sources(x)}.values())
 
 
-def name_of_function(function: Any) -> str:
+def name_of_function(function: object) -> str:
     """The name of a callable, or of its class.
 
     Example:
@@ -137,7 +137,7 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
-def elementwise(support: Any) -> Any:
+def elementwise(support: constraints.Constraint) -> constraints.Constraint:
     """The constraint of the smallest part of an event.
 
     Example:
@@ -149,7 +149,7 @@ def elementwise(support: Any) -> Any:
     return support
 
 
-def bounds_of(support: Any) -> list[Any]:
+def bounds_of(support: object) -> list[Any]:
     """The tensors and numbers that a constraint is made of.
 
     Example:
@@ -166,6 +166,6 @@ def bounds_of(support: Any) -> list[Any]:
     return [bound for part in support for bound in bounds_of(part)]
 
 
-def tensors_of(support: Any) -> list[Tensor]:
+def tensors_of(support: object) -> list[Tensor]:
     """The tensors that a constraint is made of: its bounds."""
     return [bound for bound in bounds_of(support) if isinstance(bound, Tensor)]

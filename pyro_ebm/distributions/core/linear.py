@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class LinearEnergy:
         return total
 
 
-def name_of(fn: Any) -> str:
+def name_of(fn: Distribution) -> str:
     """A name for a distribution: that of the energy function, else its class."""
     fn = innermost(fn, Independent)
     return fn.energy_name if isinstance(fn, EnergyDensity) else type(fn).__name__

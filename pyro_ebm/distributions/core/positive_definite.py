@@ -10,7 +10,7 @@ The measure on the matrices is that of their lower triangle.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions import constraints
@@ -66,13 +66,13 @@ class FromLowerTriangle(Transform):
         weights = torch.arange(n + 1, 1, -1, dtype=x.dtype, device=x.device)
         return n * math.log(2.0) + (weights * x[..., diagonal]).sum(-1)
 
-    def forward_shape(self, shape: Any) -> torch.Size:
-        """Of matrices."""
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape ``(*batch, n, n)`` of the matrices of triangles ``(*batch, n (n + 1) / 2)``."""
         n = (math.isqrt(1 + 8 * shape[-1]) - 1) // 2
         return torch.Size((*shape[:-1], n, n))
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
-        """Of their lower triangles.
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape ``(*batch, n (n + 1) / 2)`` of the triangles of matrices ``(*batch, n, n)``.
 
         Raises:
             ValueError: if the matrices are not square.

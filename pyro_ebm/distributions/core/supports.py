@@ -48,7 +48,7 @@ def plain_support(support: constraints.Constraint) -> constraints.Constraint:
     return support
 
 
-def _is_infinite(bound: Any) -> bool:
+def _is_infinite(bound: Tensor | float) -> bool:
     """Whether a bound is infinite everywhere, as far as may be read: a latent's may not."""
     if isinstance(bound, Tensor):
         return readable(bound) and bool(bound.isinf().all())
@@ -173,7 +173,7 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         bijection = biject_to(support)
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
-    inner = elementwise(support)
+    inner: Any = elementwise(support)
     if hasattr(inner, "lower_bound") and not hasattr(inner, "upper_bound"):  # whole numbers
         return torch.randint(5, shape, device=like.device).to(like) + inner.lower_bound
     support_values = support_values_of(support, shape)
@@ -238,7 +238,7 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _bounds(support: constraints.Constraint) -> tuple[Any, Any] | None:
+def _bounds(support: constraints.Constraint) -> tuple[Tensor | float, Tensor | float] | None:
     """The least and the greatest value of an interval; None for other supports."""
     if isinstance(support, type(constraints.boolean)):
         return 0, 1

@@ -22,7 +22,7 @@ VIEWS = (Independent, MaskedDistribution, ExpandedDistribution)
 """The wrappers that leave the points as they are."""
 
 
-def layers(fn: Any, wrappers: type | tuple[type, ...] = object) -> Iterator[Any]:
+def layers(fn: object, wrappers: type | tuple[type, ...] = object) -> Iterator[Any]:
     """A distribution, the one that it wraps, the one inside that, and so on.
 
     Args:
@@ -39,7 +39,7 @@ def layers(fn: Any, wrappers: type | tuple[type, ...] = object) -> Iterator[Any]
         fn = getattr(fn, "base_dist", None) if isinstance(fn, wrappers) else None
 
 
-def innermost(fn: Any, wrappers: type | tuple[type, ...] = object) -> Any:
+def innermost(fn: object, wrappers: type | tuple[type, ...] = object) -> Any:
     """The last of :func:`layers`.
 
     Example:
@@ -50,14 +50,14 @@ def innermost(fn: Any, wrappers: type | tuple[type, ...] = object) -> Any:
     return last
 
 
-def parts_of(fn: Any) -> Iterator[Any]:
+def parts_of(fn: object) -> Iterator[Any]:
     """The distributions that one holds directly: the wrapped one, or the parts of a mixture."""
     for name in WRAPPED:
         if (part := getattr(fn, name, None)) is not None:
             yield part
 
 
-def walk(fn: Any) -> Iterator[Any]:
+def walk(fn: object) -> Iterator[Any]:
     """A distribution and all that it is made of, at any depth.
 
     Example:
@@ -71,7 +71,7 @@ def walk(fn: Any) -> Iterator[Any]:
         yield from walk(part)
 
 
-def improper_part(fn: Any) -> str | None:
+def improper_part(fn: object) -> str | None:
     """The name of a part without a density: masked, a point mass, or improper; None if none is.
 
     Example:
@@ -96,7 +96,7 @@ def inside_event(fn: Any, dims: int) -> Any:
     return fn
 
 
-def unmasked(fn: Any, mask: Any) -> tuple[Any, Tensor | None, int]:
+def unmasked(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | None, int]:
     """The distribution inside ``mask`` and ``to_event``, all masks together, and what was summed.
 
     Args:

@@ -3,7 +3,7 @@ r"""Exponential families: energies that are linear in their parameters, with a k
 .. math:: p(x) = h(x)\, e^{\theta \cdot T(x) - \log Z(\theta)}, \qquad
           \log Z(\theta) = \log \int h(x)\, e^{\theta \cdot T(x)}\, dx
 
-The energy is :math:`E(x) = -\theta \cdot T(x) - \log h(x)`. It knows its data by the *statistic*
+The energy is :math:`E(x) = -\theta \cdot T(x) - \log h(x)`. The data enter through the *statistic*
 :math:`T` alone, and :math:`\log Z` is a convex function of the *natural parameters* :math:`\theta`
 whose gradient is
 
@@ -60,8 +60,8 @@ class ExponentialFamily(UnnormalizedEnergy):
         event_shape: shape of one point.
         kernel: the kernel of ``sample``, see :class:`~pyro_ebm.UnnormalizedEnergy`.
         num_steps: transitions that ``sample`` makes.
-        validate_args: as in every distribution. Where it is off, as in a sampler, a member that
-            does not exist has a NaN density, and no error.
+        validate_args: whether arguments and points are checked; by default as Pyro is set. Without
+            the checks, as in a sampler, a member that does not exist has a NaN density.
 
     Raises:
         ValueError: for a :math:`\theta` outside the natural parameter space, for which
@@ -240,7 +240,7 @@ class ExponentialFamily(UnnormalizedEnergy):
             validate_args=self._validate_args,
         )
 
-    # -- what an exponential family knows ----------------------------------------------------------
+    # -- the family --------------------------------------------------------------------------------
 
     @property
     def statistic(self) -> Callable[[Tensor], Tensor]:
@@ -271,7 +271,7 @@ class ExponentialFamily(UnnormalizedEnergy):
         r"""This density to the power of :math:`\beta`, normalized.
 
         Where :math:`h = 1` it is the member of the family at :math:`\beta\, \theta`, with its
-        :math:`\log Z`; elsewhere as for every energy, see
+        :math:`\log Z`; elsewhere its :math:`\log Z` is unknown, see
         :meth:`~pyro_ebm.UnnormalizedEnergy.tempered`.
 
         Args:
@@ -320,7 +320,7 @@ class ExponentialFamily(UnnormalizedEnergy):
     # -- draws -------------------------------------------------------------------------------------
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws: exact ones of a known family, else as every energy's.
+        """Exact draws of a known family, else the ends of short chains.
 
         Args:
             sample_shape: how many points.

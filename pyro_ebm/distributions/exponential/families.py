@@ -18,7 +18,7 @@ Reference:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions import constraints
@@ -60,10 +60,10 @@ class Family:
         tensor(-0.5000)
     """
 
-    support: Any = constraints.real
+    support: constraints.Constraint = constraints.real
     event_shape = torch.Size()
     batch_shape = torch.Size()
-    """That of what the family holds fixed."""
+    """The batch shape of what the family holds fixed."""
 
     def statistic(self, x: Tensor) -> Tensor:
         """:math:`T(x)`, ``(*sample, *batch, *event) -> (*sample, *batch, k)``."""
@@ -131,7 +131,7 @@ def inner(theta: Tensor, statistic: Tensor) -> Tensor:
     return (torch.where(zero, 0.0, theta) * torch.where(zero, 0.0, statistic)).sum(-1)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -164,22 +164,22 @@ class Named(Family):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """That of what the family holds fixed."""
+        """The batch shape of what the family holds fixed."""
         shapes = [part.shape for part in self.fixed if isinstance(part, Tensor)]
         return torch.broadcast_shapes(*shapes)
 
     @property
     def formula(self) -> Formula:
-        """Its line of the table."""
+        """Its formulas in the table."""
         return FORMULAS[self.name]
 
     def statistic(self, x: Tensor) -> Tensor:
-        """The statistic of the table, see :class:`Family`."""
+        """:math:`T(x)`, ``(*sample, *batch, *event) -> (*sample, *batch, k)``."""
         return _stacked(self.formula.statistic(x, *self.fixed))
 
     @property
     def log_base_measure(self) -> Callable[[Tensor], Tensor] | None:
-        """The base measure of the table, see :class:`Family`."""
+        r""":math:`\log h`, ``(*sample, *batch, *event) -> (*sample, *batch)``; None if h is 1."""
         return None if self.formula.log_h is None else self._log_h
 
     def _log_h(self, x: Tensor) -> Tensor:
@@ -187,11 +187,11 @@ class Named(Family):
         return self.formula.log_h(x, *self.fixed)
 
     def log_normalizer(self, theta: Tensor) -> Tensor:
-        """The log normalizer of the table, see :class:`Family`."""
+        r""":math:`\log Z(\theta)`, ``(*batch, k) -> (*batch)``."""
         return self.formula.log_z(*self._arguments(theta))
 
     def distribution(self, theta: Tensor, validate: bool) -> TorchDistribution:
-        """The member as Pyro's distribution, see :class:`Family`."""
+        """The member as Pyro's distribution; raises a ValueError if asked to validate it."""
         parameters = self.formula.parameters(*self._arguments(theta))
         return self.formula.make(**parameters, validate_args=validate)
 
@@ -204,10 +204,10 @@ class Named(Family):
 
 
 class Repeated(Family):
-    """Independent draws of one family side by side, as of ``to_event``.
+    """The family of independent draws side by side, as ``to_event`` makes them.
 
     Args:
-        family: that of one draw.
+        family: the family of one draw.
         shape: how many there are.
     """
 
@@ -286,7 +286,7 @@ class OwnFamily(Family):
             check_dimensions(self.support, self.event_shape, torch.Size(), f"log Z of {self}")
 
     def statistic(self, x: Tensor) -> Tensor:
-        """The user's statistic, its shape checked."""
+        """The statistic of the user, with its shape checked."""
         t = self._statistic(x)
         want = x.shape[: x.dim() - len(self.event_shape)]
         if not isinstance(t, Tensor) or t.dim() != len(want) + 1 or t.shape[:-1] != want:
@@ -299,7 +299,7 @@ class OwnFamily(Family):
         return t
 
     def log_normalizer(self, theta: Tensor) -> Tensor:
-        """The user's, else the integral or the sum; NaN where there is none."""
+        """The function of the user, else the integral or the sum; NaN where there is none."""
         if self._log_normalizer is not None:
             log_z = self._log_normalizer(theta)
             if log_z.shape != theta.shape[:-1]:
@@ -319,7 +319,7 @@ class OwnFamily(Family):
         )
 
     def complaint(self, theta: Tensor) -> str:
-        """What quadrature says, or what log Z is."""
+        """Why quadrature fails, or the value of log Z."""
         if self._log_normalizer is None and self._support_values() is None:
             _, failure, grid = differentiable_log_integral(self._integrand, theta)
             return f"the density {failure_message(failure, grid)}"
@@ -337,7 +337,7 @@ class OwnFamily(Family):
         return name.replace("<lambda>", "lambda")
 
 
-def family_of(d: Any) -> tuple[Family, Tensor]:
+def family_of(d: td.Distribution) -> tuple[Family, Tensor]:
     r"""The exponential family of a distribution of Pyro or torch, and its :math:`\theta` there.
 
     Args:
@@ -366,7 +366,7 @@ def family_of(d: Any) -> tuple[Family, Tensor]:
     for name, formula in FORMULAS.items():
         if isinstance(d, formula.source):
             theta = _stacked(formula.natural(d))
-            support = d.support if formula.support is None else formula.support
+            support = formula.support or cast(constraints.Constraint, d.support)
             family = Named(name, support, d.event_shape, formula.fixed(d))
             return family, theta.expand(d.batch_shape + theta.shape[-1:])
     raise ValueError(
@@ -378,7 +378,7 @@ def family_of(d: Any) -> tuple[Family, Tensor]:
     )
 
 
-def _stacked(components: Any) -> Tensor:
+def _stacked(components: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(components, -1) if isinstance(components, tuple) else components
 
 

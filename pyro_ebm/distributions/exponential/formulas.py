@@ -13,37 +13,40 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, lgamma
 from torch import distributions as td
 from torch.nn.functional import logsigmoid, softplus
 
 from pyro_ebm.distributions.core.positive_definite import positive_definite
 
+Components = Tensor | tuple[Tensor, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A line of the table. All its formulas take, after their arguments, what is fixed."""
+    """A line of the table. Each formula takes its argument, then what the family holds fixed."""
 
     source: type | tuple[type, ...]
     """The distributions of torch that are members."""
-    make: Callable[..., Any]
+    make: Callable[..., TorchDistribution]
     """Pyro's constructor of a member."""
-    statistic: Callable[..., Any]
-    """T, of x: a tuple of its components, or all of them in one tensor."""
-    natural: Callable[[Any], Any]
-    """theta, of a distribution: the same."""
+    statistic: Callable[..., Components]
+    """Maps x to T(x): a tuple of its components, or all of them in one tensor."""
+    natural: Callable[[Any], Components]
+    """Maps a distribution to theta: a tuple, or one tensor."""
     log_z: Callable[..., Tensor]
-    """log Z, of theta."""
+    """Maps theta to log Z."""
     parameters: Callable[..., dict[str, Any]]
-    """Keywords of the constructor, of theta."""
+    """Maps theta to the keyword arguments of the constructor."""
     log_h: Callable[..., Tensor] | None = None
-    """log h, of x; None if h is 1."""
+    """Maps x to log h(x); None if h is 1."""
     fixed: Callable[[Any], tuple[Any, ...]] = lambda d: ()
-    """What the family holds fixed, of a distribution."""
+    """Maps a distribution to what its family holds fixed."""
     vector: bool = False
     r"""Whether the formulas take :math:`\theta` as a whole, shape ``(*batch, k)``."""
     support: constraints.Constraint | None = None
-    """The support, if it is not that of the distribution."""
+    """The support, where the one that the distribution states is another."""
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -62,17 +65,17 @@ def _log_sinhc(x: Tensor) -> Tensor:
 
 
 def _normal_log_z(a: Tensor, b: Tensor) -> Tensor:
-    """That of exp(a x + b x^2)."""
+    """The log of the integral of exp(a x + b x^2) over the reals."""
     return -(a**2) / (4 * b) + (-math.pi / b).log() / 2
 
 
 def _gamma_log_z(a: Tensor, b: Tensor) -> Tensor:
-    """That of x^(a - 1) exp(-b x)."""
+    """The log of the integral of x^(a - 1) exp(-b x) over the positive numbers."""
     return lgamma(a) - a * b.log()
 
 
 def _linear_and_quadratic(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Of exp(a . x - x' P x / 2): a and the precision P."""
+    """The vector a and the precision P of exp(a . x - x' P x / 2)."""
     n = (math.isqrt(1 + 4 * theta.shape[-1]) - 1) // 2
     half = theta[..., n:].unflatten(-1, (n, n))
     return theta[..., :n], -(half + half.mT)

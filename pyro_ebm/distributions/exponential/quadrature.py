@@ -124,7 +124,7 @@ class Integrand:
         self.dim = self.shape.numel()
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Of ``(nodes, *batch, dim)``, shape ``(nodes, *batch)``; NaN beyond the numbers."""
+        """The log density at ``(nodes, *batch, dim)``; NaN where floating numbers end."""
         batch = z.shape[:-1]
         z = z.reshape(batch + self.shape)
         x = self.bijection(z)

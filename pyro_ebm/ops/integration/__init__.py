@@ -1,1 +1,5 @@
-"""Integrals and sums: quadrature, enumeration, line integrals."""
+"""Integrals and sums of unnormalized densities.
+
+Quadrature over one or two dimensions, enumeration of discrete states, and line integrals of
+gradients.
+"""

@@ -1,8 +1,8 @@
-r"""Does a function change as its gradient says?
+r"""Whether the gradient of a function accounts for its changes.
 
 .. math:: f(b) - f(a) = \int_0^1 \nabla f(a + t\,(b - a))^\top (b - a)\, dt
 
-holds for every function whose gradient autograd tells in full, kinks included. Where a part of
+holds for every function whose gradient autograd computes in full, kinks included. Where a part of
 :math:`f` jumps, or reads its points by an index, an argmax or a comparison, the left side has a
 term that the right side lacks.
 """

@@ -135,7 +135,7 @@ def finite(values: Tensor) -> Tensor:
 
 
 def largest_grid(log_f: LogDensity, start: Tensor, size: int, like: Tensor) -> Grid:
-    """The grid that is centered at the mode and reaches as far as anybody looks.
+    """The grid that is centered at the mode and reaches as far out as is looked.
 
     Args:
         log_f: as in :func:`node_values`.
@@ -246,7 +246,7 @@ def hidden_peaks(
 
     Let :math:`v_i` be a local maximum of the nodes, and :math:`v_j` beside it. A concave peak
     between them lies below the lines through its sides: it is at most
-    :math:`v_i + \max_j (v_i - v_j)`. Where that comes near the largest value, a climb tells.
+    :math:`v_i + \max_j (v_i - v_j)`. Where that comes near the largest value, a climb decides.
 
     Args:
         log_f: as in :func:`node_values`.
@@ -299,7 +299,7 @@ def _climb(log_f: LogDensity, grid: Grid, nodes: Tensor, flat: Tensor, like: Ten
 
 
 def _points(grid: Grid, t: Tensor) -> Tensor:
-    """Of the points ``(n, *batch, dim)`` in t, those in z."""
+    """The points z at positions t, both of shape ``(n, *batch, dim)``."""
     return grid.center + (grid.basis @ t.sinh()[..., None])[..., 0]
 
 
