@@ -3,15 +3,15 @@
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.contrastive.fit_rbm import fit_layers, fit_rbm
-from pyro_ebm.losses.flow_contrastive import FlowNCE
 from pyro_ebm.losses.module import EnergyLossModule
-from pyro_ebm.losses.noise_contrastive import NCE, RankingNCE, gaussian_noise
+from pyro_ebm.losses.noise.flow_nce import FlowNCE
+from pyro_ebm.losses.noise.gaussian_noise import gaussian_noise
+from pyro_ebm.losses.noise.nce import NCE
+from pyro_ebm.losses.noise.ranking_nce import RankingNCE
 from pyro_ebm.losses.saving.training import load_training, save_training
-from pyro_ebm.losses.score_matching import (
-    DenoisingScoreMatching,
-    ScoreMatching,
-    SlicedScoreMatching,
-)
+from pyro_ebm.losses.score.denoising import DenoisingScoreMatching
+from pyro_ebm.losses.score.score_matching import ScoreMatching
+from pyro_ebm.losses.score.sliced import SlicedScoreMatching
 from pyro_ebm.losses.sites import EnergySite
 
 __all__ = [

@@ -1,4 +1,4 @@
-r"""The base of every loss: an ELBO whose energy sites are judged by another method.
+r"""The base of every loss: an ELBO with a term of another method at energy sites.
 
 A model's log joint density is a sum over sites, and so is the ELBO,
 
@@ -12,12 +12,11 @@ ordinary term, so that plates, scales, masks, latents and guides mean what they 
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.infer.trace_elbo import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
@@ -27,19 +26,26 @@ from torch import Tensor
 from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled
 from pyro_ebm.distributions.checks.energy_calls import at_site
 from pyro_ebm.distributions.checks.rows import check_rows
-from pyro_ebm.distributions.core.introspection import modules
-from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.module import EnergyLossModule
-from pyro_ebm.losses.sites import EnergySite, find_site, leaves
-from pyro_ebm.ops.arguments import check_count, shown
+from pyro_ebm.losses.sites import EnergySite
+from pyro_ebm.losses.traces import (
+    check_guide,
+    energy_sites,
+    parameters_in,
+    refuse_score_function,
+    refuse_untrained,
+    samples,
+    traces_of,
+)
+from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.distributed import pooled_mean
 
 
 class EnergyLoss(Trace_ELBO):
-    r"""An ELBO in which energy sites are judged by :meth:`energy_term`.
+    r"""An ELBO in which :meth:`energy_term` stands for the log density of energy sites.
 
     Use it as the ``loss`` of ``SVI``, or call ``loss(model, guide)`` for an ``nn.Module`` to train
-    with a torch optimiser. A new loss says what an energy site contributes to the *objective*, to
+    with a torch optimiser. A new loss defines what an energy site adds to the *objective*, to
     be maximised, row by row:
 
     Example:
@@ -65,7 +71,7 @@ class EnergyLoss(Trace_ELBO):
 
     Raises:
         ValueError: (when used) for NaN data, an energy network that ``SVI`` would not train, an
-            energy that depends on other rows of the batch, or a site that the method cannot judge;
+            energy that depends on other rows of the batch, or a site that the method is not for;
             each names the site.
     """
 
@@ -90,13 +96,14 @@ class EnergyLoss(Trace_ELBO):
             )
         check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles, **kwargs)
-        self._records: dict[str, dict[str, Tensor]] = {}
-        self._checked: frozenset[str] | None = None
-        self._points: list[Tensor] = []
-        self._rows_seen: set[tuple[Any, ...]] = set()
+        self.records: dict[str, dict[str, Tensor]] = {}  # of this step, by site
+        self.inputs: list[Tensor] = []  # leaves that the methods differentiate in: no parameters
         self.evaluating = False
-        self.group: Any = None
+        # the ranks that train together, within their step
+        self.group: torch.distributed.ProcessGroup | None = None
         self.steps_taken = 0
+        self._trained: frozenset[str] | None = None
+        self._rows_seen: set[tuple[Any, ...]] = set()
 
     # -- the mathematics: what a new loss writes -------------------------------------------------
 
@@ -111,7 +118,7 @@ class EnergyLoss(Trace_ELBO):
         """The objective of a latent energy site whose log Z is not known, shape ``(*batch)``."""
         raise ValueError(
             f"site {site.name!r} is a latent energy whose log Z is {site.energy.normalizer_state}:"
-            f" {type(self).__name__} judges observed energies only. Use ContrastiveDivergence, or"
+            f" {type(self).__name__} is for observed energies only. Use ContrastiveDivergence, or"
             " give log_normalizer="
         )
 
@@ -125,30 +132,30 @@ class EnergyLoss(Trace_ELBO):
     def record(self, site: EnergySite, **values: Tensor) -> None:
         """Keeps numbers of this step for :attr:`diagnostics`."""
         if not self.evaluating:
-            self._records.setdefault(site.name, {}).update(
+            self.records.setdefault(site.name, {}).update(
                 {name: value.detach() for name, value in values.items()}
             )
 
     def pooled(self, value: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         """The mean over the ranks that train together, inside ``DistributedDataParallel``.
 
-        Elsewhere, and in an evaluation, ``value`` itself. What a loss reads off its own draws and
-        acts upon goes through here, so that all ranks act alike.
+        Elsewhere, and in an evaluation, ``value`` itself. Statistics of its own draws by which a
+        loss changes its course go through here, so that all ranks change alike.
 
         Args:
-            value: a mean that this rank took, of any shape.
-            weight: over how many rows it was taken, of a shape that broadcasts to it.
+            value: a mean over rows of this rank, of any shape.
+            weight: over how many rows, of a shape that broadcasts to that.
         """
         if self.group is None or self.evaluating:
             return value
         return pooled_mean(value, torch.as_tensor(weight), self.group)
 
     def points(self, x: Tensor) -> Tensor:
-        """``x`` to differentiate in; as a leaf it counts as no parameter."""
+        """``x`` as a tensor to differentiate in; a leaf made here counts as no parameter."""
         if x.requires_grad:  # it was computed from a latent or a parameter, and stays attached
             return x
         x = x.clone().requires_grad_()
-        self._points.append(x)
+        self.inputs.append(x)
         return x
 
     @property
@@ -157,7 +164,7 @@ class EnergyLoss(Trace_ELBO):
 
         ``gradient_norm`` is there after ``SVI.step``.
         """
-        records = dict(self._records)
+        records = dict(self.records)
         overall = records.pop("", {})
         single = len(records) == 1
         result = {
@@ -174,59 +181,65 @@ class EnergyLoss(Trace_ELBO):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss was made with, by the names of its arguments."""
+        attributes = self._attributes()
+        return {name: attributes[name] for name in self._defaults() if name in attributes}
+
+    def _attributes(self) -> dict[str, Any]:
+        """The attributes in which its settings are found."""
+        return vars(self)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """The arguments of the loss and of its bases, with their defaults."""
+        found: dict[str, Any] = {}
+        for kind in cls.__mro__:
+            if issubclass(kind, EnergyLoss) and "__init__" in vars(kind):
+                for name, parameter in inspect.signature(vars(kind)["__init__"]).parameters.items():
+                    found.setdefault(name, parameter.default)
+        return found
+
     def __repr__(self) -> str:
-        names = inspect.signature(type(self).__init__).parameters
-        settings = [f"{n}={getattr(self, n)!r}" for n in names if hasattr(self, n)]
-        return f"{type(self).__name__}({', '.join(settings)})"
+        defaults, settings = self._defaults(), self.settings.items()
+        changed = [f"{n}={value!r}" for n, value in settings if not _equal(value, defaults[n])]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     # -- traces ----------------------------------------------------------------------------------
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        if not callable(guide):
-            raise ValueError(
-                f"guide must be a function, got {shown(guide)}: where there are no latents, one"
-                " that does nothing, as in lambda x: None"
-            )
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        noise = {
-            name: guide_trace.nodes[name]
-            for name, site in model_trace.nodes.items()
-            if _is_sample(site) and site["is_observed"] and name in guide_trace
-        }
-        for name in noise:
-            guide_trace.remove_node(name)
-        _refuse_swapped(guide_trace)
-        if is_validation_enabled():
+        model_trace, guide_trace, noise = traces_of(model, guide, args, kwargs)
+        validating = is_validation_enabled()
+        if validating:
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace = prune_subsample_sites(model_trace)
         guide_trace = prune_subsample_sites(guide_trace)
-        sites = _energy_sites(model_trace, noise)
-        self._check_guide(sites, guide_trace, noise.keys() - sites.keys())
+        sites = energy_sites(model_trace, noise)
+        name = type(self).__name__
+        check_guide(name, sites, guide_trace, noise.keys() - sites.keys(), self.needs_noise)
         model_trace.compute_log_prob(site_filter=lambda name, _: name not in sites)
         with normalizers_handled():
             guide_trace.compute_score_parts()
-            judged = []
+            replaced = []
             for name, site in sites.items():
                 with at_site(name):
                     term = self._ordinary_term(site)
                     if term is None:
-                        judged.append(name)
-                        term = self._judge(site)
+                        replaced.append(name)
+                        term = self._own_term(site)
                     self._check_rows(site)
                 log_prob = site.weighted(term)
                 model_trace.nodes[name]["log_prob"] = log_prob
                 model_trace.nodes[name]["log_prob_sum"] = log_prob.sum()
-        self._refuse_score_function(judged, guide_trace)
-        if is_validation_enabled():
-            for trace in (model_trace, guide_trace):
-                for node in trace.nodes.values():
-                    if _is_sample(node):
-                        nesting: Any = self.max_plate_nesting  # infinite until it is known
-                        check_site_shape(node, nesting)
+        if replaced:
+            refuse_score_function(replaced, guide_trace)
+        if validating:
+            nesting: Any = self.max_plate_nesting  # infinite until it is known
+            for node in (*samples(model_trace).values(), *samples(guide_trace).values()):
+                check_site_shape(node, nesting)
         return model_trace, guide_trace
 
     def _ordinary_term(self, site: EnergySite) -> Tensor | None:
@@ -239,11 +252,12 @@ class EnergyLoss(Trace_ELBO):
         waived = not site.is_observed and energy.constant_normalizer
         return energy.unnormalized_log_prob(site.x) if waived or (moved and site.is_fixed) else None
 
-    def _judge(self, site: EnergySite) -> Tensor:
+    def _own_term(self, site: EnergySite) -> Tensor:
+        """The method's term, shape ``(*batch)``."""
         try:
             term = self.energy_term(site) if site.is_observed else self.latent_term(site)
         except (RuntimeError, ValueError):
-            self._check_rows(site)  # which may know the cause
+            self._check_rows(site)  # which may be the cause
             raise
         if term.shape != site.batch_shape:
             raise RuntimeError(
@@ -253,7 +267,7 @@ class EnergyLoss(Trace_ELBO):
         return term
 
     def _check_rows(self, site: EnergySite) -> None:
-        """A look, at some of the steps, whether the rows of the energy influence each other.
+        """Refuses, at some of the steps, an energy whose rows influence each other.
 
         At step 1, 2, 10, 20, 100, ...; and whenever a layer has changed its mode. It comes after
         the term, when layers that initialise themselves from their first batch have done so.
@@ -265,39 +279,6 @@ class EnergyLoss(Trace_ELBO):
             self._rows_seen.add(key)
             what = f"the energy of site {site.name!r} ({site.energy.energy_name})"
             check_rows(site.energy, site.x, what, seed=step)
-
-    def _check_guide(
-        self, sites: Mapping[str, EnergySite], guide_trace: Any, elsewhere: Iterable[str]
-    ) -> None:
-        for name, site in sites.items():
-            if site.guide_fn is not None and not self.needs_noise:
-                raise ValueError(
-                    f"the guide samples the observed site {name!r}: {type(self).__name__} needs no"
-                    " noise. Use NCE or FlowNCE, or take it out of the guide"
-                )
-            if not site.is_observed and name not in guide_trace:
-                raise ValueError(
-                    f"the guide does not sample the latent energy {name!r}: give it a distribution"
-                    " there, its approximate posterior"
-                )
-        if elsewhere:
-            raise ValueError(
-                f"the guide samples {sorted(elsewhere)}, which the model observes and which are no"
-                " energy sites: a guide holds latents, and the noise of energy sites"
-            )
-
-    def _refuse_score_function(self, judged: list[str], guide_trace: Any) -> None:
-        for name, node in guide_trace.nodes.items():
-            if (
-                judged
-                and _is_sample(node)
-                and not is_identically_zero(node["score_parts"].score_function)
-            ):
-                raise ValueError(
-                    f"the guide's site {name!r} has no reparametrized draws, and the gradient of"
-                    f" its score function needs the log Z of {judged}: use a distribution with"
-                    " rsample there"
-                )
 
     # -- Pyro's plumbing -------------------------------------------------------------------------
 
@@ -314,20 +295,18 @@ class EnergyLoss(Trace_ELBO):
         """The loss; its gradients are added to the parameters' ``.grad``."""
         with poutine.trace(param_only=True) as capture:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        params: dict[str, Any] = {
-            name: site["value"].unconstrained()  # pyright: ignore[reportOptionalMemberAccess]
-            for name, site in capture.trace.nodes.items()
-            if site["type"] == "param"
-        }
+        params = parameters_in(capture.trace)
         unique = list({id(p): p for p in params.values()}.values())
         if loss.requires_grad:
-            self._check_registered(loss, params, model)
+            if (names := frozenset(params)) != self._trained:
+                refuse_untrained(loss, [*unique, *self.inputs], model)
+                self._trained = names
             loss.backward(retain_graph=self.retain_graph, inputs=unique or None)
-        self._points.clear()
+        self.inputs.clear()
         self._after_backward(params, loss)
         norms = [p.grad.norm() for p in unique if p.grad is not None]
         if norms:
-            self._records[""] = {"gradient_norm": torch.stack(norms).norm()}
+            self.records[""] = {"gradient_norm": torch.stack(norms).norm()}
         return float(loss.detach())
 
     def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
@@ -340,8 +319,8 @@ class EnergyLoss(Trace_ELBO):
         """
         self.evaluating = not torch.is_grad_enabled()
         if not self.evaluating:
-            self._records = {}
-        self._points.clear()
+            self.records = {}
+        self.inputs.clear()
         total: Any = 0.0
         with torch.enable_grad():  # methods differentiate in the points, evaluating or not
             for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -352,58 +331,6 @@ class EnergyLoss(Trace_ELBO):
         self.steps_taken += not self.evaluating
         return total.detach() if self.evaluating else total
 
-    def _check_registered(self, loss: Tensor, params: Mapping[str, Tensor], model: Any) -> None:
-        """SVI trains what its trace holds: refuse a leaf of the graph that it does not hold."""
-        names = frozenset(params)
-        if names == self._checked:
-            return
-        held = {id(p) for p in (*params.values(), *self._points)}
-        for leaf in leaves(loss):
-            if id(leaf) not in held:
-                raise ValueError(
-                    f"a parameter of shape {tuple(leaf.shape)}{_where(leaf, model)} takes part in"
-                    " the loss, but SVI does not see it and would never train it: write"
-                    ' pyro.module("name", net) in the model, or detach it; or train'
-                    " loss(model, guide) with a torch optimiser"
-                )
-        self._checked = names
 
-
-def _is_sample(site: Any) -> bool:
-    return site["type"] == "sample"
-
-
-def _energy_sites(model_trace: Any, noise: Mapping[str, Any]) -> dict[str, EnergySite]:
-    """The energy sites of a model's trace, by name."""
-    latents = {
-        name: site["value"]
-        for name, site in model_trace.nodes.items()
-        if _is_sample(site) and not site["is_observed"] and site["value"].requires_grad
-    }
-    return {
-        name: find_site(
-            name,
-            site,
-            noise=noise.get(name),
-            latents=[value for other, value in latents.items() if other != name],
-        )
-        for name, site in model_trace.nodes.items()
-        if _is_sample(site) and find_energy(site["fn"]) is not None
-    }
-
-
-def _refuse_swapped(guide_trace: Any) -> None:
-    for name, site in guide_trace.nodes.items():
-        if _is_sample(site) and site["is_observed"] and find_energy(site["fn"]) is not None:
-            raise ValueError(
-                f"the guide observes the energy site {name!r}, and the model has no such site: are"
-                " model and guide swapped? It is SVI(model, guide, optim, loss)"
-            )
-
-
-def _where(leaf: Tensor, model: Any) -> str:
-    for module in modules(model):
-        for name, parameter in module.named_parameters():
-            if parameter is leaf:
-                return f" ({name!r} of {type(module).__name__})"
-    return ""
+def _equal(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))

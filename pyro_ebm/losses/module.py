@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ebm.distributions.core.introspection import sources
-from pyro_ebm.losses.sites import leaves
+from pyro_ebm.losses.traces import parameters_in
 from pyro_ebm.ops.distributed import gathered
+from pyro_ebm.ops.leaves import leaves
 
 
 class EnergyLossModule(ELBOModule):
@@ -91,11 +92,7 @@ class EnergyLossModule(ELBOModule):
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
-        params = {
-            name: site["value"].unconstrained()  # pyright: ignore[reportOptionalMemberAccess]
-            for name, site in capture.trace.nodes.items()
-            if site["type"] == "param"
-        }
+        params = parameters_in(capture.trace)
         held = {id(p) for p in self.parameters()}
         of_networks = {name: p for name, p in params.items() if "$$$" in name}
         registered = {id(p): name.partition("$$$")[0] for name, p in of_networks.items()}
@@ -133,15 +130,25 @@ class EnergyLossModule(ELBOModule):
         self._check_parameters(loss, ranks)
         return loss
 
+    def extra_repr(self) -> str:
+        """The loss, and the names of functions that are model and guide."""
+        functions = {"model": self.model, "guide": self.guide}
+        named = [
+            f"{role}={getattr(function, '__name__', type(function).__name__)}"
+            for role, function in functions.items()
+            if not isinstance(function, nn.Module)
+        ]
+        return ", ".join([repr(self.elbo), *named])
+
     def _check_parameters(self, loss: Tensor, ranks: DistributedDataParallel) -> None:
-        """Whether the gradients that the loss has are those that the ranks average."""
+        """Raises a ValueError unless the ranks average the gradients that the loss has."""
         if self._held[0] != id(ranks):
             ignored = getattr(ranks, "parameters_to_ignore", set())
             named = ranks.module.named_parameters()
             averaged = {id(p): n for n, p in named if p.requires_grad and n not in ignored}
             self._held = id(ranks), averaged
         held = self._held[1]
-        points = {id(x) for x in self.elbo._points}
+        points = {id(x) for x in self.elbo.inputs}
         used = set()
         for leaf in leaves(loss):
             used.add(id(leaf))

@@ -1,10 +1,11 @@
-"""An energy site of a trace, looked at through its wrappers."""
+"""An energy site of a trace, without the wrappers of its distribution."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
@@ -29,12 +30,12 @@ class EnergySite:
     """Which rows count, boolean, shape ``batch``; None if all do."""
     inner_dims: int
     """How many batch dimensions the site's ``to_event`` sums over."""
-    scale: Any
-    """The site's scale, from its plates and ``poutine.scale``."""
+    scale: float
+    """The site's scale, from its plates and ``poutine.scale``; a tensor in some models."""
     is_observed: bool
     latents: tuple[Tensor, ...] = ()
     """The other latents of the model that a gradient may reach."""
-    guide_fn: Any = None
+    guide_fn: TorchDistribution | None = None
     """The guide's distribution at an observed site: the noise."""
     guide_value: Tensor | None = None
     """The guide's draw from it, shape ``(*batch, *event)``."""
@@ -84,8 +85,13 @@ class EnergySite:
         return any(grad is not None for grad in grads)
 
 
-def find_site(name: str, site: Any, noise: Any = None, latents: Any = ()) -> EnergySite:
-    """Looks through the wrappers of an energy site.
+def find_site(
+    name: str,
+    site: Mapping[str, Any],
+    noise: Mapping[str, Any] | None = None,
+    latents: Iterable[Tensor] = (),
+) -> EnergySite:
+    """An energy site, without the wrappers of its distribution.
 
     Args:
         name: its name.
@@ -150,7 +156,7 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
         )
     if not (is_unbounded(energy.support) or energy.support.check(x).all()):
         try:
-            energy.check_values(x)  # the error of its own class may say more
+            energy.check_values(x)  # its own message may be better
         except ValueError as error:
             raise ValueError(
                 f"the data at site {name!r} leave the energy's support {energy.support}: {error}"
@@ -159,19 +165,3 @@ def _check_data(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
             f"the data at site {name!r} leave the energy's support {energy.support}: give the"
             " support that they live on"
         )
-
-
-def leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors of an autograd graph that require gradients."""
-    if tensor.is_leaf and tensor.requires_grad:
-        yield tensor
-    seen, stack = set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of the nodes that accumulate gradients
-        if variable is not None:
-            yield variable
-        stack.extend(parent for parent, _ in node.next_functions)

@@ -1,4 +1,9 @@
-"""How much mass there is: estimates of log Z, and likelihoods."""
+"""Estimates of log Z with their errors, and the likelihood of data.
+
+``estimate`` chooses among the methods: exact sums and quadrature, ``importance`` sampling,
+``annealing`` and the ``bridge``. ``proposals`` checks the distributions that points are drawn from,
+``starts`` puts them on unconstrained positions.
+"""
 
 from pyro_ebm.normalizer.annealing.path import AnnealingPath, GeometricPath, TemperedPath
 from pyro_ebm.normalizer.annealing.rbm_path import LayersPath

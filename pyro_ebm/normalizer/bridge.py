@@ -23,7 +23,6 @@ Reference:
 """
 
 import copy
-from typing import Any
 
 import torch
 from pyro.ops.stats import effective_sample_size as chain_sample_size
@@ -39,14 +38,8 @@ from pyro_ebm.normalizer.estimate_result import (
     warn,
     warn_if_unreliable,
 )
-from pyro_ebm.normalizer.proposals import (
-    DistributionStart,
-    GaussianStart,
-    ProductStart,
-    Start,
-    checked_proposal,
-    has_exact_draws,
-)
+from pyro_ebm.normalizer.proposals import Proposal, checked_proposal, has_exact_draws
+from pyro_ebm.normalizer.starts import DistributionStart, GaussianStart, ProductStart, Start
 
 NUM_STEPS = 500
 """Transitions, at least, of the short chains that draws are taken from."""
@@ -62,7 +55,7 @@ TOLERANCE = 1e-10
 
 def bridge(
     p: UnnormalizedEnergy,
-    proposal: Any = None,
+    proposal: Proposal | None = None,
     samples: Tensor | None = None,
     num_samples: int = 2000,
 ) -> NormalizerEstimate:
@@ -189,6 +182,3 @@ def _fitted(target: EnergyPotential, z: Tensor) -> Start:
         return ProductStart.fitted(support_values.to(z), z, target.targets)
     full = len(z) // target.targets >= 5 * target.dim
     return GaussianStart.fitted(z, target.targets, full=full)
-
-
-__all__ = ["bridge", "meng_wong"]

@@ -31,9 +31,11 @@ from pyro_ebm.distributions.exponential.quadrature import (
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.models.checks.fixed_density import check_repeats
 from pyro_ebm.normalizer.annealing.ais import annealed
+from pyro_ebm.normalizer.annealing.path import AnnealingPath
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, warn
 from pyro_ebm.normalizer.importance import importance
+from pyro_ebm.normalizer.proposals import Proposal
 from pyro_ebm.ops.arguments import check_count, check_number, shown
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.integration.enumerate import log_sum_over_states
@@ -67,14 +69,16 @@ TAKES = {
 }
 """The arguments that each method takes."""
 
+OPTIONS = set().union(*TAKES.values())
+
 
 def estimate_log_normalizer(
     p: UnnormalizedEnergy,
     method: str | None = None,
     *,
-    proposal: Any = None,
+    proposal: Proposal | None = None,
     samples: Tensor | None = None,
-    path: Any = None,
+    path: AnnealingPath | Callable[[Tensor], UnnormalizedEnergy] | None = None,
     kernel: Kernel | None = None,
     num_samples: int | None = None,
     num_chains: int | None = None,
@@ -175,22 +179,8 @@ def estimate_log_normalizer(
         >>> p.normalized(estimate)
         UnnormalizedEnergy(energy=double_well, event_shape=(2,), log_normalizer=known)
     """
-    given = {
-        "proposal": proposal,
-        "samples": samples,
-        "path": path,
-        "kernel": kernel,
-        "num_samples": num_samples,
-        "num_chains": num_chains,
-        "num_steps": num_steps,
-        "betas": betas,
-        "num_temperatures": num_temperatures,
-        "ess_drop": ess_drop,
-        "max_units": max_units,
-        "distributed": distributed or None,
-        "exact_samples": exact_samples or None,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in locals().items() if name in OPTIONS}
+    given = {name: value for name, value in given.items() if not (value is None or value is False)}
     _check_energy(p)
     _check_numbers(given)
     whole, p = p, p.unexpanded
@@ -263,13 +253,13 @@ def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
     )
 
 
-# -- the choice, and what is asked of the arguments ------------------------------------------------
+# -- the choice of a method, and checks of the arguments -------------------------------------------
 
 
 def _chosen(p: UnnormalizedEnergy, given: dict[str, Any]) -> tuple[str, NormalizerEstimate | None]:
     """The first method that the energy and the arguments are for; an exact one is done already."""
     if given.keys() <= TAKES["exact"]:
-        with contextlib.suppress(ValueError), torch.no_grad():  # which says that it is not for it
+        with contextlib.suppress(ValueError), torch.no_grad():  # it is not for this energy
             return "exact", exact(p, **{"max_units": SMALL, **given})
     if not given and not p.support.is_discrete:
         shape = unconstrained_shape(p.support, p.event_shape, p.batch_shape)
@@ -288,12 +278,10 @@ def _check_energy(p: Any) -> None:
         return
     if find_energy(p) is not None:
         raise ValueError(
-            f"log Z is asked of an energy inside {type(p).__name__}: give the energy itself, whose"
+            f"p is an energy inside {type(p).__name__}: give the energy itself, whose"
             " batch elements are independent, and sum their log Z"
         )
-    raise ValueError(
-        f"p must be an energy: log Z is asked of an UnnormalizedEnergy, got {shown(p)}"
-    )
+    raise ValueError(f"p must be an UnnormalizedEnergy, got {shown(p)}")
 
 
 def _check_rows(p: UnnormalizedEnergy) -> None:
@@ -323,16 +311,16 @@ def _check_arguments(method: str, given: dict[str, Any]) -> None:
         )
     if given.get("exact_samples") and "samples" not in given:
         raise ValueError("exact_samples=True says that the samples are exact draws: give samples=")
-    ladders = [name for name in ("betas", "num_temperatures", "ess_drop") if name in given]
-    if len(ladders) > 1:
-        raise ValueError(f"the temperatures are given by one of {ladders}, not by all")
+    ways = [name for name in ("betas", "num_temperatures", "ess_drop") if name in given]
+    if len(ways) > 1:
+        raise ValueError(f"the temperatures are given by one of {ways}, not by all")
 
 
 def _check_numbers(given: dict[str, Any]) -> None:
-    least = {"num_samples": 2, "num_chains": 1, "num_steps": 1, "num_temperatures": 2}
-    least["max_units"] = 1
-    for name, low in least.items():
-        check_count(name, given.get(name, low), low)
+    least = {"num_samples": 2, "num_temperatures": 2}
+    for name in ("num_samples", "num_chains", "num_steps", "num_temperatures", "max_units"):
+        if name in given:
+            given[name] = check_count(name, given[name], least.get(name, 1))
     drop = given.get("ess_drop", 0.5)
     check_number("ess_drop", drop)
     if not 0 < drop < 1:
@@ -390,6 +378,3 @@ def _expanded(
         inner = (1,) * (len(whole) - len(batch_shape)) + tuple(batch_shape)
         fields["log_weights"] = log_w.reshape((len(log_w),) + inner).expand((len(log_w),) + whole)
     return NormalizerEstimate(**fields)
-
-
-__all__ = ["estimate_log_normalizer"]

@@ -1,4 +1,4 @@
-r"""What an estimate of log Z is, and what its weights say about it.
+r"""An estimate of log Z, and the reliability of the weights that it is made of.
 
 Most estimators average random *weights* whose expectation is :math:`Z`. Of :math:`n` independent
 ones,
@@ -15,9 +15,9 @@ the error that is stated takes the variance as one standard error of its own lar
 :math:`\log \hat Z` is too low on average: a *stochastic lower bound*. It exceeds
 :math:`\log Z + b` with a probability of at most :math:`e^{-b}`, whatever the weights.
 
-The error is computed from the very weights that it judges. Where the few that matter were never
-drawn, all look alike, and the estimate is low and seems certain. An effective sample size, and the
-shape of the weights' tail (:func:`~pyro_ebm.ops.pareto.pareto_k`), tell when that is likely.
+The error is computed from the same weights as the estimate. Where the few that matter were never
+drawn, all look alike, and the estimate is low and seems certain. A small effective sample size, and
+a heavy tail of the weights (:func:`~pyro_ebm.ops.pareto.pareto_k`), are signs of that.
 """
 
 import math
@@ -28,8 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.pareto import MIN_WEIGHTS, pareto_k
+
 MIN_ESS = 100.0
-"""From fewer effective weights no error can be told."""
+"""From fewer effective weights no error can be estimated."""
 
 MAX_PARETO_K = 0.7
 
@@ -48,7 +50,7 @@ class NormalizerEstimate:
 
     Args:
         value: :math:`\log \hat Z`, shape ``batch_shape``.
-        std_error: its standard error in nats, as far as the draws tell, shape ``batch_shape``; 0
+        std_error: its standard error in nats, estimated from the draws, shape ``batch_shape``; 0
             where nothing is random.
         method: how it was made.
         ess: effective sample size, shape ``batch_shape``, of the weights.
@@ -138,6 +140,7 @@ def places(error: Tensor) -> int:
 
 
 def digits(error: Tensor) -> str:
+    """An error, rounded to two digits."""
     size = float(error.max())
     return "0" if size == 0 else f"{size:.{places(error)}f}"
 
@@ -172,6 +175,43 @@ def check_weights(log_weights: Tensor, what: str) -> None:
             " batch elements): no point was drawn where the density is positive. Start from a"
             " density that overlaps with it: proposal=..."
         )
+
+
+def estimate_of(
+    log_weights: Tensor, method: str, what: str, remedy: str, reverse: bool = False
+) -> NormalizerEstimate:
+    r"""The estimate from weights, with a warning where their error cannot be estimated.
+
+    Args:
+        log_weights: the log of unbiased estimates of :math:`Z`, or in ``reverse`` of
+            :math:`1 / Z`, shape ``(n, *batch)``.
+        method: how they were made.
+        what: what they are weights of, for messages.
+        remedy: what to do where they are unreliable.
+        reverse: which of the two they are.
+
+    Raises:
+        ValueError: for weights that no mean can be taken of.
+
+    Example:
+        >>> log_w = torch.randn(1000) / 10  # E w = exp(1 / 200)
+        >>> estimate_of(log_w, "importance", "importance sampling", "use another proposal")
+        NormalizerEstimate(log Z = 0.0... +- 0.003..., method=importance, ESS=9..., lower bound ...)
+    """
+    check_weights(log_weights, what)
+    n, ess, k = len(log_weights), effective_sample_size(log_weights), tail_shape(log_weights)
+    warn_if_unreliable(what, ess, n, k, remedy, wrong_way="too high" if reverse else "too low")
+    value = -log_mean_exp(log_weights) if reverse else log_mean_exp(log_weights)
+    return NormalizerEstimate(
+        value=value,
+        std_error=stated_error(log_weights),
+        method=method,
+        ess=ess,
+        log_weights=log_weights,
+        lower=None if reverse else value,
+        zeros=(log_weights == -torch.inf).to(log_weights.dtype).mean(0),
+        pareto_k=k,
+    )
 
 
 def _percent(bad: Tensor) -> str:
@@ -223,8 +263,6 @@ def tail_shape(log_weights: Tensor) -> Tensor | None:
 
     Where the weights are all but equal, nothing is left of a tail but noise: ``-inf``.
     """
-    from pyro_ebm.ops.pareto import MIN_WEIGHTS, pareto_k
-
     if len(log_weights) < MIN_WEIGHTS:
         return None
     spread = len(log_weights) / effective_sample_size(log_weights) - 1
@@ -232,7 +270,7 @@ def tail_shape(log_weights: Tensor) -> Tensor | None:
 
 
 FEW = 20.0
-"""So few weights tell no error, however equal they look."""
+"""From so few weights no error can be estimated, however equal they look."""
 
 
 def warn_if_unreliable(
@@ -244,7 +282,7 @@ def warn_if_unreliable(
     least: float = MIN_ESS,
     wrong_way: str = "too low",
 ) -> None:
-    """Warns where weights are too few, or their tail too heavy, for an error to be told.
+    """Warns where weights are too few, or their tail too heavy, for an error to be estimated.
 
     Args:
         what: which weights.
@@ -270,7 +308,7 @@ def warn_if_unreliable(
 
 
 def warn(message: str) -> None:
-    """Warns whoever called this room from outside."""
+    """Warns at the line that called this package's estimates from outside."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
@@ -278,6 +316,3 @@ def warn(message: str) -> None:
 
 
 _INSIDE = ("pyro_ebm.normalizer", "torch.utils")
-
-
-__all__ = ["NormalizerEstimate", "UnreliableEstimateWarning", "check_weights", "warn"]

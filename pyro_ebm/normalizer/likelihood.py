@@ -98,7 +98,7 @@ def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = Non
         if not p.is_normalized:
             raise ValueError(
                 f"log Z of {p!r} is {p.normalizer_state}: give the estimate, as in"
-                " evaluate(p, data, estimate_log_normalizer(p))"
+                " mean_log_likelihood(p, data, estimate_log_normalizer(p))"
             )
         estimate = p.log_normalizer
     shape = p.batch_shape + p.event_shape
@@ -158,6 +158,3 @@ def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = Non
         upper=None if low is None else mean - low,
         num_points=n,
     )
-
-
-__all__ = ["LogLikelihood", "mean_log_likelihood"]

@@ -30,9 +30,11 @@ from pyro_ebm.distributions import RBM
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.normalizer import estimate_log_normalizer
-from pyro_ebm.normalizer.annealing.ais import anneal, kernel_of, path_of
-from pyro_ebm.normalizer.annealing.path import Path
-from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule, pilot, schedule_of
+from pyro_ebm.normalizer.annealing.annealer import Annealer
+from pyro_ebm.normalizer.annealing.choices import kernel_of, path_of
+from pyro_ebm.normalizer.annealing.path import AnnealingPath
+from pyro_ebm.normalizer.annealing.pilot import pilot
+from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule, schedule_of
 from tests.benchmarks import report
 from tests.benchmarks.harness import Options, Question, Row, progress, seconds_of, versions
 
@@ -139,24 +141,25 @@ class Target:
 
     def __init__(self, p: UnnormalizedEnergy, chains: int, num_temperatures: int | None):
         self.p, self.chains = p, chains
-        self.path: Path = path_of(p)
+        self.path: AnnealingPath = path_of(p)
         self.kernel: Kernel = kernel_of(None, p, self.path)
         self.kernel.bind(self.path, 0)
-        levels = pilot(self.path, self.kernel, disable_progbar=True)
-        self.ladder = TemperatureSchedule(levels, schedule_of(levels, num_temperatures))
+        points = pilot(self.path, self.kernel, disable_progbar=True)
+        self.schedule = TemperatureSchedule(points, schedule_of(points, num_temperatures))
+        self.annealer = Annealer(self.path, self.kernel, self.schedule)
 
     def ours(self) -> Tensor:
         z = self.path.at(0.0).draw(self.chains)
-        return anneal(self.path, self.kernel, self.ladder, z, self.ladder.betas)
+        return self.annealer.run(z)
 
     @torch.no_grad()
     def bare(self) -> Tensor:
-        betas = self.ladder.betas
+        betas = self.schedule.betas
         if isinstance(self.p, RBM):
             return bare_gibbs(self.p, self.path.loc, self.chains, betas)
         steps, factors = [], []
         for beta in betas:
-            self.ladder.set(self.kernel, beta)
+            self.schedule.set(self.kernel, beta)
             steps.append(self.kernel.adaptation.step_size[0])
             factors.append(self.kernel.adaptation.factor[0])
         start = self.path.start
@@ -193,7 +196,7 @@ def measure(
         progress(f"ready: {name}")
     rows = []
     for i, (name, contestant, target, run) in options.rotate(tasks):
-        count = target.chains * (len(target.ladder.betas) - 1)
+        count = target.chains * (len(target.schedule.betas) - 1)
         seconds = seconds_of(run)
         rows.append(
             {
@@ -203,7 +206,7 @@ def measure(
                 "chains": target.chains,
                 "round": i,
                 "seed": options.seed,
-                "settings": f"{len(target.ladder.betas)} temperatures",
+                "settings": f"{len(target.schedule.betas)} temperatures",
                 "versions": versions("pyro-ebm", "torch"),
                 "seconds": seconds,
                 "per_second": count / seconds,
@@ -214,7 +217,7 @@ def measure(
     return rows + errors(options.seed, chains, [10] if options.quick else [10, 30, 100], seeds)
 
 
-def errors(first_seed: int, chains: int, ladders: list[int], seeds: int) -> list[Row]:
+def errors(first_seed: int, chains: int, counts: list[int], seeds: int) -> list[Row]:
     """Whole runs: one row for each seed."""
     generator = torch.Generator().manual_seed(0)
     machine = RBM(torch.randn(64, 16, generator=generator), torch.zeros(64), torch.zeros(16))
@@ -225,7 +228,7 @@ def errors(first_seed: int, chains: int, ladders: list[int], seeds: int) -> list
         "RBM 64 x 16": (machine, None),
     }.items():
         truth = float(machine.exact_log_normalizer()) if log_z is None else log_z
-        for num in ladders:
+        for num in counts:
             target = Target(p, chains, num)
             for seed in range(first_seed, first_seed + seeds):
                 pyro.set_rng_seed(seed)

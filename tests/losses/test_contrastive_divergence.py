@@ -28,13 +28,14 @@ def no_guide(*args):
 
 def watched(loss):
     """The loss, and the list that its negatives go to."""
-    negatives, run = [], loss._run_chains
+    negatives, run = [], loss.negatives.run
 
-    def run_chains(site, energy, start):
-        negatives.append(run(site, energy, start))
-        return negatives[-1]
+    def run_chains(*args):
+        found = run(*args)
+        negatives.append(found.x)
+        return found
 
-    loss._run_chains = run_chains
+    loss.negatives.run = run_chains
     return loss, negatives
 
 
@@ -327,7 +328,7 @@ def test_a_buffer_smaller_than_asked():
     slope(loss, model_of(), torch.randn(4))
     larger = ContrastiveDivergence(persistent=True, num_chains=20)
     larger.load_state_dict(loss.state_dict())
-    with pytest.raises(ValueError, match="holds 10 chains, num_chains asks for 20"):
+    with pytest.raises(ValueError, match="holds 10 chains, num_chains is 20"):
         slope(larger, model_of(), torch.randn(4))
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.distributions.flow import FlowDistribution, neural_spline_flow
 from pyro_ebm.losses import FlowNCE
-from pyro_ebm.losses.flow_contrastive import reverse
+from pyro_ebm.losses.noise.flow_nce import reverse
 from pyro_ebm.nn import MLPEnergy
 
 SIGMAS = 4.5
@@ -226,7 +226,7 @@ def test_broad_noise_is_a_normalized_mixture():
 
     loss = FlowNCE(noise_ratio=2, broad_noise=broad, broad_weight=0.3)
     seen, classify = [], loss.classify
-    loss.classify = lambda *args: seen.append(args[1:]) or classify(*args)
+    loss.classify = lambda *args: seen.append(args[1]) or classify(*args)
     grid = torch.linspace(-40, 40, n).double()
     loss.loss(model, guide, grid)
     noise, log_q_noise, log_q_data = seen[0]

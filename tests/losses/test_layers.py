@@ -8,9 +8,7 @@ import torch
 
 from pyro_ebm import ContrastiveDivergence
 from pyro_ebm.distributions import (
-    RBM,
     DeepBeliefNetwork,
-    GaussianRBM,
     GaussianRBMModule,
     RBMModule,
 )
@@ -46,8 +44,8 @@ def test_a_machine_learns_the_patterns(centered):
     train, test = patterns(2000), patterns(5000)
     net = RBMModule(6, 2, train, centered=centered)
     before = log_likelihood(net(), test)
-    told = fit_rbm(net, train, num_epochs=30, disable_progbar=True)
-    assert len(told) == 30
+    history = fit_rbm(net, train, num_epochs=30, disable_progbar=True)
+    assert len(history) == 30
     found = log_likelihood(net(), test)
     assert before < -4.0  # independent pixels: 6 log 2 = 4.16
     assert found > -entropy() - 0.06  # 3.0 nats; 0.02 of it is that the test set is a sample
@@ -86,15 +84,17 @@ def test_a_gaussian_machine_learns_too():
 def test_callbacks_and_layers():
     data, seen = patterns(200), []
     net = DeepBeliefNetwork([RBMModule(6, 4, data), RBMModule(4, 2)])
-    told = fit_layers(
+    history = fit_layers(
         net,
         data,
-        callback=lambda machine, epoch, told: seen.append((machine, epoch, "energy_data" in told)),
+        callback=lambda machine, epoch, found: seen.append(
+            (machine, epoch, "energy_data" in found)
+        ),
         num_epochs=2,
         disable_progbar=True,
     )
     assert seen == [(0, 0, True), (0, 1, True), (1, 0, True), (1, 1, True)]
-    assert [len(epochs) for epochs in told] == [2, 2]
+    assert [len(epochs) for epochs in history] == [2, 2]
 
 
 @pytest.mark.parametrize("means", [True, False])
@@ -145,11 +145,11 @@ SETTINGS = {
 
 def trained(family, centered, settings, **kwargs):
     pyro.set_rng_seed(3)
-    data = torch.randn(50, 6).double() if family is GaussianRBM else patterns(50).double()
-    net = family.module(6, 4, data, centered=centered, weight_scale=0.5)
+    data = torch.randn(50, 6).double() if family is GaussianRBMModule else patterns(50).double()
+    net = family(6, 4, data, centered=centered, weight_scale=0.5)
     loss = ContrastiveDivergence(**settings)
     seen = []
-    told = fit_rbm(
+    history = fit_rbm(
         net,
         kwargs.pop("data", data),
         num_epochs=4,
@@ -159,24 +159,24 @@ def trained(family, centered, settings, **kwargs):
         disable_progbar=True,
         **kwargs,
     )
-    return net, loss, told, torch.stack(seen)
+    return net, loss, history, torch.stack(seen)
 
 
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("family", [RBM, GaussianRBM])
+@pytest.mark.parametrize("family", [RBMModule, GaussianRBMModule])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_steps_in_closed_form_are_those_of_the_loss(monkeypatch, settings, family, centered):
     """The same draws, and after every epoch the same parameters, chains and diagnostics."""
-    assert ClosedFormStep.of(family.module(6, 4), ContrastiveDivergence(**settings)) is not None
-    net, loss, told, path = trained(family, centered, settings)
+    assert ClosedFormStep.of(family(6, 4), ContrastiveDivergence(**settings)) is not None
+    net, loss, history, path = trained(family, centered, settings)
     monkeypatch.setattr(ClosedFormStep, "of", lambda *args: None)
-    net_, loss_, told_, path_ = trained(family, centered, settings)
+    net_, loss_, history_, path_ = trained(family, centered, settings)
     torch.testing.assert_close(path, path_, rtol=1e-9, atol=1e-12)
     assert (path[1:] - path[:-1]).abs().amax((1, 2)).min() > 1e-3  # and they move
     torch.testing.assert_close(net.state_dict(), net_.state_dict(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(loss.chains, loss_.chains, rtol=1e-9, atol=1e-9)
     assert loss.steps_taken == loss_.steps_taken == 4 * (50 // 16)
-    for one, other in zip(told, told_, strict=True):
+    for one, other in zip(history, history_, strict=True):
         assert one == pytest.approx(other, rel=1e-9)
 
 
@@ -184,9 +184,9 @@ def test_probabilities_and_whole_numbers_as_data(monkeypatch):
     """Bits are drawn, or cast, as they are for the loss."""
     for data in (torch.rand(50, 6), patterns(50).to(torch.uint8), patterns(50).bool()):
         with monkeypatch.context() as patch:
-            *_, path = trained(RBM, True, {"persistent": True}, data=data)
+            *_, path = trained(RBMModule, True, {"persistent": True}, data=data)
             patch.setattr(ClosedFormStep, "of", lambda *args: None)
-            *_, path_ = trained(RBM, True, {"persistent": True}, data=data)
+            *_, path_ = trained(RBMModule, True, {"persistent": True}, data=data)
         torch.testing.assert_close(path, path_, rtol=1e-9, atol=1e-12)
 
 
@@ -221,8 +221,8 @@ def test_what_has_no_closed_form_is_left_to_the_loss(net, settings):
     loss = ContrastiveDivergence(**settings)
     assert ClosedFormStep.of(net, loss) is None
     before = net.weights.detach().clone()
-    (told,) = fit_rbm(net, patterns(100), 1, loss=loss, disable_progbar=True)
-    assert all(math.isfinite(value) for value in told.values())
+    (last,) = fit_rbm(net, patterns(100), 1, loss=loss, disable_progbar=True)
+    assert all(math.isfinite(value) for value in last.values())
     still = bool(net.weights._backward_hooks)
     assert torch.equal(net.weights, before) == still
 

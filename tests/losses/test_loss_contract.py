@@ -274,7 +274,11 @@ def test_saved_and_loaded_it_goes_on_exactly(make_loss, tmp_path):
 def test_repr_shows_the_settings(make_loss):
     loss = make_loss()
     assert repr(loss).startswith(f"{type(loss).__name__}(")
-    assert "num_particles=1" in repr(loss)
+    assert "num_particles" not in repr(loss)  # as by default
+    assert loss.settings["num_particles"] == 1
+    assert "num_particles=3)" in repr(make_loss(num_particles=3)).replace(", monitor", ")")
+    module = loss(lambda: None, lambda: None)
+    assert repr(module).startswith(f"EnergyLossModule(\n  {loss!r}, model=<lambda>")
 
 
 def test_several_sites_in_any_order(make_loss):

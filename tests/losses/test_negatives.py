@@ -14,8 +14,12 @@ from torch import nn
 
 from pyro_ebm import ContrastiveDivergence, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, RBMModule
-from pyro_ebm.losses.contrastive import negatives
-from pyro_ebm.losses.contrastive.negatives import MAX_KEPT, STRANGERS
+from pyro_ebm.losses.contrastive.kept_kernels import (
+    MAX_KEPT,
+    MAX_MISSES,
+    KeptKernels,
+    runs_as_graph,
+)
 from pyro_ebm.mcmc import CompositeKernel, GibbsKernel
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
@@ -96,7 +100,7 @@ def test_one_graph_serves_the_run(graphs, kernel, persistent):
     loss = same_run(kernel, batches(*[6] * 8), num_steps=3, persistent=persistent)
     # the transition, and the gradient at the start: captured once
     assert graphs == ["transition", "value_and_grad"][: 2 if kernel.needs_grad else 1]
-    assert len(loss._kernels._seen) == 1
+    assert len(loss.negatives.kept._seen) == 1
 
 
 @pytest.mark.parametrize("flag", [False, "capture"])
@@ -201,7 +205,7 @@ def test_a_number_in_the_closure(graphs):
     assert graphs.count("transition") == 4
 
 
-def test_another_energy_at_each_step_is_told_once(graphs):
+def test_another_energy_at_each_step_warns_once(graphs):
     def model(x):
         scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
         with pyro.plate("data", len(x)):
@@ -209,18 +213,18 @@ def test_another_energy_at_each_step_is_told_once(graphs):
 
     loss = ContrastiveDivergence(LangevinKernel(jit_compile=True))
     svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 1e-3}), loss)
-    for x in torch.randn(STRANGERS - 1, 4):
+    for x in torch.randn(MAX_MISSES - 1, 4):
         svi.step(x)
     with pytest.warns(UserWarning, match=r"site 'x' is another one at each step \(it reads a"):
         svi.step(torch.randn(4))
-    for x in torch.randn(STRANGERS, 4):
+    for x in torch.randn(MAX_MISSES, 4):
         svi.step(x)
     assert graphs == []
 
 
 def test_few_are_kept(graphs):
     energies = [UnnormalizedEnergy(torch.square).expand([n + 1]) for n in range(MAX_KEPT + 5)]
-    kernels = negatives.NegativeKernels()
+    kernels = KeptKernels()
     for energy in energies:
         for _ in range(2):
             kernels.bound(LangevinKernel(jit_compile="capture"), energy, torch.zeros(1), "x")
@@ -258,14 +262,14 @@ def test_block_gibbs_and_composite_kernels():
         ends.append(loss.chains["x"])
     assert torch.equal(*ends)
     inner = LangevinKernel(adjusted=False, step_size=0.05, jit_compile="capture")
-    assert negatives.runs_as_graph(CompositeKernel(kernels=[inner]))
+    assert runs_as_graph(CompositeKernel(kernels=[inner]))
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
 def test_graphs_stay_behind(again):
     _, loss = train(_with(KERNELS["mala"], "capture"), batches(*[6] * 4), persistent=True)
     new = again(loss)
-    assert new._kernels._seen == {}
+    assert new.negatives.kept._seen == {}
     assert torch.equal(new.chains["x"], loss.chains["x"])
 
 
@@ -288,7 +292,7 @@ def test_no_warning_where_all_is_well():
 def test_a_base_with_its_own_tensors():
     """Made anew at each step, it is another one; made once, it is kept."""
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-    kernels, kernel = negatives.NegativeKernels(), LangevinKernel(jit_compile="capture")
+    kernels, kernel = KeptKernels(), LangevinKernel(jit_compile="capture")
 
     def bound(base):
         energy = UnnormalizedEnergy(lambda x: x.square().sum(-1), base=base)

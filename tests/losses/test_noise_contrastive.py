@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.losses import NCE, RankingNCE, gaussian_noise
+from pyro_ebm.losses.noise.noise import Noise
 from pyro_ebm.nn import MLPEnergy
 from tests.statistics import SIGMAS, assert_mean_of_rows
 
@@ -43,8 +44,8 @@ def watched(loss):
     """The loss, and the list that its noise points go to."""
     drawn, draw = [], loss.noise_of
 
-    def noise_of(site):
-        drawn.append(draw(site))
+    def noise_of(*args):
+        drawn.append(draw(*args))
         return drawn[-1]
 
     loss.noise_of = noise_of
@@ -294,9 +295,9 @@ def test_the_asymptotic_variance(s2, ratio, lam_variance, c_variance):
     }[ratio]
     x, q = torch.randn(n, fits).double(), dist.Normal(torch.tensor(0.0).double(), s2**0.5)
     noise = q.sample((ratio, n, fits))
-    fixed = [(noise, q.log_prob(noise), q.log_prob(x))]
+    fixed = [Noise(noise, q.log_prob(noise), q.log_prob(x))]
     loss = NCE(noise_ratio=ratio)
-    loss.noise_of = lambda site: fixed[0]
+    loss.noise_of = lambda site, fn: fixed[0]
 
     def model(lam, log_z):
         with pyro.plate("rows", n, dim=-2), pyro.plate("fits", fits, dim=-1):

@@ -22,7 +22,7 @@ from pyro_ebm.mcmc import (
     TemperingKernel,
 )
 from pyro_ebm.normalizer import AnnealingPath, UnreliableEstimateWarning, estimate_log_normalizer
-from pyro_ebm.normalizer.annealing.ais import kernel_of, path_of
+from pyro_ebm.normalizer.annealing.choices import kernel_of, path_of
 from tests.normalizer.targets import assert_agrees, funnel, gaussian, wells
 from tests.statistics import SIGMAS
 
@@ -390,7 +390,7 @@ def test_the_energys_own_kernel_is_used_if_it_is_exact():
 
 def test_a_compiled_kernel_cannot_follow_a_function():
     p = UnnormalizedEnergy(lambda x: x**2 / 8)
-    with pytest.raises(ValueError, match="write a Path"):
+    with pytest.raises(ValueError, match="write an AnnealingPath"):
         ais(
             p,
             path=lambda beta: UnnormalizedEnergy(lambda x: x**2 / (2 + 6 * beta)),

@@ -178,7 +178,7 @@ SAMPLES = torch.randn(10)
             "at 50% of the samples the density is 0",
         ),
         (NORMAL.expand([3]).to_event(1), None, {}, "an energy inside Independent"),
-        (dist.Normal(0.0, 1.0), None, {}, "asked of an UnnormalizedEnergy, got Normal"),
+        (dist.Normal(0.0, 1.0), None, {}, "must be an UnnormalizedEnergy, got Normal"),
     ],
 )
 def test_arguments_that_will_not_do(p, method, given, message):

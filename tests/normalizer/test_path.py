@@ -7,15 +7,16 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-from pyro_ebm import LangevinKernel, UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.distributions import RBM, GaussianRBM
 from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
 from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.distributions.boltzmann.potts import Potts
-from pyro_ebm.mcmc import EnergyPotential, GibbsKernel, MHKernel
+from pyro_ebm.mcmc import EnergyPotential
 from pyro_ebm.normalizer import GeometricPath, LayersPath, TemperedPath
-from pyro_ebm.normalizer.annealing.ais import path_of
+from pyro_ebm.normalizer.annealing.choices import path_of
 from pyro_ebm.normalizer.annealing.function_path import FunctionPath
+from pyro_ebm.normalizer.annealing.path import Known, Parts
 
 DOUBLE = torch.float64
 
@@ -101,7 +102,7 @@ def test_the_log_normalizer_of_the_start_of_real_units():
     # of -log p~_0 beside the normalized density of the start
     path = path_of(gaussian_rbm())
     z = path.draw(10)
-    log_q = path.start.log_prob(path.target.to_points(z))
+    log_q = path.visible.log_prob(path.target.to_points(z))
     assert torch.allclose(-path.at(0.0)(z), log_q + path.log_normalizer)
 
 
@@ -132,20 +133,16 @@ def test_every_density_between_is_a_machine(name, remembered):
         constant = gap[0]
     assert torch.allclose(gap, constant.expand(gap.shape))
     if remembered:
-        kernel = GibbsKernel()
-        kernel.bind(path, 0)
-        z = path.state(kernel, z).z
-        assert path._here is not None
+        path.here = Known(z, Parts(path.parts(z), ()))
     noise = path.gibbs_noise(z)
     swept = path.target.to_points(path.gibbs_sweep(z, noise))
     assert torch.allclose(swept, between.gibbs_sweep(x, noise))
 
 
 def test_a_sweep_of_other_positions_does_not_use_what_is_remembered():
-    path = path_of(rbm())
-    kernel = GibbsKernel()
-    kernel.bind(path, 0)
-    path.at(1.0).state(kernel, path.draw(7))
+    path = path_of(rbm()).at(1.0)
+    z = path.draw(7)
+    path.here = Known(z, Parts(path.parts(z), ()))
     z = path.draw(7)
     noise = path.gibbs_noise(z)
     assert torch.equal(path.gibbs_sweep(z, noise), path.target.gibbs_sweep(z, noise))
@@ -185,42 +182,6 @@ def test_an_infinite_energy_is_nothing_at_the_power_0():
     assert torch.allclose(grad, z)
 
 
-# -- what is remembered --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernel", [LangevinKernel(step_size=0.5), MHKernel()])
-@pytest.mark.parametrize("name", ["geometric", "fitted"])
-def test_a_remembered_state_is_the_one_computed(kernel, name):
-    path = path_of(MODELS[name]())
-    kernel = kernel.copy()
-    kernel.bind(path, 0)
-    state = path.at(0.2).state(kernel, path.draw(50))
-    hits = 0
-    for beta in (0.4, 0.6, 0.8):
-        state, _ = kernel.step(state)
-        hits += path.follow(state.z, kernel.needs_grad) is not None
-        new = path.at(beta).state(kernel, state.z)
-        want = kernel.evaluate(state.z)
-        path.follow(state.z, kernel.needs_grad)
-        assert torch.allclose(new.potential, want.potential)
-        assert (new.grad is None) == (want.grad is None)
-        assert new.grad is None or torch.allclose(new.grad, want.grad)
-        state = new
-    assert hits == 3
-
-
-def test_positions_that_nobody_evaluated_are_not_remembered():
-    path = path_of(MODELS["geometric"]())
-    kernel = MHKernel()
-    kernel.bind(path, 0)
-    state = path.at(0.2).state(kernel, path.draw(50))
-    assert path.follow(state.z, False) is not None
-    elsewhere = state.z.clone()
-    elsewhere[3] += 1.0
-    assert path.follow(elsewhere, False) is None
-    assert torch.equal(path.state(kernel, elsewhere).potential, path(elsewhere))
-
-
 # -- paths of the user ---------------------------------------------------------------------------
 
 
@@ -258,7 +219,7 @@ def test_a_function_of_machines_has_blocks():
         (lambda b: widening(b / 2), dist.Normal(0.0, 1.0), "at beta=1 the path must be"),
         (lambda b: 1.0, None, "must map beta to energies"),
         (lambda b: widening(b).expand((3,)), None, "must map beta to energies"),
-        ("path", None, "must be a Path, or a function"),
+        ("path", None, "must be an AnnealingPath, or a function"),
     ],
 )
 def test_functions_that_are_no_path(function, proposal, message):

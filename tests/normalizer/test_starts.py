@@ -14,14 +14,8 @@ from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.flow import FlowDistribution, neural_spline_flow
 from pyro_ebm.mcmc import EnergyPotential
-from pyro_ebm.normalizer.proposals import (
-    DistributionStart,
-    GaussianStart,
-    ProductStart,
-    checked_proposal,
-    deviations,
-    exact_draws,
-)
+from pyro_ebm.normalizer.proposals import checked_proposal, exact_draws
+from pyro_ebm.normalizer.starts import DistributionStart, GaussianStart, ProductStart, deviations
 from tests.statistics import SIGMAS
 
 torch_double = torch.float64

@@ -11,7 +11,7 @@ from torch import nn
 
 import pyro_ebm as pe
 from pyro_ebm import losses, ops
-from pyro_ebm.losses.noise_contrastive import gaussian_noise
+from pyro_ebm.losses import gaussian_noise
 from tests.properties.targets import (
     DISTRIBUTIONS,
     KERNELS,

@@ -19,8 +19,12 @@ from pyro_ebm import (
     estimate_log_normalizer,
     fisher_divergence,
 )
-from pyro_ebm.losses import ContrastiveDivergence, DenoisingScoreMatching, ScoreMatching
-from pyro_ebm.losses.noise_contrastive import gaussian_noise
+from pyro_ebm.losses import (
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    ScoreMatching,
+    gaussian_noise,
+)
 from pyro_ebm.mcmc import Independence, ModelPotential
 from pyro_ebm.ops.pareto import pareto_k
 

@@ -15,6 +15,7 @@ from torch.distributions import biject_to, constraints
 from torch.nn.functional import logsigmoid
 
 from pyro_ebm import UnnormalizedEnergy, losses
+from pyro_ebm.losses.contrastive.negatives import Negatives
 from pyro_ebm.ops.score import draw_probes
 from tests.properties.inputs import SIZES, holds
 
@@ -229,13 +230,14 @@ def loss_is_its_definition(name: str, case: Case) -> None:
 
     loss.energy_term = seeded
     if name == "cd":
-        chains = loss._run_chains
+        chains = loss.negatives.run
 
-        def watched(*args: Any) -> Tensor:
-            seen["negatives"] = chains(*args)
-            return seen["negatives"]
+        def watched(*args: Any) -> Negatives:
+            found = chains(*args)
+            seen["negatives"] = found.x
+            return found
 
-        loss._run_chains = watched
+        loss.negatives.run = watched
 
     def first(q: Any) -> Tensor:
         with torch.random.fork_rng():

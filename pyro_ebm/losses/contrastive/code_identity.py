@@ -1,10 +1,10 @@
 r"""Whether two functions, made at different times, compute the same.
 
 A model makes its energy anew whenever it runs, often from a ``lambda``. A graph that was captured
-of the first may serve the second only if both compute the same from the same tensors. A
-*fingerprint* says so: it is equal for two values only if they are made of the same code, the same
-tensors and modules, and equal numbers. It follows closures, defaults, attributes, and the globals
-that code reads. Where it meets something that it cannot look into, there is none.
+of the first may serve the second only if both compute the same from the same tensors. An
+*identity* is equal for two values only if they are made of the same code, the same tensors and
+modules, and equal numbers. It follows closures, defaults, attributes, and the globals that code
+reads. Where there is something that it cannot follow, a value has no identity.
 """
 
 import dis
@@ -32,15 +32,15 @@ IGNORED = {"_unexpanded", "_modules", "kernel", "num_steps", "_validate_args"}
 
 
 class _UnsureError(Exception):
-    """There is no fingerprint."""
+    """A value has no identity that could be compared."""
 
 
 class CodeIdentity:
-    """What values are made of.
+    """A key that is equal for values that compute the same.
 
     Attributes:
-        key: equal for values that compute the same; None where that cannot be told.
-        held: what the key speaks of by its identity, kept alive.
+        key: equal for values that compute the same; None where there is none.
+        held: the objects that the key compares by ``id``, kept alive.
         reason: why there is no key.
 
     Args:
@@ -187,7 +187,7 @@ class CodeIdentity:
 
 
 def _settings(kernel: Kernel) -> dict[str, Any]:
-    """The attributes of a kernel that has seen nothing, but for what each copy makes anew."""
+    """The attributes of a new kernel, but for those that each copy makes anew."""
     one, two = vars(kernel.copy()), vars(kernel.copy())
     return {name: value for name, value in one.items() if two.get(name) is value}
 

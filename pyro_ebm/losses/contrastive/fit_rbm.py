@@ -110,7 +110,7 @@ def fit_rbm(
             shuffled = data[torch.randperm(len(data))]
             for index, batch in enumerate(shuffled[: in_epoch * batch_size].split(batch_size)):
                 batch = torch.bernoulli(batch) if bits else batch
-                step(batch, center_rate, tell=index + 1 == in_epoch)
+                step(batch, center_rate, record=index + 1 == in_epoch)
                 optimizer.step()
                 for group in optimizer.param_groups:
                     group["lr"] *= decay
@@ -176,7 +176,7 @@ class _TracedStep:
     def __init__(self, net: RBMModule, loss: EnergyLoss):
         self.net, self.loss = net, loss
 
-    def __call__(self, x: Tensor, center_rate: float, tell: bool) -> None:
+    def __call__(self, x: Tensor, center_rate: float, record: bool) -> None:
         if self.net.centered:
             self.net.recenter(x, center_rate)
         self.net.zero_grad()

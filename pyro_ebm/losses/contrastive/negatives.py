@@ -1,150 +1,212 @@
-r"""The kernel that draws negatives, kept from gradient to gradient where it runs as a graph.
+r"""The negatives of contrastive divergence: points that a Markov chain of the energy leads to.
 
-Capturing a transition takes as long as a few hundred of them, and compiling it seconds. One graph
-serves a whole training run, since it reads the parameters where the optimiser changes them. But a
-model makes its energy anew at each step, and a graph of another energy would be silently wrong:
-the graph is used again only where a
-:class:`~pyro_ebm.losses.contrastive.code_identity.CodeIdentity` says that the energy computes the
-same, and captured only when an energy has come a second time.
+From site to transition, a draw of negatives takes four things: a *kernel*, bound to the energy as
+it is now; its *step size*, which goes on from gradient to gradient,
 
-Graphs are no state: a training that was loaded meets its energies anew. A captured graph computes
-what runs without one, to the last bit; a compiled one, ``jit_compile=True``, to rounding.
+.. math:: \epsilon \leftarrow \epsilon\, e^{g (a - a^*)}
+
+with acceptance rate :math:`a`, target :math:`a^*` and gain :math:`g`; a *start*, the data or
+persistent chains; and the *boundary* of the support, on which no chain can start.
 """
 
-import copy
-import warnings
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
-from pyro_ebm.mcmc.engine.engine import Engine
+from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.contrastive.kept_kernels import KeptKernels
+from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
+from pyro_ebm.mcmc.short_run import default_kernel, own_kernel
+from pyro_ebm.ops.arguments import check_count, check_number, shown
+from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.leaves import leaves
 
-MAX_KEPT = 8
-STRANGERS = 20
-"""How many energies in a row, none of them seen before, before a warning."""
-
-
-class _Kept(NamedTuple):
-    kernel: Kernel
-    potential: "KeptPotential"
-    fresh: dict[str, Any]
-    held: list[Any]
+STEP_SIZE_GAIN = 0.1
 
 
-class NegativeKernels:
-    """Kernels bound to energies, and kept for those that come again.
+class Negatives(NamedTuple):
+    """Negatives of a site."""
 
-    Example:
-        >>> from pyro_ebm.mcmc import LangevinKernel
-        >>> kernels, template = NegativeKernels(), LangevinKernel(jit_compile="capture")
-        >>> w, x = torch.ones(()), torch.zeros(5)
-        >>> def bound():
-        ...     energy = UnnormalizedEnergy(lambda x: w * x**2)
-        ...     return kernels.bound(template, energy, x, "x")[0]
-        >>> first, second, third = (bound() for _ in range(3))
-        >>> first is second, second is third
-        (False, True)
+    x: Tensor
+    """Points, shape ``(*batch, *event)``, or ``(num_chains, *event)`` of persistent chains."""
+    energy: UnnormalizedEnergy
+    """The energy that the chains are of: the site's, or for persistent chains the one of a row."""
+    acceptance_rate: Tensor
+    """The mean over the chains and the transitions, shape ``()``."""
+    step_size: Tensor
+    """The mean of the step sizes that they were drawn with, shape ``()``."""
+
+
+class NegativeSampler:
+    """Draws negatives, from the data or from persistent chains.
+
+    Its arguments are those of :class:`~pyro_ebm.ContrastiveDivergence`.
+
+    Attributes:
+        chains: the persistent chains of each site, shape ``(num_chains, *event)``.
+        step_sizes: the adapted step size of each site, shape ``(1,)``.
+
+    Raises:
+        ValueError: for numbers out of range, or settings of a buffer that is not there.
     """
 
-    def __init__(self) -> None:
-        self._seen: dict[Hashable, list[Any] | _Kept] = {}
-        self._strangers = 0
+    def __init__(
+        self,
+        kernel: Kernel | None = None,
+        num_steps: int = 1,
+        persistent: bool = False,
+        num_chains: int | None = None,
+        restart_prob: float = 0.0,
+    ):
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(),"
+                f" got {shown(kernel)}"
+            )
+        check_number("restart_prob", restart_prob)
+        if not 0 <= restart_prob <= 1:
+            raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
+        if not persistent and (num_chains is not None or restart_prob > 0):
+            raise ValueError(
+                "num_chains and restart_prob are settings of the buffer of persistent chains: give"
+                " persistent=True"
+            )
+        if num_chains is not None:
+            check_count("num_chains", num_chains)
+        self.kernel, self.num_steps = kernel, check_count("num_steps", num_steps)
+        self.persistent, self.num_chains = persistent, num_chains
+        self.restart_prob = restart_prob
+        self.chains: dict[str, Tensor] = {}
+        self.step_sizes: dict[str, Tensor] = {}
+        self.kept = KeptKernels()
 
-    def bound(
-        self, template: Kernel, energy: UnnormalizedEnergy, start: Tensor, name: str
-    ) -> tuple[Kernel, EnergyPotential]:
-        """A kernel with the settings of a template that has seen nothing, bound to an energy.
+    def draw(self, site: EnergySite, loss: EnergyLoss) -> Negatives:
+        """The negatives of a site, after ``num_steps`` transitions, without gradient.
 
         Args:
-            template: the kernel to copy.
-            energy: what to bind it to.
-            start: points, which tell dtype and device.
-            name: the site's.
+            site: the site.
+            loss: whose step it is. In an evaluation, chains and step sizes stay as they are.
         """
-        if not runs_as_graph(template):
-            return _bound(template.copy(), EnergyPotential(energy, like=start, targets=1))
-        fingerprint = CodeIdentity(template, energy)
-        key = (fingerprint.key, start.dtype, start.device)
-        kept = None if fingerprint.key is None else self._seen.get(key)
-        if isinstance(kept, _Kept):
-            kept.kernel.load_state_dict(kept.fresh)
-            kept.potential.use_graph(kept.kernel)
-            return kept.kernel, kept.potential
-        if kept is None:
-            self._register(key, fingerprint, name)
-            return _bound(_eager(template), EnergyPotential(energy, like=start, targets=1))
-        potential = KeptPotential(energy, like=start, targets=1)
-        kernel, _ = _bound(template.copy(), potential)
-        fresh = copy.deepcopy(kernel.state_dict())
-        self._seen[key] = _Kept(kernel, potential, fresh, fingerprint.held)
-        self._strangers = 0
-        return kernel, potential
+        if not self.persistent:
+            return self.run(site, site.energy, site.x.detach(), loss)
+        energy = site.energy.unexpanded
+        if site.name not in self.chains:
+            _refuse_conditional(site)
+        start = self.start(site.name, energy, site.batch_shape.numel(), like=site.x)
+        negatives = self.run(site, energy, start, loss)
+        if not loss.evaluating:
+            self.chains[site.name] = negatives.x
+        return negatives
 
-    def _register(self, key: Hashable, fingerprint: CodeIdentity, name: str) -> None:
-        """Remembers an energy that comes for the first time."""
-        if fingerprint.key is not None:
-            while len(self._seen) >= MAX_KEPT:
-                del self._seen[next(iter(self._seen))]
-            self._seen[key] = fingerprint.held
-        self._strangers += 1
-        if self._strangers == STRANGERS:
-            why = fingerprint.reason or "it reads other numbers or tensors at each step"
-            warnings.warn(
-                f"the energy of site {name!r} is another one at each step ({why}), so no graph of"
-                " it can be kept, and the kernel's jit_compile has no effect: write the energy as"
-                " a function of modules and of parameters that change in place",
-                stacklevel=2,
+    @torch.no_grad()
+    def run(
+        self, site: EnergySite, energy: UnnormalizedEnergy, start: Tensor, loss: EnergyLoss
+    ) -> Negatives:
+        """The points that the transitions lead to from ``start``."""
+        template = self.kernel or own_kernel(energy) or default_kernel(energy)
+        if isinstance(template, TemperingKernel):
+            raise ValueError(
+                f"TemperingKernel at site {site.name!r}: its replicas would start anew from the"
+                " first one at every gradient, and the negatives be none of the energy's. Use its"
+                " inner kernel with more num_steps or persistent chains"
             )
+        kernel, potential = self.kept.bound(template, energy, start, site.name)
+        kernel.checks_potential = loss.looks_closely
+        adaptation = kernel.adaptation
+        if (step_size := self.step_sizes.get(site.name)) is not None:
+            adaptation.step_size = step_size.to(start.device)
+        what, otherwise = f"the {site.kind} at site {site.name!r}", None
+        if self.persistent:
+            what = f"the persistent chains of site {site.name!r}"
+        elif site.is_observed:
+            otherwise = "use persistent=True, whose chains do not start at the data"
+        z = potential.inner_position(start, what, otherwise).contiguous()
+        if loss.looks_closely:
+            potential._check_repeats(z)
+        state = kernel.init(z)
+        rates = []
+        for _ in range(self.num_steps):
+            state, info = kernel.step(state)
+            rates.append(info.accept_prob)
+        rate = torch.stack(rates).mean(0)
+        rate = rate.mean() if self.persistent else site.mean(rate.reshape(site.batch_shape))
+        # of all ranks' chains, so that their step sizes stay one
+        rate = loss.pooled(rate, len(start) if self.persistent else site.num_rows)
+        used = adaptation.step_size
+        if kernel.adapt_step_size and not loss.evaluating and rate.isfinite():
+            gap = rate - adaptation.target_accept_prob
+            self.step_sizes[site.name] = used * (STEP_SIZE_GAIN * gap).exp()
+        x = potential.to_points(state.z).reshape(start.shape)
+        return Negatives(x, energy, rate, used.mean())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": {}, "_strangers": 0}
+    def start(self, name: str, energy: UnnormalizedEnergy, num_rows: int, like: Tensor) -> Tensor:
+        """The persistent chains of a site, ``(num_chains, *event)``, some of them started again.
+
+        Args:
+            name: the site's.
+            energy: what the chains are of.
+            num_rows: how many chains there are at first, where ``num_chains`` is not given.
+            like: points of the dtype and on the device to use.
+
+        Raises:
+            ValueError: if a buffer of another size was loaded.
+        """
+        chains = self.chains.get(name)
+        if chains is None:
+            chains = energy.starting_points((self.num_chains or max(num_rows, 1),))
+        chains = chains.to(like)  # a file's are on the CPU
+        if self.num_chains is not None and len(chains) != self.num_chains:
+            raise ValueError(
+                f"the buffer of site {name!r} holds {len(chains)} chains, num_chains is"
+                f" {self.num_chains}: load a buffer of that size, or leave num_chains out"
+            )
+        if self.restart_prob > 0:
+            again = torch.rand(len(chains), device=chains.device) < self.restart_prob
+            again = again.reshape((-1,) + (1,) * energy.event_dim)
+            chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
+        return chains
 
 
-class KeptPotential(EnergyPotential):
-    """A potential whose gradient, too, runs as a graph where no graph of a kernel holds it."""
-
-    _graph: Engine | None = None
-
-    def use_graph(self, kernel: Kernel) -> None:
-        """Captures the gradient, if the transitions of a kernel bound to it could be captured."""
-        engine = kernel._engine
-        if self._graph is None and engine is not None and engine.jit_compile:
-            gradient = super().value_and_grad
-            how = engine.jit_compile
-            self._graph = Engine(gradient, how, engine.state, kernel.ignore_jit_warnings)
-
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
-        if self._graph is None or get_proxy_mode() is not None:
-            return super().value_and_grad(z)
-        return self._graph(z)
+def _refuse_conditional(site: EnergySite) -> None:
+    """Raises a ValueError where persistent chains would be draws of no row's density."""
+    if site.has_latent_in(site.energy.unnormalized_log_prob(site.x.detach())):
+        raise ValueError(
+            f"a latent stands in front of the energy of site {site.name!r}: it is drawn anew"
+            " at each step, and persistent chains would belong to its last values. Use"
+            " persistent=False with more num_steps"
+        )
+    if site.energy.unexpanded.batch_shape or _differs_by_row(site):
+        raise ValueError(
+            f"the energy of site {site.name!r} is conditional: its rows have different"
+            " densities, and a persistent chain would belong to no row in the next minibatch."
+            " Use persistent=False with more num_steps"
+        )
 
 
-def runs_as_graph(kernel: Kernel) -> bool:
-    """Whether a kernel, or one inside it, is to be captured.
-
-    Example:
-        >>> from pyro_ebm.mcmc import LangevinKernel
-        >>> runs_as_graph(LangevinKernel(jit_compile="capture")), runs_as_graph(LangevinKernel())
-        (True, False)
-    """
-    return bool(kernel.jit_compile) or any(map(runs_as_graph, getattr(kernel, "kernels", ())))
-
-
-def _eager(template: Kernel) -> Kernel:
-    kernel: Any = template.copy()
-    kernel.jit_compile = False
-    if hasattr(kernel, "kernels"):
-        kernel.kernels = [_eager(inner) for inner in kernel.kernels]
-    return kernel
-
-
-def _bound(kernel: Kernel, potential: EnergyPotential) -> tuple[Kernel, EnergyPotential]:
-    kernel.bind(potential, warmup_steps=0)
-    return kernel, potential
+def _differs_by_row(site: EnergySite) -> bool:
+    """Whether the energy of one and the same point, or its gradient, depends on the row."""
+    if site.batch_shape.numel() < 2:
+        return False
+    point = site.x.detach().reshape((-1,) + site.energy.event_shape)[0]
+    with eval_mode(site.energy.modules):
+        energies = site.energy.energy(point.expand(site.x.shape).clone())
+    apart = energies - energies.flatten()[0]
+    if (apart.abs() > 1e-4 + 1e-3 * energies.abs().max()).any():
+        return True
+    parameters = list(leaves(energies))
+    if not parameters:
+        return False
+    # a network whose last layer starts at 0 differs in its gradient only
+    weights = torch.linspace(-1.0, 1.0, apart.numel()).to(apart).reshape(apart.shape)
+    sizes = [
+        sum(grad.abs().sum() for grad in grads if grad is not None)
+        for grads in (
+            torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+            for output in ((weights * apart).sum(), energies.sum())
+        )
+    ]
+    return bool(sizes[0] > 1e-4 * sizes[1])

@@ -42,21 +42,22 @@ class ClosedFormStep:
 
     @classmethod
     def of(cls, net: RBMModule, loss: EnergyLoss) -> "ClosedFormStep | None":
-        """The step of a machine, or None if it or the loss asks for more than is known here."""
+        """The step of a machine; None where it or the loss differs from what is computed here."""
         if type(loss) is not ContrastiveDivergence or not is_as_made(net):
             return None
-        sweeps = loss.kernel is None or type(loss.kernel) is GibbsKernel
-        plain = loss.num_particles == 1 and loss.energy_penalty == 0 and loss.monitor is None
-        return cls(net, loss) if sweeps and plain else None
+        kernel = loss.negatives.kernel
+        sweeps = kernel is None or type(kernel) is GibbsKernel
+        plain = loss.num_particles == 1 and loss.energy_penalty == 0
+        return cls(net, loss) if sweeps and plain and loss.monitor.estimate is None else None
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, center_rate: float = 0.0, tell: bool = False) -> None:
+    def __call__(self, x: Tensor, center_rate: float = 0.0, record: bool = False) -> None:
         """Moves the chains and the offsets, and sets the gradients.
 
         Args:
             x: data, shape ``(num, n)``.
             center_rate: how fast the offsets of a centered machine move.
-            tell: whether the loss shall have diagnostics of this step.
+            record: whether to compute the loss's diagnostics of this step.
         """
         net, loss, machine = self.net, self.loss, self.machine
         net.refresh(machine)
@@ -64,11 +65,13 @@ class ClosedFormStep:
         p = machine.hidden_logits(units).sigmoid()
         if net.centered:  # p and the machine stay what they are: they do not depend on the offsets
             net.move_offsets(units.mean(0), p.mean(0), center_rate)
-        negatives = loss.buffer(SITE, machine, len(x), like=x) if loss.persistent else x
-        for _ in range(loss.num_steps):
+        sampler, negatives = loss.negatives, x
+        if sampler.persistent:
+            negatives = sampler.start(SITE, machine, len(x), like=x)
+        for _ in range(sampler.num_steps):
             negatives = machine.gibbs_sweep(negatives, machine.gibbs_noise(negatives))
-        if loss.persistent:
-            loss.chains[SITE] = negatives
+        if sampler.persistent:
+            sampler.chains[SITE] = negatives
         negatives = negatives.to(units.dtype)
         q = machine.hidden_logits(negatives).sigmoid()
         grads = net.cd_gradient_of(units, p, negatives, q)
@@ -76,15 +79,15 @@ class ClosedFormStep:
             if parameter.requires_grad:
                 parameter.grad = grads[name]
         loss.steps_taken += 1
-        if tell:
-            self._tell(units, negatives)
+        if record:
+            self._record(units, negatives)
 
-    def _tell(self, x: Tensor, negatives: Tensor) -> None:
-        machine = self.net()  # which looks at its parameters
+    def _record(self, x: Tensor, negatives: Tensor) -> None:
+        machine = self.net()  # which checks its parameters
         data, negatives_energy = (machine.energy(units).mean() for units in (x, negatives))
         warn_if_nan(data - negatives_energy, "loss")
-        kernel = self.loss.kernel or GibbsKernel()
-        self.loss._records = {
+        kernel = self.loss.negatives.kernel or GibbsKernel()
+        self.loss.records = {
             SITE: {
                 "energy_data": data,
                 "energy_negatives": negatives_energy,
@@ -95,7 +98,7 @@ class ClosedFormStep:
 
 
 def is_as_made(net: RBMModule) -> bool:
-    """Whether a machine computes what its class says: no subclass, parametrization or hook.
+    """Whether a machine has no subclass, parametrization or hook that changes what it computes.
 
     Example:
         >>> is_as_made(RBMModule(6, 4))

@@ -10,7 +10,8 @@ from pyro_ebm.distributions.core.supports import same_support
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer.annealing.path import AnnealingPath
-from pyro_ebm.normalizer.proposals import DistributionStart, checked_proposal
+from pyro_ebm.normalizer.proposals import Proposal, checked_proposal
+from pyro_ebm.normalizer.starts import DistributionStart
 
 
 class FunctionPath(AnnealingPath):
@@ -40,7 +41,7 @@ class FunctionPath(AnnealingPath):
         self,
         function: Callable[[Tensor], UnnormalizedEnergy],
         target: EnergyPotential,
-        proposal: Any = None,
+        proposal: Proposal | None = None,
     ):
         super().__init__(target)
         self.function = function
@@ -103,13 +104,9 @@ class FunctionPath(AnnealingPath):
         gap = torch.where(want.isfinite(), got - want, 0.0).abs()
         if not (gap <= 1e-3 * (1 + want.abs())).all():
             raise ValueError(
-                "at beta=1 the path must be the energy whose log Z is asked for, constants"
+                "at beta=1 the path must be the energy whose log Z is estimated, constants"
                 f" included, and differs from it by up to {float(gap.max()):.3g} nats"
             )
-
-    def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, shape ``(num * targets, dim)``."""
-        return self.start.sample(num)
 
     def combine(self, *parts: Tensor) -> Tensor:
         """The potential of the present energy."""
@@ -124,6 +121,3 @@ class FunctionPath(AnnealingPath):
     ) -> Tensor:
         """Positions ``(chains, dim)`` after each block was resampled given the rest."""
         return self.now.gibbs_sweep(z, noise, beta)
-
-
-__all__ = ["FunctionPath"]

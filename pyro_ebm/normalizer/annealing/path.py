@@ -25,39 +25,39 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.mcmc.state import State
-from pyro_ebm.normalizer.proposals import (
-    DistributionStart,
-    Start,
-    checked_proposal,
-    uniform,
-)
-from pyro_ebm.ops.steps.metropolis import select
+from pyro_ebm.normalizer.proposals import Proposal, checked_proposal
+from pyro_ebm.normalizer.starts import DistributionStart, Start, uniform
+
+
+class Parts(NamedTuple):
+    """What the potential is made of at some positions."""
+
+    values: tuple[Tensor, ...]
+    """Each of shape ``(chains, ...)``."""
+    grads: tuple[Tensor, ...]
+    """Their gradients, each ``(chains, dim)``; empty where none were computed."""
 
 
 class Known(NamedTuple):
-    """What was computed at some positions."""
+    """Positions, shape ``(chains, dim)``, and what the potential is made of there."""
 
     z: Tensor
-    """Shape ``(chains, dim)``."""
-    parts: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...] | None
+    parts: Parts
 
 
 class AnnealingPath(Potential):
     r"""Densities :math:`\tilde p_\beta` on the positions of a target, as a potential that moves.
 
-    A new path says how to draw from its start, and what the potential is at :attr:`beta`: the
+    A new path defines how to draw from its start, and what the potential is at :attr:`beta`: the
     expensive :meth:`parts`, which do not depend on :math:`\beta`, and how to :meth:`combine` them.
     The parts of positions where chains stand are remembered, and need not be computed again at the
     next :math:`\beta`.
 
     Example:
-        >>> class Narrowing(AnnealingPath):  # from N(0, 1) to N(0, 1 / 100), both without a
-        constant ...     def sample(self, num):
+        >>> class Narrowing(AnnealingPath):  # from N(0, 1) to N(0, 1 / 100), without constants
+        ...     def sample(self, num):
         ...         return torch.randn(num, self.dim)
         ...     def parts(self, z):
         ...         return (z.square().sum(-1) / 2,)
@@ -71,31 +71,41 @@ class AnnealingPath(Potential):
     Args:
         target: the energy at :math:`\beta = 1`.
         log_normalizer: :math:`\log Z_0` of the start, broadcastable to the target's batch.
+        start: a normalized density to draw from, for a path that does not override :meth:`sample`.
 
     Attributes:
         beta: a tensor without dimensions, changed in place.
-        graphed: the graphs of a kernel on it, see :mod:`pyro_ebm.normalizer.annealing.graphed`.
+        last: where it was evaluated last, and what was found.
+        here: where the chains are that a kernel is about to move, if that is known.
     """
 
-    def __init__(self, target: UnnormalizedEnergy | EnergyPotential, log_normalizer: Any = 0.0):
+    start: Start
+
+    def __init__(
+        self,
+        target: UnnormalizedEnergy | EnergyPotential,
+        log_normalizer: Tensor | float = 0.0,
+        start: Start | None = None,
+    ):
         if isinstance(target, UnnormalizedEnergy):
             target = EnergyPotential(target)
         super().__init__(target.sites, target.targets)
         self.target, self.dtype = target, target.dtype
+        if start is not None:
+            self.start = start
         self._modules = target._modules
         device = target.sites[0].device
         self.log_normalizer = torch.as_tensor(log_normalizer, dtype=self.dtype, device=device)
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.beta = torch.zeros((), dtype=exact, device=device)
-        self._last: Known | None = None
-        self._here: Known | None = None
-        self.graphed: Any = None
+        self.last: Known | None = None
+        self.here: Known | None = None
 
     # -- what a new path writes ----------------------------------------------------------------
 
-    @abstractmethod
     def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, ``num`` for each group, shape ``(num * targets, dim)``."""
+        """Exact draws of the start, ``num`` for each target, shape ``(num * targets, dim)``."""
+        return self.start.sample(num)
 
     @abstractmethod
     def combine(self, *parts: Tensor) -> Tensor:
@@ -122,55 +132,20 @@ class AnnealingPath(Potential):
     def __call__(self, z: Tensor) -> Tensor:
         r"""The potential :math:`U_\beta` of each chain, ``(chains, dim) -> (chains,)``."""
         parts = self.parts(z)
-        self._last = Known(z.detach(), tuple(part.detach() for part in parts), None)
+        self.last = Known(z.detach(), Parts(tuple(part.detach() for part in parts), ()))
         return self.combine(*parts)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
-        known = self.gradients(z)
-        if known is None:
+        found = self.gradients(z)
+        if found is None:
             return super().value_and_grad(z)
-        self._last = Known(z, *known)
-        return self.combine(*known[0]), self.combine(*known[1])
-
-    def follow(self, z: Tensor, needs_grad: bool) -> "Known | None":
-        """What is known of positions where chains are after a transition.
-
-        Each is the last one that was evaluated, or, if that was rejected, the one before.
-        """
-        known, last, before = None, self._last, self._here
-        if last is not None and last.z.shape == z.shape and (last.grads or not needs_grad):
-            moved = (z == last.z).all(-1)
-            if moved.all():
-                known = Known(z, last.parts, last.grads)
-            elif before is not None and (moved | (z == before.z).all(-1)).all():
-                parts = zip(last.parts, before.parts, strict=True)
-                grads = zip(last.grads or (), before.grads or (), strict=False)
-                known = Known(
-                    z,
-                    tuple(select(moved, new, old) for new, old in parts),
-                    tuple(select(moved, new, old) for new, old in grads) or None,
-                )
-        self._here = known
-        return known
-
-    def know(self, here: "Known | None") -> "Known | None":
-        """Takes what is known of positions where chains are; returns what was evaluated last."""
-        last, self._last, self._here = self._last, None, here
-        return last
-
-    def state(self, kernel: Kernel, z: Tensor) -> Any:
-        r"""A kernel's state at the present :attr:`beta`, for positions that were followed."""
-        known = self._here
-        if known is None or known.z is not z or type(kernel).evaluate is not Kernel.evaluate:
-            state = kernel.evaluate(z)
-            self._here = None if kernel.jit_compile else self._last
-            return state
-        grad = self.combine(*known.grads) if kernel.needs_grad and known.grads else None
-        return State(z, self.combine(*known.parts), grad)
+        self.last = Known(z, Parts(*found))
+        values, grads = found
+        return self.combine(*values), self.combine(*grads)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_here": None, "graphed": None}
+        return {**self.__dict__, "last": None, "here": None}
 
     def draw(self, num: int) -> Tensor:
         """Exact draws of the start, where the target has a density.
@@ -185,6 +160,10 @@ class AnnealingPath(Potential):
                 f" {(num * self.targets, self.dim)}, got {tuple(z.shape)}"
             )
         return z
+
+    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The random numbers of a block sweep of positions ``(chains, dim)``."""
+        return self.target.gibbs_noise(z)
 
     def _weighted(self, beta: Tensor, value: Tensor) -> Tensor:
         """``beta * value``, and 0 where beta is 0: the power 0 of a density of 0 is 1."""
@@ -208,11 +187,10 @@ class GeometricPath(AnnealingPath):
     """
 
     def __init__(self, target: EnergyPotential, start: Start):
-        super().__init__(target)
-        self.start = start
+        super().__init__(target, start=start)
 
     @classmethod
-    def between(cls, proposal: Any, p: UnnormalizedEnergy) -> "GeometricPath":
+    def between(cls, proposal: Proposal, p: UnnormalizedEnergy) -> "GeometricPath":
         """From a distribution over points of the support to an energy.
 
         Args:
@@ -221,10 +199,6 @@ class GeometricPath(AnnealingPath):
         """
         target = EnergyPotential(p)
         return cls(target, DistributionStart(checked_proposal(proposal, p), target))
-
-    def sample(self, num: int) -> Tensor:
-        """Exact draws of the start, shape ``(num * targets, dim)``."""
-        return self.start.sample(num)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:
         """The potentials of start and target."""
@@ -235,19 +209,19 @@ class GeometricPath(AnnealingPath):
         u_start, u_target = parts
         return self._weighted(1 - self.beta, u_start) + self._weighted(self.beta, u_target)
 
-    def gradients(self, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def gradients(self, z: Tensor) -> Parts:
         """The potentials of start and target, and their gradients."""
         (u_start, g_start), (u_target, g_target) = (
             part.value_and_grad(z) for part in (self.start, self.target)
         )
-        return (u_start, u_target), (g_start, g_target)
+        return Parts((u_start, u_target), (g_start, g_target))
 
 
 class TemperedPath(AnnealingPath):
     r"""The path :math:`\tilde p_\beta = e^{-\beta E}` from the uniform density on a finite set.
 
     Args:
-        target: the potential of a discrete energy without a base. Where it knows blocks at every
+        target: the potential of a discrete energy without a base. Where it has blocks at every
             temperature, the path has them too.
 
     Example:
@@ -263,32 +237,24 @@ class TemperedPath(AnnealingPath):
             raise ValueError(
                 f"a tempered path is for discrete energies without a base, got {target.energy!r}"
             )
-        self.start = uniform(target)
-        states = math.log(len(self.start.support_values)) * self.start.log_probs.shape[1]
-        super().__init__(target, states)
+        start = uniform(target)
+        states = math.log(len(start.support_values)) * start.log_probs.shape[1]
+        super().__init__(target, states, start)
         if target.blocks is not None and target.blocks.supports_tempering:
             self.blocks = target.blocks
-
-    def sample(self, num: int) -> Tensor:
-        """Uniform states, shape ``(num * targets, dim)``."""
-        return self.start.sample(num)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:
         """The potential of the target."""
         return (self.target(z),)
 
-    def gradients(self, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def gradients(self, z: Tensor) -> Parts:
         """The potential of the target, and its gradient."""
         value, grad = self.target.value_and_grad(z)
-        return (value,), (grad,)
+        return Parts((value,), (grad,))
 
     def combine(self, *parts: Tensor) -> Tensor:
         """Its energy times beta."""
         return self._weighted(self.beta, parts[0])
-
-    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The random numbers of a block sweep of positions ``(chains, dim)``."""
-        return self.target.gibbs_noise(z)
 
     def gibbs_sweep(
         self, z: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
@@ -296,6 +262,3 @@ class TemperedPath(AnnealingPath):
         """Positions ``(chains, dim)`` after each block was resampled given the rest."""
         own = self.beta.to(z.dtype).expand(len(z))
         return self.target.gibbs_sweep(z, noise, own if beta is None else own * beta)
-
-
-__all__ = ["AnnealingPath", "GeometricPath", "Known", "TemperedPath"]

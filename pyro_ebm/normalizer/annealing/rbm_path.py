@@ -30,7 +30,7 @@ from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
 from pyro_ebm.distributions.boltzmann.rbm import RBM
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer.annealing.path import AnnealingPath
-from pyro_ebm.normalizer.proposals import WIDTH
+from pyro_ebm.normalizer.starts import WIDTH
 
 
 class LayersPath(AnnealingPath):
@@ -57,10 +57,10 @@ class LayersPath(AnnealingPath):
         self.loc, self.scale = loc, scale
         self.blocks = target.blocks
         if scale is None:
-            self.start = Independent(Bernoulli(logits=loc, validate_args=False), 1)
+            units = Bernoulli(logits=loc, validate_args=False)
         else:
-            self.start = Independent(Normal(loc, scale, validate_args=False), 1)
-        self.start = self.start.expand(machine.batch_shape)
+            units = Normal(loc, scale, validate_args=False)
+        self.visible = Independent(units, 1).expand(machine.batch_shape)
 
     @classmethod
     def fitted(cls, target: EnergyPotential, x: Tensor) -> "LayersPath":
@@ -80,7 +80,7 @@ class LayersPath(AnnealingPath):
 
     @classmethod
     def suits(cls, p: Any) -> bool:
-        """Whether an energy is a machine whose path this is."""
+        """Whether an energy is a machine that this path leads to."""
         return isinstance(p, RBM | GaussianRBM) and isinstance(p, TwoLayers)
 
     @classmethod
@@ -95,14 +95,14 @@ class LayersPath(AnnealingPath):
 
     def sample(self, num: int) -> Tensor:
         """Exact draws of the start, shape ``(num * targets, dim)``."""
-        return self.start.sample(torch.Size((num,))).reshape(-1, self.dim)
+        return self.visible.sample(torch.Size((num,))).reshape(-1, self.dim)
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:
         """The log density of the start, :math:`v(x)`, and the hidden log-odds."""
         x = self._points(z)
         if isinstance(self.machine, GaussianRBM):
             units = (x - self.machine.visible_bias) / self.machine.scale
-            visible, start = -units.square().sum(-1) / 2, self.start.log_prob(x)
+            visible, start = -units.square().sum(-1) / 2, self.visible.log_prob(x)
         else:
             visible = dot(x, self.machine.visible_bias)
             start = dot(x, self.loc) - softplus(self.loc).sum(-1)
@@ -115,19 +115,15 @@ class LayersPath(AnnealingPath):
         beta = self.beta
         return -((1 - beta) * log_start + beta * visible + softplus(beta * hidden).sum(-1))
 
-    def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The random numbers of a sweep of positions ``(chains, dim)``."""
-        return self.target.gibbs_noise(z)
-
     def gibbs_sweep(
         self, z: Tensor, noise: tuple[Tensor, ...], beta: Tensor | None = None
     ) -> Tensor:
         """Positions after the hidden units, then the visible ones, were drawn anew."""
         machine, own = self.machine, self.beta
         u_hidden, visible = noise
-        known = self._here  # the log-odds of hidden units where the chains are
+        known = self.here  # the log-odds of hidden units where the chains are
         if known is not None and known.z is z:
-            logits = known.parts[2].reshape(u_hidden.shape)
+            logits = known.parts.values[2].reshape(u_hidden.shape)
         else:
             logits = machine.hidden_logits(self._points(z))
         hidden = (u_hidden < (own * logits).sigmoid()).to(logits.dtype)
@@ -145,6 +141,3 @@ class LayersPath(AnnealingPath):
     def _points(self, z: Tensor) -> Tensor:
         x = z.reshape((-1,) + self.machine.batch_shape + self.machine.event_shape)
         return x.to(self.machine.weights.dtype)
-
-
-__all__ = ["LayersPath"]

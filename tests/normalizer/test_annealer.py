@@ -1,4 +1,4 @@
-"""Annealing by graphs: the same log weights as without, from one graph."""
+"""Annealing, eager and by graphs: the same log weights, from one graph."""
 
 import pickle
 
@@ -7,13 +7,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import LangevinKernel, MHKernel, UnnormalizedEnergy, estimate_log_normalizer
+from pyro_ebm import (
+    ChEESKernel,
+    LangevinKernel,
+    MHKernel,
+    UnnormalizedEnergy,
+    estimate_log_normalizer,
+)
 from pyro_ebm.distributions import RBM, BoltzmannMachine, GaussianRBM
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, Info
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
-from pyro_ebm.normalizer.annealing.ais import anneal, path_of
-from pyro_ebm.normalizer.annealing.graphed import GraphedAnnealing
+from pyro_ebm.normalizer.annealing.annealer import Annealer
+from pyro_ebm.normalizer.annealing.choices import path_of
 from pyro_ebm.normalizer.annealing.path import AnnealingPath, GeometricPath
 from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule
 
@@ -104,7 +110,7 @@ def log_weights(make, kernel, flag, num_steps=1, betas=BETAS):
     kernel.bind(path, warmup_steps=0)
     pyro.set_rng_seed(1)
     z = path.at(betas[0]).draw(20)
-    return anneal(path, kernel, TemperatureSchedule([], betas), z, betas, num_steps), path, kernel
+    return Annealer(path, kernel, TemperatureSchedule([], betas), num_steps).run(z), path
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -112,10 +118,12 @@ def log_weights(make, kernel, flag, num_steps=1, betas=BETAS):
 def test_the_log_weights_are_those_without_graphs(graphs, make, kernel, num_steps):
     eager, *_ = log_weights(make, kernel, False, num_steps)
     assert graphs == []
-    found, *_ = log_weights(make, kernel, "capture", num_steps)
+    found, path = log_weights(make, kernel, "capture", num_steps)
     torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-9)
     assert found[found.isfinite()].std() > 1e-3
-    assert graphs == ["leap"]
+    # where nothing is remembered, the later steps at a temperature take the state as it is
+    forgets = kernel is LangevinKernel and path.gradients(path.draw(1)) is None
+    assert graphs == ["leap"] * (2 if forgets and num_steps > 1 else 1)
 
 
 def test_chains_without_density_keep_a_weight_of_0():
@@ -125,12 +133,15 @@ def test_chains_without_density_keep_a_weight_of_0():
 
 
 def test_one_graph_for_many_runs_both_ways(graphs):
-    _, path, kernel = log_weights(well_path, LangevinKernel, "capture")
+    path, kernel = well_path(), LangevinKernel(jit_compile="capture")
+    kernel.bind(path, 0)
+    annealer = Annealer(path, kernel, TemperatureSchedule([], BETAS))
     z = torch.randn(20, 2)
-    anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS[::-1])
-    anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS)
+    annealer.run(z)
+    annealer.run(z, reverse=True)
+    annealer.run(z)
     assert graphs == ["leap"]
-    anneal(path, kernel, TemperatureSchedule([], BETAS), z[:5], BETAS)
+    annealer.run(z[:5])
     assert graphs == ["leap", "leap"]
 
 
@@ -143,11 +154,12 @@ def test_parameters_that_change_are_seen():
         torch.manual_seed(0)
         kernel = LangevinKernel(jit_compile=flag)
         kernel.bind(path, 0)
+        annealer = Annealer(path, kernel, TemperatureSchedule([], BETAS))
         for factor in (1.0, 3.0):
             with torch.no_grad():
                 net.layers[0].weight.mul_(factor)
             z = torch.randn(10, 2)
-            runs.append(anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS))
+            runs.append(annealer.run(z))
         with torch.no_grad():
             net.layers[0].weight.div_(3.0)
     torch.testing.assert_close(runs[2:], runs[:2])
@@ -163,39 +175,77 @@ class TwoSteps(LangevinKernel):
         return one, Info(info.accept_prob, info.diverging)
 
 
-def test_a_kernel_that_is_evaluated_elsewhere_runs_without_graphs():
-    path, kernel = well_path(), TwoSteps(jit_compile="capture")
-    kernel.bind(path, 0)
-    z = path.at(0.0).draw(10)
-    graphed = GraphedAnnealing.of(path, kernel, planned=10)
-    assert graphed is not None
-    assert graphed.run(TemperatureSchedule([], BETAS), z, BETAS, 1, BETAS[1:]) is None
-    pyro.set_rng_seed(0)
-    found = anneal(path, kernel, TemperatureSchedule([], BETAS), z, BETAS)
-    assert found.isfinite().all()
+class Watched(GeometricPath):
+    """Counts how often both densities are evaluated."""
+
+    count = 0
+
+    def gradients(self, z):
+        self.count += 1
+        return super().gradients(z)
+
+
+def watched(kernel, num_steps=1):
+    """The log weights, those of a path that remembers nothing, and the evaluations."""
+    path, weights = well_path(), []
+    path.__class__ = Watched
+    for remembers in (True, False):
+        kernel = kernel.copy()
+        kernel.bind(path, 0)
+        annealer = Annealer(path, kernel, TemperatureSchedule([], BETAS), num_steps)
+        annealer.remembers &= remembers
+        pyro.set_rng_seed(0)
+        z = path.at(0.0).draw(30)
+        path.count = 0
+        weights.append(annealer.run(z))
+        if remembers:
+            count = path.count
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
+    return count
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_what_is_known_is_not_computed_again(num_steps):
+    # once at the start by the kernel, once by the loop, and at each proposal: no more
+    moves = num_steps * (len(BETAS) - 2)
+    assert watched(LangevinKernel(step_size=0.3), num_steps) <= moves + 3
+
+
+@pytest.mark.parametrize("flag", [False, "capture"])
+def test_a_kernel_that_is_evaluated_elsewhere(flag):
+    watched(TwoSteps(step_size=0.3, jit_compile=flag))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_kernel_of_several_transitions(num_steps):
+    kernel = ChEESKernel(step_size=0.3)
+    watched(kernel, num_steps)
 
 
 @pytest.mark.parametrize(
     ("make", "kernel"),
     [
         (well_path, LangevinKernel()),
-        (well_path, LangevinKernel(jit_compile="auto")),  # for ten transitions
+        (well_path, LangevinKernel(jit_compile="auto")),  # for four transitions
         (lambda: path_of(UnnormalizedEnergy(lambda x: x, support=dist.constraints.boolean)),)
         + (GibbsKernel(jit_compile="capture"),),
         (well_path, CompositeKernel(kernels=[LangevinKernel(jit_compile="capture")])),
     ],
     ids=["not asked", "short", "single sites", "composite"],
 )
-def test_where_there_are_none(make, kernel):
+def test_where_there_are_no_graphs_of_the_loop(graphs, make, kernel):
     path = make()
     kernel.bind(path, 0)
-    assert GraphedAnnealing.of(path, kernel, planned=10) is None
+    log_w = Annealer(path, kernel, TemperatureSchedule([], BETAS)).run(path.draw(10))
+    assert log_w.isfinite().all()
+    assert "leap" not in graphs
 
 
-def test_paths_pickle_without_their_graphs():
-    _, path, _ = log_weights(narrowing, LangevinKernel, "capture")
+def test_paths_pickle_without_what_they_remember():
+    path = narrowing()
+    path(torch.randn(4, 3))
     again = pickle.loads(pickle.dumps(path))
-    assert again.graphed is None
+    assert again.last is None
     z = torch.randn(4, 3)
     torch.testing.assert_close(again(z), path(z))
 

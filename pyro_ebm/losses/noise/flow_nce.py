@@ -22,15 +22,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
-from pyro_ebm.losses.noise_contrastive import NCE, check_noise_support, checked_noise, scored
-from pyro_ebm.losses.sites import EnergySite, leaves
+from pyro_ebm.losses.noise.nce import NCE
+from pyro_ebm.losses.noise.noise import Noise
+from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_number, shown
 from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.leaves import leaves
 from pyro_ebm.ops.score import value_and_grad
 
 
@@ -54,10 +57,8 @@ class FlowNCE(NCE):
         broad_noise: a normalized distribution on one event, mixed into the noise so that it covers
             what the flow forgets.
         broad_weight: its weight in the mixture.
-        self_normalized: as in :class:`~pyro_ebm.losses.NCE`.
-        init_log_normalizer: as in :class:`~pyro_ebm.losses.NCE`.
-        num_particles: draws from the guide for each gradient.
-        **kwargs: as in ``pyro.infer.Trace_ELBO``.
+        **kwargs: those of :class:`~pyro_ebm.losses.NCE`: ``self_normalized``,
+            ``init_log_normalizer``, ``num_particles``, ...
 
     Raises:
         ValueError: for a guide without noise, noise without reparametrized draws, a parameter that
@@ -91,20 +92,11 @@ class FlowNCE(NCE):
         alternate: str | int | None = "accuracy",
         threshold: float = 0.6,
         smoothing: float = 0.9,
-        broad_noise: Any = None,
+        broad_noise: TorchDistribution | None = None,
         broad_weight: float = 0.1,
-        self_normalized: bool = False,
-        init_log_normalizer: bool = False,
-        num_particles: int = 1,
         **kwargs: Any,
     ):
-        super().__init__(
-            noise_ratio=noise_ratio,
-            self_normalized=self_normalized,
-            init_log_normalizer=init_log_normalizer,
-            num_particles=num_particles,
-            **kwargs,
-        )
+        super().__init__(noise_ratio, **kwargs)
         every = isinstance(alternate, int) and not isinstance(alternate, bool) and alternate >= 1
         if not (alternate in ("accuracy", None) or every):
             raise ValueError(
@@ -120,7 +112,7 @@ class FlowNCE(NCE):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
         self.alternate, self.threshold, self.smoothing = alternate, threshold, smoothing
-        self.broad_noise: Any = broad_noise
+        self.broad_noise = broad_noise
         self.broad_weight = broad_weight
         self.accuracy: float | None = None
         self.num_steps = 0
@@ -135,9 +127,8 @@ class FlowNCE(NCE):
         below = self.accuracy is None or self.accuracy < self.threshold
         return "energy" if below else "flow"
 
-    def noise_of(self, site: EnergySite) -> tuple[Tensor, Tensor, Tensor]:
-        """As in :class:`NCE`; attached to the flow, gradients reversed, unless the flow rests."""
-        fn = checked_noise(site, type(self).__name__)
+    def noise_of(self, site: EnergySite, fn: TorchDistribution) -> Noise:
+        """Draws, with reversed gradients of the flow; detached where the flow rests."""
         self._contrasted.add(site.name)
         self._rows[site.name] = site.num_rows
         if not fn.has_rsample:
@@ -145,68 +136,73 @@ class FlowNCE(NCE):
                 f"the noise at site {site.name!r}, {type(fn).__name__}, has no reparametrized"
                 " draws for FlowNCE to train it by: use a flow, or NCE with fixed noise"
             )
-        if site.name not in self._known:
-            assert site.guide_value is not None
-            check_noise_support(fn, site, site.guide_value)
-        noise, log_q_noise = _draw(fn, site, self.noise_ratio)
-        log_q_data = scored(fn, site.x, site)
+        noise = self._drawn(site, fn)
         if self.broad_noise is not None:
-            noise, log_q_noise, log_q_data = self._mixed(fn, site, noise, log_q_noise, log_q_data)
-        if site.name not in self._known:
-            self._refuse_shared(site, log_q_data)
+            noise = self._mixed(site, fn, self.broad_noise, noise)
+        if site.name not in self._sites_checked:
+            self._refuse_shared(site, noise.log_q_data)
         if self.turn == "energy":
-            return noise.detach(), log_q_noise.detach(), log_q_data.detach()
-        return reverse(noise), reverse(log_q_noise), reverse(log_q_data)
+            return noise.detach()
+        return Noise(*map(reverse, noise))
 
-    def classify(
-        self, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
-    ) -> Tensor:
+    def classify(self, site: EnergySite, noise: Noise) -> Tensor:
         """As in :class:`NCE`; on the flow's turn without a gradient for the energy."""
         if self.turn != "flow":
-            return super().classify(site, noise, log_q_noise, log_q_data)
-        # The flow's turn: the energy is a fixed function, known near the noise by its gradient,
-        # so that no gradient reaches its parameters and none of them stirs.
-        log_p = site.energy.log_prob
-        value, slope = value_and_grad(log_p, noise.detach())
-        change = slope * (noise - noise.detach())  # 0, with the right derivative
+            return super().classify(site, noise)
+        # The flow's turn: the energy is a fixed function, expanded near the noise by its gradient,
+        # so that no gradient reaches its parameters and none of them moves.
+        log_p, x = site.energy.log_prob, noise.x
+        value, slope = value_and_grad(log_p, x.detach())
+        change = slope * (x - x.detach())  # 0, with the right derivative
         moving = value + change.reshape(value.shape + (-1,)).sum(-1)
         with torch.no_grad():
             log_p_data = log_p(site.x)
-            super().classify(site, noise.detach(), log_q_noise.detach(), log_q_data.detach())
+            super().classify(site, noise.detach())
         shift = math.log(self.noise_ratio)
-        on_data = logsigmoid(log_p_data - log_q_data - shift)
-        return on_data + logsigmoid(-(moving - log_q_noise - shift)).sum(0)
+        on_data = logsigmoid(log_p_data - noise.log_q_data - shift)
+        return on_data + logsigmoid(-(moving - noise.log_q - shift)).sum(0)
+
+    def _drawn(self, site: EnergySite, fn: TorchDistribution) -> Noise:
+        """``noise_ratio`` draws and their log densities; the guide's own draw is the first."""
+        assert site.guide_value is not None
+        noise = self.scored(site, fn, site.guide_value[None])
+        if self.noise_ratio == 1:
+            return noise
+        shape = torch.Size((self.noise_ratio - 1,))
+        if both := getattr(fn, "rsample_and_log_prob", None):  # in one pass
+            more, log_q_more = both(shape)
+        else:
+            more = fn.rsample(shape)
+            log_q_more = fn.log_prob(more)
+        x, log_q = torch.cat([noise.x, more]), torch.cat([noise.log_q, log_q_more])
+        return Noise(x, log_q, noise.log_q_data)
 
     def _mixed(
-        self, fn: Any, site: EnergySite, noise: Tensor, log_q_noise: Tensor, log_q_data: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise from (1 - w) flow + w broad, and its log density."""
+        self, site: EnergySite, fn: TorchDistribution, broad: TorchDistribution, noise: Noise
+    ) -> Noise:
+        """Noise from (1 - w) flow + w broad, and its log densities."""
         w = self.broad_weight
-        if self.broad_noise.event_shape != site.energy.event_shape or self.broad_noise.batch_shape:
+        if broad.event_shape != site.energy.event_shape or broad.batch_shape:
             raise ValueError(
                 f"broad_noise must be a distribution of one event of shape"
                 f" {tuple(site.energy.event_shape)} at site {site.name!r}, got batch_shape="
-                f"{tuple(self.broad_noise.batch_shape)} and event_shape="
-                f"{tuple(self.broad_noise.event_shape)}"
+                f"{tuple(broad.batch_shape)} and event_shape={tuple(broad.event_shape)}"
             )
-        broad = self.broad_noise.expand(site.batch_shape)
-        pick = torch.rand(log_q_noise.shape, device=noise.device) < w
+        broad = broad.expand(site.batch_shape)
+        pick = torch.rand(noise.log_q.shape, device=noise.x.device) < w
         rows = pick.reshape(pick.shape + (1,) * site.energy.event_dim)
-        noise = torch.where(rows, broad.sample((self.noise_ratio,)), noise)
-        # log q at the points that were replaced is not what the flow said of its own
-        log_q_noise = torch.where(pick, fn.log_prob(noise), log_q_noise)
+        x = torch.where(rows, broad.sample((self.noise_ratio,)), noise.x)
+        # at the points that were replaced, the flow's log density is another one
+        log_q = torch.where(pick, fn.log_prob(x), noise.log_q)
 
         def mix(log_q: Tensor, log_broad: Tensor) -> Tensor:
             return torch.logaddexp(math.log1p(-w) + log_q, math.log(w) + log_broad)
 
-        return (
-            noise,
-            mix(log_q_noise, broad.log_prob(noise)),
-            mix(log_q_data, broad.log_prob(site.x)),
-        )
+        at_data = mix(noise.log_q_data, broad.log_prob(site.x))
+        return Noise(x, mix(log_q, broad.log_prob(x)), at_data)
 
     def _refuse_shared(self, site: EnergySite, log_q_data: Tensor) -> None:
-        with eval_mode(site.energy.modules):  # a look that no spectral norm notices
+        with eval_mode(site.energy.modules):  # in which a spectral norm stays as it is
             mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
         for leaf in leaves(log_q_data):
             if id(leaf) in mine:
@@ -217,7 +213,7 @@ class FlowNCE(NCE):
                 )
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As in every loss; unless it is an evaluation, the turn goes on."""
+        """The loss as a tensor whose gradient is the method's; after a step the turn goes on."""
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if not self.evaluating:
             accuracy = self._accuracy_of_this_step()
@@ -232,7 +228,7 @@ class FlowNCE(NCE):
         if not self._contrasted:
             return math.nan
         sites = sorted(self._contrasted)
-        rates = torch.stack([self._records[name]["accuracy"] for name in sites])
+        rates = torch.stack([self.records[name]["accuracy"] for name in sites])
         rates = self.pooled(rates, torch.stack([self._rows[name] for name in sites]))
         return float(rates[rates.isfinite()].mean())
 
@@ -248,7 +244,7 @@ class FlowNCE(NCE):
         return traces
 
     def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
-        """Who rests must not move: a gradient of None stops the optimiser's momentum too."""
+        """Gives parameters at rest the gradient None, with which no momentum moves them either."""
         moving = {id(leaf) for leaf in leaves(loss)}
         for parameter in params.values():
             if id(parameter) not in moving:
@@ -287,26 +283,10 @@ def reverse(x: Tensor) -> Tensor:
     return _Reverse.apply(x)
 
 
-def _detach(site: Any) -> None:
-    """Lets a site's terms have no gradient."""
+def _detach(site: dict[str, Any]) -> None:
+    """Detaches the terms of a site."""
     for name in ("log_prob", "log_prob_sum"):
         site[name] = site[name].detach()
     if "score_parts" in site:
         parts = [p.detach() if isinstance(p, Tensor) else p for p in site["score_parts"]]
         site["score_parts"] = ScoreParts(*parts)
-
-
-def _draw(fn: Any, site: EnergySite, noise_ratio: int) -> tuple[Tensor, Tensor]:
-    """``noise_ratio`` draws and their log density; the guide's own draw is the first."""
-    first = site.guide_value
-    assert first is not None
-    noise, log_q = first[None], scored(fn, first, site)[None]
-    if noise_ratio > 1:
-        shape = (noise_ratio - 1,)
-        if hasattr(fn, "rsample_and_log_prob"):
-            more, log_q_more = fn.rsample_and_log_prob(shape)
-        else:
-            more = fn.rsample(shape)
-            log_q_more = fn.log_prob(more)
-        noise, log_q = torch.cat([noise, more]), torch.cat([log_q, log_q_more])
-    return noise, log_q

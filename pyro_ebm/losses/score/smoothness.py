@@ -1,4 +1,4 @@
-r"""Is an energy smooth enough for score matching?
+r"""The check that an energy is smooth enough for score matching.
 
 Score matching replaces the unknown score of the data by a divergence: with a Hessian :math:`H` of
 :math:`\log p_\theta`, the trace of :math:`H` is to be the whole of it. Of a piecewise linear energy
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.losses.sites import leaves
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.integration.line_integral import gradient_tells_all
+from pyro_ebm.ops.leaves import leaves
 from pyro_ebm.ops.score import value_and_grad
 
 

@@ -1,0 +1,152 @@
+r"""Kernels that run as graphs, kept from gradient to gradient.
+
+Capturing a transition takes as long as a few hundred of them, and compiling it seconds. One graph
+serves a whole training run, since it reads the parameters where the optimiser changes them. But a
+model makes its energy anew at each step, and a graph of another energy would be silently wrong:
+the graph is used again only where a
+:class:`~pyro_ebm.losses.contrastive.code_identity.CodeIdentity` shows that the energy computes the
+same, and captured only when an energy has come a second time.
+
+Graphs are no state: a training that was loaded captures its energies anew. A captured graph gives
+what a run without one does, to the last bit; a compiled one, ``jit_compile=True``, to rounding.
+"""
+
+import copy
+import warnings
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
+from pyro_ebm.mcmc.engine.engine import Engine
+from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+
+MAX_KEPT = 8
+MAX_MISSES = 20
+"""How many energies in a row, none of them seen before, before a warning."""
+
+
+class _Kept(NamedTuple):
+    """A kernel with a graph, its state when new, and what its key holds by identity."""
+
+    kernel: Kernel
+    potential: "KeptPotential"
+    fresh: dict[str, Any]
+    held: list[Any]
+
+
+class KeptKernels:
+    """Kernels bound to energies, and kept for those that come again.
+
+    Example:
+        >>> from pyro_ebm.mcmc import LangevinKernel
+        >>> kernels, template = KeptKernels(), LangevinKernel(jit_compile="capture")
+        >>> w, x = torch.ones(()), torch.zeros(5)
+        >>> def bound():
+        ...     energy = UnnormalizedEnergy(lambda x: w * x**2)
+        ...     return kernels.bound(template, energy, x, "x")[0]
+        >>> first, second, third = (bound() for _ in range(3))
+        >>> first is second, second is third
+        (False, True)
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, list[Any] | _Kept] = {}
+        self._misses = 0
+
+    def bound(
+        self, template: Kernel, energy: UnnormalizedEnergy, start: Tensor, name: str
+    ) -> tuple[Kernel, EnergyPotential]:
+        """A new kernel with the settings of a template, bound to an energy, and its potential.
+
+        Args:
+            template: the kernel to copy.
+            energy: what to bind it to.
+            start: points of the dtype and on the device to use.
+            name: the site's.
+        """
+        if not runs_as_graph(template):
+            return _bound(template.copy(), EnergyPotential(energy, like=start, targets=1))
+        identity = CodeIdentity(template, energy)
+        key = (identity.key, start.dtype, start.device)
+        kept = None if identity.key is None else self._seen.get(key)
+        if isinstance(kept, _Kept):
+            kept.kernel.load_state_dict(kept.fresh)
+            kept.potential.use_graph(kept.kernel)
+            return kept.kernel, kept.potential
+        if kept is None:
+            self._register(key, identity, name)
+            return _bound(_eager(template), EnergyPotential(energy, like=start, targets=1))
+        potential = KeptPotential(energy, like=start, targets=1)
+        kernel, _ = _bound(template.copy(), potential)
+        fresh = copy.deepcopy(kernel.state_dict())
+        self._seen[key] = _Kept(kernel, potential, fresh, identity.held)
+        self._misses = 0
+        return kernel, potential
+
+    def _register(self, key: Hashable, identity: CodeIdentity, name: str) -> None:
+        """Remembers an energy that comes for the first time."""
+        if identity.key is not None:
+            while len(self._seen) >= MAX_KEPT:
+                del self._seen[next(iter(self._seen))]
+            self._seen[key] = identity.held
+        self._misses += 1
+        if self._misses == MAX_MISSES:
+            why = identity.reason or "it reads other numbers or tensors at each step"
+            warnings.warn(
+                f"the energy of site {name!r} is another one at each step ({why}), so no graph of"
+                " it can be kept, and the kernel's jit_compile has no effect: write the energy as"
+                " a function of modules and of parameters that change in place",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": {}, "_misses": 0}
+
+
+class KeptPotential(EnergyPotential):
+    """A potential whose gradient runs as a graph of its own, outside the graph of a kernel."""
+
+    _graph: Engine | None = None
+
+    def use_graph(self, kernel: Kernel) -> None:
+        """Captures the gradient, if the transitions of a kernel bound to it could be captured."""
+        engine = kernel._engine
+        if self._graph is None and engine is not None and engine.jit_compile:
+            gradient = super().value_and_grad
+            how = engine.jit_compile
+            self._graph = Engine(gradient, how, engine.state, kernel.ignore_jit_warnings)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
+        if self._graph is None or get_proxy_mode() is not None:
+            return super().value_and_grad(z)
+        return self._graph(z)
+
+
+def runs_as_graph(kernel: Kernel) -> bool:
+    """Whether a kernel, or one inside it, is to be captured.
+
+    Example:
+        >>> from pyro_ebm.mcmc import LangevinKernel
+        >>> runs_as_graph(LangevinKernel(jit_compile="capture")), runs_as_graph(LangevinKernel())
+        (True, False)
+    """
+    return bool(kernel.jit_compile) or any(map(runs_as_graph, getattr(kernel, "kernels", ())))
+
+
+def _eager(template: Kernel) -> Kernel:
+    kernel: Any = template.copy()
+    kernel.jit_compile = False
+    if hasattr(kernel, "kernels"):
+        kernel.kernels = [_eager(inner) for inner in kernel.kernels]
+    return kernel
+
+
+def _bound(kernel: Kernel, potential: EnergyPotential) -> tuple[Kernel, EnergyPotential]:
+    kernel.bind(potential, warmup_steps=0)
+    return kernel, potential

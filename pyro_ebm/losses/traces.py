@@ -1,0 +1,150 @@
+"""The traces of model and guide: which energy sites there are, and what a loss refuses of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_ebm.distributions.core.introspection import modules
+from pyro_ebm.distributions.energy import find_energy
+from pyro_ebm.losses.sites import EnergySite, find_site
+from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.leaves import leaves
+
+
+def traces_of(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Trace, Trace, dict[str, Any]]:
+    """The traces of model and guide, and the guide's nodes at observed sites: the noise.
+
+    Raises:
+        ValueError: for a guide that is no function, or seems to be the model.
+    """
+    if not callable(guide):
+        raise ValueError(
+            f"guide must be a function, got {shown(guide)}: where there are no latents, one"
+            " that does nothing, as in lambda x: None"
+        )
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    noise = {
+        name: guide_trace.nodes[name]
+        for name, site in samples(model_trace).items()
+        if site["is_observed"] and name in guide_trace
+    }
+    for name in noise:
+        guide_trace.remove_node(name)
+    for name, site in samples(guide_trace).items():
+        if site["is_observed"] and find_energy(site["fn"]) is not None:
+            raise ValueError(
+                f"the guide observes the energy site {name!r}, and the model has no such site: are"
+                " model and guide swapped? It is SVI(model, guide, optim, loss)"
+            )
+    return model_trace, guide_trace, noise
+
+
+def samples(trace: Trace) -> dict[str, Any]:
+    """The sample sites of a trace, by name."""
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def parameters_in(trace: Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters of a trace, by name."""
+    values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
+    return {name: value.unconstrained() for name, value in values.items() if value is not None}
+
+
+def energy_sites(model_trace: Trace, noise: Mapping[str, Any]) -> dict[str, EnergySite]:
+    """The energy sites of a model's trace, by name."""
+    nodes = samples(model_trace)
+    latents = {
+        name: site["value"]
+        for name, site in nodes.items()
+        if not site["is_observed"] and site["value"].requires_grad
+    }
+    return {
+        name: find_site(
+            name,
+            site,
+            noise=noise.get(name),
+            latents=[value for other, value in latents.items() if other != name],
+        )
+        for name, site in nodes.items()
+        if find_energy(site["fn"]) is not None
+    }
+
+
+def check_guide(
+    loss: str,
+    sites: Mapping[str, EnergySite],
+    guide_trace: Trace,
+    elsewhere: Iterable[str],
+    needs_noise: bool,
+) -> None:
+    """Raises a ValueError where the guide samples too much or too little.
+
+    Args:
+        loss: the name of the loss.
+        sites: the energy sites.
+        guide_trace: without the noise.
+        elsewhere: observed sites without an energy that the guide samples.
+        needs_noise: whether the loss needs noise at observed energy sites.
+    """
+    for name, site in sites.items():
+        if site.guide_fn is not None and not needs_noise:
+            raise ValueError(
+                f"the guide samples the observed site {name!r}: {loss} needs no"
+                " noise. Use NCE or FlowNCE, or take it out of the guide"
+            )
+        if not site.is_observed and name not in guide_trace:
+            raise ValueError(
+                f"the guide does not sample the latent energy {name!r}: give it a distribution"
+                " there, its approximate posterior"
+            )
+    if elsewhere:
+        raise ValueError(
+            f"the guide samples {sorted(elsewhere)}, which the model observes and which are no"
+            " energy sites: a guide holds latents, and the noise of energy sites"
+        )
+
+
+def refuse_score_function(sites: list[str], guide_trace: Trace) -> None:
+    """Raises a ValueError for a guide without reparametrized draws before sites without log Z."""
+    for name, node in samples(guide_trace).items():
+        if not is_identically_zero(node["score_parts"].score_function):
+            raise ValueError(
+                f"the guide's site {name!r} has no reparametrized draws, and the gradient of"
+                f" its score function needs the log Z of {sites}: use a distribution with"
+                " rsample there"
+            )
+
+
+def refuse_untrained(loss: Tensor, held: Iterable[Tensor], model: Callable[..., object]) -> None:
+    """Raises a ValueError for a leaf of the loss that ``SVI`` would not train.
+
+    Args:
+        loss: the loss.
+        held: the parameters of the trace, and points that are no parameters.
+        model: where to look for the leaf's name.
+    """
+    known = {id(p) for p in held}
+    for leaf in leaves(loss):
+        if id(leaf) not in known:
+            raise ValueError(
+                f"a parameter of shape {tuple(leaf.shape)}{_where(leaf, model)} takes part in"
+                " the loss, but SVI does not see it and would never train it: write"
+                ' pyro.module("name", net) in the model, or detach it; or train'
+                " loss(model, guide) with a torch optimiser"
+            )
+
+
+def _where(leaf: Tensor, model: Callable[..., object]) -> str:
+    for module in modules(model):
+        for name, parameter in module.named_parameters():
+            if parameter is leaf:
+                return f" ({name!r} of {type(module).__name__})"
+    return ""
