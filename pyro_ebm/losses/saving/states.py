@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pyro_ebm.losses.base import EnergyLoss
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything else with a state, such as a scheduler or a gradient scaler."""
 

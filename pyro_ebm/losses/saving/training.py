@@ -35,7 +35,7 @@ from pyro_ebm import files
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.module import networks_of
-from pyro_ebm.losses.saving.states import differences, misfits, restore, state_of
+from pyro_ebm.losses.saving.states import Piece, differences, misfits, restore, state_of
 from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.distributed import rank_path
 from pyro_ebm.ops.rank_files import load_common
@@ -157,14 +157,14 @@ def load_training(
     if held != given:
         raise CheckpointError(f"{name} holds {_listed(held)}, and given are {_listed(given)}")
     states = [piece["state"] for piece in payload["pieces"]]
-    misfits = [
+    found = [
         f"{title}: {difference}"
         for (title, piece), state in zip(pieces, states)
         for difference in differences(piece, state)
     ]
-    misfits += _differences_of_store(payload, _parameters_in(pieces))
-    if misfits:
-        raise CheckpointError(f"{name} does not fit: {'; '.join(misfits)}")
+    found += _differences_of_store(payload, _parameters_in(pieces))
+    if found:
+        raise CheckpointError(f"{name} does not fit: {'; '.join(found)}")
     with ExitStack() as undo:
         undo.callback(files.set_random_state, files.random_state())
         undo.callback(_set_store, {name: _stored()[name].clone() for name in payload["store"]})
@@ -193,7 +193,7 @@ def _set_store(values: Mapping[str, Tensor]) -> None:
         store[name].copy_(value)
 
 
-def _put_back(piece: Any, state: Any) -> None:
+def _put_back(piece: Piece, state: Any) -> None:
     """Restores the state before; a piece that refuses it must not keep the others from theirs."""
     with suppress(*REFUSALS):
         restore(piece, state)
@@ -202,12 +202,12 @@ def _put_back(piece: Any, state: Any) -> None:
 # -- what the parts are made of --------------------------------------------------------------------
 
 
-def _pieces(parts: tuple[Any, ...]) -> list[tuple[str, Any]]:
+def _pieces(parts: tuple[object, ...]) -> list[tuple[str, Piece]]:
     """Each piece with a state of its own, and its name in messages."""
     return [(_title(piece), piece) for part in parts for piece in _pieces_of(part)]
 
 
-def _title(piece: Any) -> str:
+def _title(piece: Piece) -> str:
     if isinstance(piece, PyroOptim):
         scheduler = getattr(piece, "pt_scheduler_constructor", None)
         made = [c for c in (scheduler, piece.pt_optim_constructor) if c is not None]
@@ -216,7 +216,7 @@ def _title(piece: Any) -> str:
     return type(piece).__name__
 
 
-def _pieces_of(part: Any) -> Iterator[Any]:
+def _pieces_of(part: object) -> Iterator[Piece]:
     if isinstance(part, DistributedDataParallel):
         part = part.module
     if isinstance(part, SVI):
@@ -233,9 +233,7 @@ def _pieces_of(part: Any) -> Iterator[Any]:
                 yield from (net for net in nets if not _within(net, part))
                 if isinstance(inner.elbo, EnergyLoss):
                     yield inner.elbo
-    elif isinstance(part, torch.Generator) or (
-        hasattr(part, "load_state_dict") or isinstance(part, PyroOptim)
-    ):
+    elif isinstance(part, Piece):
         yield part
     else:
         raise TypeError(
@@ -249,12 +247,14 @@ def _within(net: nn.Module, whole: nn.Module) -> bool:
     return any(net is module for module in whole.modules())
 
 
-def _parameters_in(pieces: list[tuple[str, Any]]) -> set[int]:
+def _parameters_in(pieces: list[tuple[str, Piece]]) -> set[int]:
     nets = [piece for _, piece in pieces if isinstance(piece, nn.Module)]
     return {id(p) for net in nets for p in net.parameters()}
 
 
-def _make_parameters(parts: tuple[Any, ...], args: Any, kwargs: Any) -> None:
+def _make_parameters(
+    parts: tuple[object, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """Runs models and guides once: ``pyro.param`` and lazy guides make their parameters."""
     random = files.random_state()
     for part in parts:
