@@ -5,5 +5,6 @@
 """
 
 from pyro_ebm.diagnostics.arviz import open_store, to_arviz
+from pyro_ebm.diagnostics.results import Results
 
-__all__ = ["open_store", "to_arviz"]
+__all__ = ["Results", "open_store", "to_arviz"]
