@@ -1,4 +1,4 @@
-r"""Files that are there whole or not at all, and whose reading runs no code.
+r"""Files that are written whole or not at all, and that run no code when they are read.
 
 A file is one line of text, then tensors:
 
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 
 
 def previous(path: PathLike) -> Path:
-    """Where the file before this one is kept.
+    """The path at which the file before this one is kept.
 
     Example:
         >>> previous("run.ckpt").name
@@ -128,7 +128,7 @@ def load(path: PathLike, kind: str) -> dict[str, Any]:
         ...         load(f"{folder}/x.ckpt", kind="example")
         ...     except CheckpointError as error:
         ...         print(str(error).rpartition("/")[2])
-        x.ckpt is no file of pyro_ebm: give another path
+        x.ckpt is not a file of pyro_ebm: give another path
     """
     try:
         return _load(path, kind)
@@ -145,7 +145,7 @@ def load(path: PathLike, kind: str) -> dict[str, Any]:
 
 
 def checksum(path: PathLike) -> str:
-    """The checksum that stands in the header of a file; its content is not looked at.
+    """The checksum in the header of a file; the content is not compared with it.
 
     Raises:
         CheckpointError: if there is no such header.
@@ -194,7 +194,7 @@ def _header(path: PathLike, start: bytes) -> dict[str, Any]:
     if not start:
         raise CheckpointError(f"{name} is empty")
     if not start.startswith(MAGIC[: len(start)]):
-        raise CheckpointError(f"{name} is no file of pyro_ebm: give another path")
+        raise CheckpointError(f"{name} is not a file of pyro_ebm: give another path")
     line, newline, _ = start.partition(b"\n")
     if not newline:
         raise CheckpointError(f"{name} is cut short, within its first line")

@@ -258,7 +258,7 @@ def test_a_file_that_was_altered_at_any_place(path):
 
 def test_a_foreign_file(path):
     torch.save({"x": 1}, path)
-    with pytest.raises(CheckpointError, match="is no file of pyro_ebm"):
+    with pytest.raises(CheckpointError, match="is not a file of pyro_ebm"):
         files.load(path, KIND)
 
 

@@ -1,4 +1,4 @@
-r"""Runs as ArviZ data: what was drawn, how the kernel fared, what was observed.
+r"""Runs as ArviZ data: the draws, the statistics of the kernel, the observed values.
 
 One converter serves :class:`pyro_ebm.MCMC` and ``pyro.infer.MCMC``. It builds every group out of
 plain arrays with named axes, and only its last step depends on the ArviZ that is installed: the
@@ -182,7 +182,7 @@ class _Run:
         return {name: Variable(v, self.dims(name, v.shape), name) for name, v in values.items()}
 
     def predictive(self, group: str, given: Mapping[str, Any]) -> dict[str, Variable]:
-        """What ``pyro.infer.Predictive`` returns, as draws."""
+        """The arrays that ``pyro.infer.Predictive`` returned, with named axes."""
         chains, draws = self.shape
         arrays = {}
         for name, value in given.items():
@@ -221,7 +221,7 @@ class _Run:
         for name in replay.observed:
             if not replay.is_data(name):
                 left_out.append(
-                    f"site {name!r} is no data: its observed value is computed from latents"
+                    f"site {name!r} is not data: its observed value is computed from latents"
                 )
             elif replay.is_normalized(name):
                 kept[name] = name
@@ -282,7 +282,7 @@ def _renamed(groups: Groups, dims: Mapping[str, Sequence[str | None]]) -> Groups
 
 
 def _to_library(groups: Groups, coords: Mapping[str, Any]) -> Any:
-    """The groups as the ArviZ that is installed has them."""
+    """The groups as data of the ArviZ that is installed."""
     import arviz
     import xarray
 

@@ -1,4 +1,4 @@
-r"""What processes that compute together send each other.
+r"""Collective calls of processes that compute together, and errors that name a missing one.
 
 ``torch.distributed`` calls them *ranks* of a process group. A script that ``torchrun`` starts has
 a group after :func:`join_group`, or ``torch.distributed.init_process_group()``; outside one there

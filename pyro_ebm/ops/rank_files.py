@@ -14,7 +14,7 @@ import torch
 
 from pyro_ebm import files
 from pyro_ebm.files import CheckpointError, PathLike
-from pyro_ebm.ops.distributed import fail_together, gathered, rank, rank_path, world_size
+from pyro_ebm.ops.distributed import fail_together, gathered, rank, rank_path
 
 Payload = dict[str, Any]
 Mark = tuple[int, int]
@@ -53,10 +53,7 @@ def load_common(
         _refuse_other_ranks(Path(path), mine)
         if missing_ok:
             return None
-        whose = f"there is no file {os.fspath(path)}"
-        if world_size() > 1:
-            whose = f"no rank has a file of its own for {os.fspath(path)}"
-        raise FileNotFoundError(whose)
+        raise FileNotFoundError(f"there is no file {mine}")
     if len(set(marks)) == 1:
         return payload
     earlier, before = _read(files.previous(mine), kind, mark)

@@ -1,4 +1,4 @@
-"""What ranks that share out the chains of a run do together, beside the warmup.
+"""Ranks that share out the chains of a run: what they exchange, beside the warmup.
 
 They start together or not at all, wait for each other about once a second, save their checkpoints
 after one and the same transition, and bring their draws to rank 0. Between two waits they exchange
@@ -20,7 +20,7 @@ BETWEEN = 1.0
 
 
 class RankSync:
-    """Called after each transition of a run.
+    """Lets the ranks wait for each other after some transitions, and save together.
 
     Rank 0 sets how many transitions there are to the next wait, and by its clock whether it is time
     for a checkpoint.
@@ -74,7 +74,7 @@ def check_call(ranks: ProcessGroup, name: str) -> None:
 
 
 def check_alike(ranks: ProcessGroup, run: VectorizedRun, z: Tensor, num_chains: int) -> None:
-    """Raises a ValueError unless all ranks run the same.
+    """Raises a ValueError unless all ranks have the same settings, model, data and parameters.
 
     Args:
         ranks: the ranks.

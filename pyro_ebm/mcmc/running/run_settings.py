@@ -1,4 +1,4 @@
-"""What a run was asked to do, in a form that can be compared: settings, sites and data.
+"""The settings, sites and data of a run as text, by which two runs are compared.
 
 Numbers, strings and tensors are compared by value, and so are modules, by their parameters.
 Functions are compared by their names, other objects by their type: two models are distinguished by
@@ -101,7 +101,7 @@ def _short(text: str) -> str:
 
 
 def of_sites(potential: Potential) -> RunSettings:
-    """The sites of a potential, and how it calculates."""
+    """The shapes and dtypes of a potential's sites, and the dtype and device of positions."""
     found = {
         f"site {site.name!r}": f"{tuple(site.shape)} {str(site.dtype).removeprefix('torch.')}"
         for site in potential.sites
@@ -111,7 +111,7 @@ def of_sites(potential: Potential) -> RunSettings:
 
 
 def differences(now: RunSettings, then: RunSettings) -> list[str]:
-    """In words, what is not the same.
+    """The differences of two runs in words.
 
     Example:
         >>> differences({"thinning": "2", "x": "1"}, {"thinning": "1", "x": "1"})
@@ -126,7 +126,7 @@ def differences(now: RunSettings, then: RunSettings) -> list[str]:
 
 
 def machine() -> RunSettings:
-    """What rounding may depend on."""
+    """The properties of this machine on which rounding may depend."""
     return {
         "torch": str(torch.__version__),
         "the number of threads": str(torch.get_num_threads()),

@@ -59,16 +59,13 @@ def read_checkpoint(path: files.PathLike, ranks: ProcessGroup) -> dict[str, Any]
         CheckpointError: if it cannot be read, or there is no such transition.
     """
     mine = rank_path(path)
-    if ranks.size > 1:
-        payload = load_common(path, KIND, _mark)
-        assert payload is not None
-    elif mine.exists():
-        payload = files.load(mine, KIND)
-    else:
+    try:
+        payload = load_common(path, KIND, _mark) if ranks.size > 1 else files.load(mine, KIND)
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"there is no checkpoint at {mine}: start with run(...), or give its path"
-        )
-    if payload.get("format") != FORMAT:
+        ) from None
+    if payload is None or payload.get("format") != FORMAT:
         raise CheckpointError(
             f"{mine} was written by an earlier version of pyro_ebm, whose kernels kept other"
             " numbers: finish the run with that version, or start anew with another path"
