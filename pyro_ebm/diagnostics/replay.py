@@ -15,19 +15,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.func import vmap
 
-from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.distributions.core.wrappers import innermost
 from pyro_ebm.distributions.energy import energies_of
-from pyro_ebm.models.batched import Batched
 from pyro_ebm.models.checks.intractability import lags
-from pyro_ebm.ops.eval_mode import called_in_eval_mode
+from pyro_ebm.models.over_chains import OverChains
+from pyro_ebm.models.runs import BoundModel, sample_sites, side_runs
 
 CHUNK_SIZE = 256  # draws evaluated at once
 
@@ -102,8 +98,8 @@ class Replay:
     def log_density(self, names: list[str]) -> dict[str, Tensor]:
         """The log density of each element of some sites at each draw, without ``poutine.scale``.
 
-        All draws are evaluated at once by ``vmap``, as the model is or with the operations replaced
-        that it refuses, and one by one where the model forbids that.
+        All draws are evaluated at once where the model can be
+        (:class:`~pyro_ebm.models.over_chains.OverChains`), else one by one.
 
         Args:
             names: the sites.
@@ -115,29 +111,11 @@ class Replay:
         def at(sites: Mapping[str, Any]) -> dict[str, Tensor]:
             return {name: _log_density(sites[name]) for name in names}
 
-        def one(draw: dict[str, Tensor]) -> dict[str, Tensor]:
-            return at(self._trace(draw))
-
-        if not self.draws:
-            with self._quiet():
-                return {k: v.expand(self.num, *v.shape) for k, v in at(self.sites).items()}
-
-        def rewritten(draws: dict[str, Tensor]) -> dict[str, Tensor]:
-            chunks = zip(*(draw.split(CHUNK_SIZE) for draw in draws.values()), strict=True)
-            batched = Batched(one)
-            parts = [batched(dict(zip(draws, chunk, strict=True))) for chunk in chunks]
-            return {name: torch.cat([part[name] for part in parts]) for name in names}
-
         with self._quiet():
-            for mapped in (vmap(one, chunk_size=CHUNK_SIZE), rewritten):
-                # where the model looks at values, it may do so one draw at a time
-                with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError):
-                    result = mapped(dict(self.draws))
-                    ends = ((0, at(self._run(0))), (-1, at(self._run(-1))))
-                    if all(_close(result[k][i], end[k]) for i, end in ends for k in names):
-                        return result
-            rows = [at(self._run(i)) for i in range(self.num)]
-        return {name: torch.stack([row[name] for row in rows]) for name in names}
+            if not self.draws:
+                return {k: v.expand(self.num, *v.shape) for k, v in at(self.sites).items()}
+            one = OverChains(lambda draw: at(self._trace(draw)), chunk_size=CHUNK_SIZE)
+            return one(dict(self.draws))
 
     def _run(self, index: int) -> dict[str, Any]:
         return self._trace({name: value[index] for name, value in self.draws.items()})
@@ -145,26 +123,12 @@ class Replay:
     def _trace(self, draw: dict[str, Tensor]) -> dict[str, Any]:
         """The sample sites of the model, given one draw."""
         assert self.model is not None
-        given = poutine.condition(self.model, data=draw)
-        nodes = poutine.trace(given).get_trace(*self.args, **self.kwargs).nodes
-        return {
-            name: node
-            for name, node in nodes.items()
-            if node["type"] == "sample" and not site_is_subsample(node)
-        }
+        return sample_sites(BoundModel(self.model, self.args, self.kwargs).trace_at(draw))
 
     @staticmethod
     @contextlib.contextmanager
     def _quiet() -> Iterator[None]:
-        """Within it, runs of the model change no state, and no handler outside records them."""
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            pyro.validation_enabled(False),
-            poutine.block(),
-            starting_points_only(),
-            called_in_eval_mode(),
-        ):
+        with torch.no_grad(), pyro.validation_enabled(False), side_runs():
             yield
 
 
@@ -176,10 +140,3 @@ def is_factor(site: Mapping[str, Any]) -> bool:
 def _log_density(site: Mapping[str, Any]) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-__all__ = ["Replay", "is_factor"]

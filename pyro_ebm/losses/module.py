@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ebm.distributions.core.introspection import sources
+from pyro_ebm.internals.data_parallel import active_data_parallel, ignored_parameters
 from pyro_ebm.losses.traces import parameters_in
 from pyro_ebm.ops.distributed import gathered
 from pyro_ebm.ops.leaves import leaves
@@ -115,7 +116,7 @@ class EnergyLossModule(ELBOModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, a scalar whose gradient is the method's."""
-        ranks = _data_parallel()
+        ranks = active_data_parallel()
         if ranks is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         before = b"" if self._streams_checked else _random_state()
@@ -143,7 +144,7 @@ class EnergyLossModule(ELBOModule):
     def _check_parameters(self, loss: Tensor, ranks: DistributedDataParallel) -> None:
         """Raises a ValueError unless the ranks average the gradients that the loss has."""
         if self._held[0] != id(ranks):
-            ignored = getattr(ranks, "parameters_to_ignore", set())
+            ignored = ignored_parameters(ranks)
             named = ranks.module.named_parameters()
             averaged = {id(p): n for n, p in named if p.requires_grad and n not in ignored}
             self._held = id(ranks), averaged
@@ -210,14 +211,6 @@ def _free(name: str, taken: Any) -> str:
     name = name.replace("$$$", "_").replace(".", "_")
     numbers = (f"{name}_{k}" if k else name for k in range(len(taken) + 1))
     return next(key for key in numbers if not hasattr(taken, key))
-
-
-def _data_parallel() -> DistributedDataParallel | None:
-    """The DDP that this call of a module comes through, if it does."""
-    if not torch.distributed.is_available():
-        return None
-    active = DistributedDataParallel._get_active_ddp_module()
-    return active if isinstance(active, DistributedDataParallel) else None
 
 
 def _random_state() -> bytes:

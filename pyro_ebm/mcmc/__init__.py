@@ -27,8 +27,9 @@ from pyro_ebm.mcmc.kernels.gradient_free.metropolis import (
     Proposal,
     RandomWalk,
 )
-from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
+from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.running.mcmc import MCMC
 from pyro_ebm.mcmc.state import Info, State

@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pyro.ops import special
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._decomp import decompositions
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_ebm.ops.compiled import as_written
+from pyro_ebm.internals.compilers import as_written
+from pyro_ebm.internals.functorch import GET_DATA, is_wrapped, memory_key
+from pyro_ebm.internals.pyro_runtime import safe_log_replaced
+from pyro_ebm.internals.recurrent import STEPWISE
 
 MAX_RESTARTS = 64  # of one evaluation: each finds a tensor that is written into
 
@@ -39,7 +39,7 @@ class Batched:
     """A function of one chain, mapped over chains.
 
     Args:
-        function: maps a tensor of one chain (or a tuple or dict of them) to tensors of fixed
+        function: maps tensors of one chain (or tuples and dicts of them) to tensors of fixed
             shapes. It draws no random numbers.
 
     Example:
@@ -53,38 +53,38 @@ class Batched:
                 [3., 0.]])
     """
 
-    def __init__(self, function: Callable[[Any], Any]):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
         self._written: set[int] = set()
 
-    def __call__(self, x: Any) -> Any:
-        """The values at ``x``, of each tensor ``(chains, ...)``.
+    def __call__(self, *args: Any) -> Any:
+        """The values at arguments whose tensors have shapes ``(chains, ...)``.
 
         Raises:
             RuntimeError: where the function cannot be mapped.
         """
-        like = tree_leaves(x)[0]
+        like = tree_leaves(args)[0]
         for _ in range(MAX_RESTARTS):
             try:
-                with as_written(), _sums_that_map():
-                    return vmap(self._one)(x, like.new_ones(like.shape[:1], dtype=torch.bool))
+                with as_written(), safe_log_replaced(_SafeLog):
+                    return vmap(self._one)(args, like.new_ones(like.shape[:1], dtype=torch.bool))
             except _Written as found:
                 self._written.add(found.place)
             except _Differ as differ:
                 labels = differ.labels
                 rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-                parts = [self(tree_map(operator.itemgetter(part), x)) for part in rows]
+                parts = [self(*tree_map(operator.itemgetter(part), args)) for part in rows]
                 joined = tree_map(lambda *values: torch.cat(values), *parts)
                 return tree_map(operator.itemgetter(torch.cat(rows).argsort()), joined)
         raise RuntimeError("the operations of an evaluation are others each time")
 
-    def _one(self, x: Any, own: Tensor) -> Any:
+    def _one(self, args: tuple[Any, ...], own: Tensor) -> Any:
         with _ForAllChains(own, self._written):
-            return self.function(x)
+            return self.function(*args)
 
 
 class _Written(Exception):
-    """A tensor that chains share is written into: that of the operation at a place in their row."""
+    """A tensor that chains share is written into: the result of the operation number ``place``."""
 
     def __init__(self, place: int):
         super().__init__(place)
@@ -92,22 +92,11 @@ class _Written(Exception):
 
 
 class _Differ(Exception):
-    """A value is read that is not the same in all chains: labels of the chains, by its value."""
+    """A value is read that is not the same in all chains, which are labelled by it."""
 
     def __init__(self, labels: Tensor):
         super().__init__(labels)
         self.labels = labels
-
-
-@contextlib.contextmanager
-def _sums_that_map() -> Iterator[None]:
-    """Pyro sums in logarithms (enumeration, hidden Markov models) by a function that vmap maps."""
-    before = special._SafeLog
-    special._SafeLog = _SafeLog
-    try:
-        yield
-    finally:
-        special._SafeLog = before
 
 
 @contextlib.contextmanager
@@ -142,9 +131,9 @@ class _ForAllChains(TorchFunctionMode):
             args = tree_map(self._common, args)
         elif name in _TEXTS:
             args = tree_map(self._common_choice, args)
-            if is_functorch_wrapped_tensor(args[0]):  # a message about numbers
+            if is_wrapped(args[0]):  # a message about numbers
                 return "<a number of each chain>"
-        elif func == _DATA and is_functorch_wrapped_tensor(args[0]):
+        elif func == GET_DATA and is_wrapped(args[0]):
             func = Tensor.detach
         try:
             instead: Any = _INSTEAD.get(func, func)
@@ -162,8 +151,8 @@ class _ForAllChains(TorchFunctionMode):
             func, args = Tensor.copy_, (target, torch.where(mask, value, target))
             with contextlib.suppress(RuntimeError):
                 return func(*args)
-        if _writes(name) and not is_functorch_wrapped_tensor(args[0]):
-            made = self.made.get(_storage(args[0]))
+        if _writes(name) and not is_wrapped(args[0]):
+            made = self.made.get(memory_key(args[0]))
             if made is not None and made[0] not in self.written:
                 raise _Written(made[0])
         args, kwargs = tree_map(self._common_choice, (args, kwargs))
@@ -171,7 +160,7 @@ class _ForAllChains(TorchFunctionMode):
 
     def _common(self, x: Any) -> Any:
         """The one value that all chains have."""
-        mapped = isinstance(x, Tensor) and is_functorch_wrapped_tensor(x)
+        mapped = isinstance(x, Tensor) and is_wrapped(x)
         return _Common.apply(x.detach(), self.own) if mapped else x
 
     def _common_choice(self, x: Any) -> Any:
@@ -183,20 +172,20 @@ class _ForAllChains(TorchFunctionMode):
 
     def _made(self, found: Any, args: tuple[Any, ...]) -> Any:
         """Notes a new tensor that all chains share; one that is written into becomes their own."""
-        if type(found) is not Tensor or is_functorch_wrapped_tensor(found):
+        if type(found) is not Tensor or is_wrapped(found):
             return found
-        storage = _storage(found)
+        storage = memory_key(found)
         if storage in self.made:
             return found
         for x in args:  # a view of a tensor that was there before
-            if type(x) is Tensor and not is_functorch_wrapped_tensor(x) and _storage(x) == storage:
+            if type(x) is Tensor and not is_wrapped(x) and memory_key(x) == storage:
                 return found
         self.made[storage] = self.place, found
         return torch.where(self.own, found, found) if self.place in self.written else found
 
 
 class _SafeLog(torch.autograd.Function):
-    """Pyro's: a logarithm whose gradient at 0 is finite."""
+    """Pyro's, by which it sums in logarithms: its gradient at 0 is finite. This one is mapped."""
 
     generate_vmap_rule = True
 
@@ -265,25 +254,8 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(mask, source.reshape(-1)[place].reshape(x.shape), x)
 
 
-def _recurrent(func: Any, steps: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrent network step by step; of packed sequences, as it is."""
-    return lambda *args: (steps if isinstance(args[3], bool) else func)(*args)
-
-
-def _lstm(x: Tensor, hx: Any, params: Any, has_biases: bool, *how: Any) -> tuple[Tensor, ...]:
-    # torch's own steps, but for those of oneDNN, which do not map
-    weights = decompositions.gather_params(params, has_biases, hx[0].shape[2] != hx[1].shape[2])
-    run: Any = decompositions._rnn_helper
-    steps = decompositions.one_layer_lstm
-    out, last = run(x, list(zip(*hx, strict=True)), weights, has_biases, *how, steps)
-    return out, *(torch.stack(each) for each in zip(*last, strict=True))
-
-
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    torch.gru: _recurrent(torch.gru, decompositions.gru_impl),
-    torch.lstm: _recurrent(torch.lstm, _lstm),
-    torch.rnn_relu: _recurrent(torch.rnn_relu, decompositions.rnn_relu_input),
-    torch.rnn_tanh: _recurrent(torch.rnn_tanh, decompositions.rnn_tanh_input),
+    **STEPWISE,
     Tensor.clamp_: _clamp_,
     torch.clamp_: _clamp_,
     torch.isclose: _isclose,
@@ -293,7 +265,6 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.masked_scatter: _masked_scatter,
     Tensor.masked_scatter: _masked_scatter,
 }
-_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 _READ = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
     f"__{name}__" for name in ("array", "bool", "complex", "contains", "float", "index", "int")
 }
@@ -311,7 +282,3 @@ def _lone_mask(target: Tensor, index: Any, value: Any) -> Tensor | None:
     number = not isinstance(value, Tensor) or value.numel() == 1
     mask = isinstance(index, Tensor) and index.dtype is torch.bool
     return index if number and mask and index.dim() <= target.dim() else None
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.distributions.core.introspection import elementwise
 from pyro_ebm.distributions.core.supports import plain_support
 from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.models.provenance import HostReads
-from pyro_ebm.models.sites.init import latents_of
+from pyro_ebm.models.runs import latents_of
 from pyro_ebm.models.sites.site import to_support
 
 NUM_LOOKS = 4
@@ -74,8 +75,7 @@ def _a_point(fn: Any, x: Tensor) -> Tensor | None:
     shape = torch.broadcast_shapes(x.shape, fn.shape())
     support = plain_support(fn.support)
     if support.is_discrete:
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
+        support = elementwise(support)
         low = torch.as_tensor(getattr(support, "lower_bound", 0)).to(x)
         return low.expand(shape) if support.event_dim == 0 else None
     try:
@@ -90,7 +90,7 @@ def masked_elements(run: Callable[[], Any]) -> dict[str, Tensor]:
     """Of latents with an unbounded support, the elements that are masked whatever the latents are.
 
     Args:
-        run: makes a trace of the model whose tensors know the latents that they were computed from.
+        run: makes a trace of the model whose tensors carry the latents that they come from.
 
     Returns:
         For the sites with such elements, boolean tensors of their batch shape.
@@ -110,8 +110,7 @@ def masked_elements(run: Callable[[], Any]) -> dict[str, Tensor]:
 
 def _is_finite(support: constraints.Constraint) -> bool:
     """Whether a flat density on the support is a density, so that nothing drifts away."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = elementwise(support)
     if support.is_discrete:
         return True
     ends = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))

@@ -1,8 +1,8 @@
 r"""Which latents a tensor was computed from.
 
-A run of a model in which every latent is one of Pyro's provenance tensors tells of each tensor the
-latents that had a part in it. That is a suspicion: a tensor may come from a latent and be constant
-all the same. Three things make it sharper.
+In a run of a model in which every latent is one of Pyro's provenance tensors, each tensor carries
+the names of the latents that had a part in it. That is a suspicion: a tensor may come from a latent
+and be constant all the same. Three things make it sharper.
 
 *What looks at no value has no source.* ``torch.zeros_like(mu)`` takes shape and dtype from
 ``mu``, as do ``new_full``, ``x.to(mu)`` and ``x.expand_as(mu)``; a tensor that is overwritten, as
@@ -18,10 +18,8 @@ was made without one, nothing is tracked: only further runs at other latents tel
 values.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.ops.provenance import (
@@ -35,39 +33,23 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_ebm.models.sites.init import trace_from_start
+from pyro_ebm.internals.pyro_runtime import set_provenance
+from pyro_ebm.models.runs import BoundModel
 
 
-def trace_latents(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> poutine.Trace:
-    """A trace of the model in which every tensor knows the latents that it was computed from.
+def trace_latents(bound: BoundModel) -> poutine.Trace:
+    """A trace of the model in which every tensor carries the latents that it was computed from.
 
     Example:
-        >>> from pyro.infer.autoguide.initialization import init_to_median
         >>> def model():
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("u", dist.Uniform(torch.zeros_like(mu), 1 + mu.exp()))
-        >>> support = trace_latents(model, (), {}, init_to_median).nodes["u"]["fn"].support
+        >>> support = trace_latents(BoundModel(model)).nodes["u"]["fn"].support
         >>> get_provenance(support.lower_bound), get_provenance(support.upper_bound)
         (frozenset(), frozenset({'mu'}))
     """
     with OnlyValuesCount():
-        return unvalidated_trace(_TrackLatents()(model), args, kwargs, init_strategy)
-
-
-def unvalidated_trace(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> poutine.Trace:
-    """A trace of the model at a start, whether its distributions' arguments are valid or not."""
-    with pyro.validation_enabled(False), poutine.block():
-        return trace_from_start(model, args, kwargs, init_strategy)
+        return bound.with_model(_TrackLatents()(bound.model)).unvalidated_trace()
 
 
 class _TrackLatents(Messenger):
@@ -127,7 +109,7 @@ class OnlyValuesCount(TorchFunctionMode):
         elif _is_zero(name, args):
             args = detach_provenance(args)
         elif name in _OVERWRITES and args and isinstance(args[0], ProvenanceTensor):
-            args[0]._provenance = get_provenance([args[1:], kwargs])
+            set_provenance(args[0], get_provenance([args[1:], kwargs]))
         elif name == "broadcast_tensors":  # of each its own values
             parts = func(*map(detach_provenance, args), **kwargs)
             return tuple(map(track_provenance, parts, map(get_provenance, args)))

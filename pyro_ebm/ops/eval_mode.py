@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from pyro_ebm.ops.compiled import as_written
+from pyro_ebm.internals.compilers import as_written
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.files import random_state, set_random_state
-from pyro_ebm.ops.compiled import as_written
+from pyro_ebm.internals.compilers import as_written
 
 ROUNDING = 100
 """Differences of so many units in the last place of the largest value are no influence,"""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_ebm.internals.compilers import as_written
 from pyro_ebm.ops.arguments import check_callable, check_tensor, shown
-from pyro_ebm.ops.compiled import as_written
 from pyro_ebm.ops.rows import rows_interact
 
 

@@ -28,7 +28,8 @@ from pyro_ebm.mcmc import (
     MHKernel,
     ModelPotential,
 )
-from pyro_ebm.mcmc.potentials.model import lone_energy
+from pyro_ebm.mcmc.potentials.lone_energy import lone_energy
+from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.discrete_sites import site_support_values
 from tests.enumeration import assert_draws, assert_invariant, states_of
 from tests.statistics import assert_mean
@@ -196,7 +197,7 @@ def test_a_gradient_that_is_nowhere_finite_does_not_slow_gibbs_down():
     kernel = GibbsKernel(model)
     mcmc = MCMC(kernel, 500, 5, num_chains=10, disable_progbar=True)
     mcmc.run()
-    assert kernel.potential._vectorizes
+    assert kernel.potential.way == "vmap"
     assert_mean(mcmc.get_samples(group_by_chain=True)["b"], 1 / (1 + math.exp(-1)))
 
 
@@ -343,20 +344,20 @@ WEIGHED = [
 
 
 def test_an_energy_alone_is_swept_in_blocks():
-    name, energy = lone_energy(alone, (), {})
+    name, energy = lone_energy(BoundModel(alone))
     assert (name, energy) == ("x", MACHINE)
     for model in (alone, MACHINE):
         potential = GibbsKernel(model).make_potential()
         assert potential.blocks is not None
         assert potential.names == ["x"]
         assert_invariant(GibbsKernel(), potential, num=6000)
-    assert lone_energy(dist.Bernoulli(0.5), (), {}) is None
-    assert lone_energy(lambda: pyro.sample("k", dist.Bernoulli(0.5)), (), {}) is None
+    assert lone_energy(BoundModel(dist.Bernoulli(0.5))) is None
+    assert lone_energy(BoundModel(lambda: pyro.sample("k", dist.Bernoulli(0.5)))) is None
 
 
 @pytest.mark.parametrize("model", WEIGHED)
 def test_what_else_weighs_on_an_energy_forbids_its_blocks(model):
-    assert lone_energy(model, (), {}) is None
+    assert lone_energy(BoundModel(model)) is None
     potential = GibbsKernel(model).make_potential()
     assert potential.blocks is None
     _, states, log_p = exact(model)
@@ -369,7 +370,7 @@ def test_what_else_weighs_on_an_energy_forbids_its_blocks(model):
 @pytest.mark.filterwarnings("ignore:the model cannot be vectorized")
 def test_a_factor_on_a_condition_is_seen(seed):
     pyro.set_rng_seed(seed)
-    assert lone_energy(on_a_condition, (), {}) is None
+    assert lone_energy(BoundModel(on_a_condition)) is None
     mcmc = MCMC(GibbsKernel(on_a_condition), 1, 4, num_chains=300, disable_progbar=True)
     mcmc.run()
     states, log_p = states_of(EnergyPotential(MACHINE))
@@ -377,10 +378,10 @@ def test_a_factor_on_a_condition_is_seen(seed):
 
 
 def test_an_observed_energy_is_no_latent():
-    assert lone_energy(observed, (), {}) is None
+    assert lone_energy(BoundModel(observed)) is None
     assert GibbsKernel(observed).make_potential().dim == 0
     conditioned = poutine.condition(alone, {"x": torch.ones(3)})
-    assert lone_energy(conditioned, (), {}) is None
+    assert lone_energy(BoundModel(conditioned)) is None
 
 
 def test_a_start_that_fails_is_no_lone_energy():
@@ -388,7 +389,7 @@ def test_a_start_that_fails_is_no_lone_energy():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("b", dist.Bernoulli(x))  # validation refuses most draws
 
-    assert lone_energy(unlucky, (), {}) is None
+    assert lone_energy(BoundModel(unlucky)) is None
 
 
 def test_parameters_of_the_store_are_read():

@@ -220,7 +220,7 @@ def test_starts_are_whole_numbers():
     with pytest.raises(ValueError, match=r"'n'.* must hold whole numbers"):
         kernel.setup(0)
     kernel.initial_params = {"n": tensor(-2.0)}
-    with pytest.raises(ValueError, match="initial_params of chain 0 do not do"):
+    with pytest.raises(ValueError, match="initial_params of chain 0 are no start"):
         kernel.setup(0)
 
 

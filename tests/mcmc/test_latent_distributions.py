@@ -17,6 +17,7 @@ from torch.distributions.transforms import Transform
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.provenance import HostReads, trace_latents
+from pyro_ebm.models.runs import BoundModel
 from tests.statistics import assert_mean
 
 ones, zeros, eye = torch.ones, torch.zeros, torch.eye
@@ -395,7 +396,7 @@ def test_bounds_that_are_computed_from_latents_are_not_read():
             pyro.sample("x", p, obs=tensor(math.nan))
 
     with HostReads() as reads:
-        trace_latents(model, (), {}, init_to_sample)
+        trace_latents(BoundModel(model, init_strategy=init_to_sample))
     assert not reads.latents
     value, grad = ModelPotential(model).value_and_grad(zeros(3, 1))
     assert value.isfinite().all()

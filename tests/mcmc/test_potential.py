@@ -43,8 +43,7 @@ def reference(potential: ModelPotential, z: torch.Tensor) -> torch.Tensor:
                 log_det = log_det - torch.where(idle, part, 0.0).square().sum().double() / 2
                 part = torch.where(idle, 0.0, part)
             log_det = log_det + forward.log_abs_det_jacobian(part, forward(part)).sum().double()
-        model = pyro.condition(potential.model, x)
-        trace = pyro.poutine.trace(model).get_trace(*potential.args, **potential.kwargs)
+        trace = potential.bound.trace_at(x)
         values.append(-trace.log_prob_sum().double() - log_det)
     return torch.stack(values)
 
@@ -518,7 +517,7 @@ def test_all_chains_at_once_equal_each_chain_alone(name):
     model, args = MODELS[name]
     potential = ModelPotential(model, args)
     agrees(potential)
-    assert potential._vectorizes is True
+    assert potential.way == "vmap"
 
 
 def test_a_proposal_outside_every_support_is_no_error():
@@ -548,7 +547,7 @@ def test_a_branch_on_a_value_parts_the_chains():
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(potential(z), want)
     torch.testing.assert_close(grad, z + (z > 0))
-    assert potential._vectorizes == "rewritten"
+    assert potential.way == "rewritten"
 
 
 def test_a_number_that_is_read_falls_back_with_one_warning():
@@ -606,9 +605,9 @@ def test_nothing_is_decided_where_nothing_is_finite():
 
     potential = ModelPotential(model)
     assert potential.value_and_grad(torch.full((3, 1), -1.0))[0].isnan().all()
-    assert potential._vectorizes is None
+    assert potential.way is None
     assert potential.value_and_grad(torch.ones(3, 1))[0].isfinite().all()
-    assert potential._vectorizes is True
+    assert potential.way == "vmap"
 
 
 def site(name: str, *shape: int) -> Site:
@@ -698,7 +697,7 @@ def test_nets_are_held_in_evaluation_mode(args):
     z = torch.randn(4, 2)
     first, second = potential.value_and_grad(z)[0], potential(z)
     assert torch.equal(first, second.detach())
-    assert potential._vectorizes is True
+    assert potential.way == "vmap"
     assert [module.training for module in NET] == [True, True, False, True]
     for name, value in NET.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -820,7 +819,7 @@ def test_a_singular_matrix_is_nan_for_its_chain_alone():
     assert plain.isnan().tolist() == (~good).tolist()
     torch.testing.assert_close(plain[good], want[good])
     assert potential(x[2:3, None]).isnan().all()
-    assert potential._vectorizes is True
+    assert potential.way == "vmap"
     assert "singular" in potential.blame(torch.tensor([-1.0]))
     # half of the uniform starts are singular: they are drawn again
     assert (ModelPotential(model, (y,)).initial(30) > 0).all()

@@ -159,7 +159,7 @@ def test_constant_arguments_are_not_looked_at():
         pyro.sample("x", dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
         pyro.sample("y", dist.Normal(0.0, scale - 1), obs=Y)
 
-    checked = ModelPotential(model)._checked
+    checked = ModelPotential(model).checked
     assert {name: sorted(c.arguments or ()) for name, c in checked.items()} == {"y": ["scale"]}
 
 
@@ -171,7 +171,7 @@ def test_a_positive_latent_may_be_a_scale():
         pyro.sample("y", dist.LogNormal(torch.zeros(3), scale).to_event(1), obs=torch.ones(3))
 
     def checked(*args):
-        return sorted(ModelPotential(model, args)._checked)
+        return sorted(ModelPotential(model, args).checked)
 
     assert checked(lambda scale: scale) == []
     assert checked(lambda scale: scale[None].expand(3)) == []

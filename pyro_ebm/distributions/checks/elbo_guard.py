@@ -10,12 +10,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ebm.distributions.checks.callers import sampler_of_a_posterior
+from pyro_ebm.internals.pyro_runtime import in_svi_step
 
 _handled: ContextVar[bool] = ContextVar("_handled", default=False)
 
@@ -67,7 +66,7 @@ def refuse_missing_constant(
     if torch.compiler.is_compiling() or _handled.get():  # a compiler traces no check of who calls
         return
     # a guide that draws without a gradient (scores, weights) leaves none that shows what moves
-    if not _under_svi() or not log_prob.requires_grad:
+    if not in_svi_step() or not log_prob.requires_grad:
         call = sampler_of_a_posterior()
         if call is not None and not call.is_known:
             with normalizers_handled():  # the check asks for densities too
@@ -84,8 +83,3 @@ def refuse_missing_constant(
             " the log of a density), or"
             " freeze a network that is not to be trained: net.requires_grad_(False)"
         )
-
-
-def _under_svi() -> bool:
-    """Whether ``SVI.step`` is looking for parameters to train."""
-    return any(isinstance(m, TraceMessenger) and m.param_only for m in _PYRO_STACK)

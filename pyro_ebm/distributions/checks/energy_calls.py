@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_ebm.internals.pyro_runtime import weights_are_samples, with_random_weights
+from pyro_ebm.internals.tracing import is_capturing
 from pyro_ebm.ops.arguments import first_line
 
 NARROW = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16})
@@ -70,14 +70,14 @@ def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     Raises:
         RuntimeError: at such a read.
     """
-    random = [m for m in modules if isinstance(m, PyroModule) and m._pyro_samples]
+    random = with_random_weights(modules)
     if not random:
         yield
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(_RefuseSampling())
         for module in random:  # an active context turns the read into a sample statement
-            stack.enter_context(module._pyro_context)
+            stack.enter_context(weights_are_samples(module))
         yield
 
 
@@ -104,7 +104,7 @@ def explain(
     """
     if isinstance(error, EnergyCallError | torch.linalg.LinAlgError | torch.OutOfMemoryError):
         return
-    if get_proxy_mode() is not None:  # a graph is being captured
+    if is_capturing():  # a graph is being captured
         return
     failed = f"the energy {name} failed at points of shape {tuple(x.shape)}"
     if isinstance(error, RuntimeError | ValueError | TypeError | IndexError):

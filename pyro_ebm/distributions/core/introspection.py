@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ebm.internals.functorch import is_wrapped
+from pyro_ebm.internals.tracing import is_capturing
 
 
 def sources(function: object, _depth: int = 4) -> Iterator[Tensor | nn.Module]:
@@ -131,8 +132,8 @@ def readable(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and not tensor.is_meta
-        and not is_functorch_wrapped_tensor(tensor)
-        and get_proxy_mode() is None
+        and not is_wrapped(tensor)
+        and not is_capturing()
         and not torch.jit.is_tracing()
     )
 

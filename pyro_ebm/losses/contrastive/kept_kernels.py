@@ -17,9 +17,9 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.internals.tracing import is_capturing
 from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.mcmc.kernels.base import Kernel
@@ -123,7 +123,7 @@ class KeptPotential(EnergyPotential):
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The potential ``(chains,)`` and its gradient ``(chains, dim)``, detached."""
-        if self._graph is None or get_proxy_mode() is not None:
+        if self._graph is None or is_capturing():
             return super().value_and_grad(z)
         return self._graph(z)
 

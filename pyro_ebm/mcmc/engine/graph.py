@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_ebm.ops.compiled import as_written
+from pyro_ebm.internals.compilers import as_written, compile_unguarded
+from pyro_ebm.internals.tracing import capture, is_followed, namespace
 
 
 class FxGraph:
@@ -52,10 +49,10 @@ class FxGraph:
             return tensors_of(structure[-1:])
 
         self.captured_at = [x.detach().clone() for x in tensors]
-        one_mode = tracing(TracingContext(FakeTensorMode()))  # for all nodes
-        with as_written(), _NoHostReads(), one_mode:
+        with as_written(), _NoHostReads():
             # one tensor that comes twice would be one input of the graph for ever
-            graph = make_fx(on_tensors, {_SOLVE: solve_together})(*(x.detach() for x in tensors))
+            apart = [x.detach() for x in tensors]
+            graph = capture(on_tensors, {_SOLVE: solve_together}, apart)
         _refuse_dynamic(graph)
         _list_masks(graph)
         self.build, _ = _builder(structure[-1])
@@ -84,8 +81,7 @@ class FxGraph:
         with torch.no_grad():
             if all(x.device.type == "cpu" for x in arguments):
                 # neither guards nor assertions in each call: the caller has looked at the layouts
-                compiler: Any = _inductor()
-                run = compiler(self.graph, arguments, {"size_asserts": False})
+                run = compile_unguarded(self.graph, arguments)
             else:
                 run = torch.compile(self.graph, mode="reduce-overhead", dynamic=False)
                 self.replays = True
@@ -152,8 +148,7 @@ class _NoHostReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        mode = get_proxy_mode()
-        if func in self.HIDDEN and mode is not None and has_proxy_slot(args[0], mode.tracer):
+        if func in self.HIDDEN and is_followed(args[0]):
             raise RuntimeError(f"a value is read on the host, by Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
 
@@ -223,10 +218,7 @@ def _refuse_borrowed(graph: GraphModule, constants: list[Tensor]) -> None:
 
     Parameters that are sharded over processes are gathered before a layer runs, and freed after.
     """
-    gathers = any(
-        isinstance(node.target, OpOverload) and node.target.namespace in _COLLECTIVE
-        for node in graph.graph.nodes
-    )
+    gathers = any(namespace(node) in _COLLECTIVE for node in graph.graph.nodes)
     freed = any(x.numel() and not x.untyped_storage().nbytes() for x in constants)
     if gathers or freed:
         raise RuntimeError("its parameters are gathered from several processes while it runs")
@@ -267,12 +259,6 @@ _INDEXING = (
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
 )
-
-
-def _inductor() -> Any:
-    from torch._inductor import compile  # it takes seconds to import
-
-    return compile
 
 
 def _lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

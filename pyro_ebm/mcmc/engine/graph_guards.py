@@ -8,10 +8,10 @@ that is replaced by another one, nor a module that turns from training to evalua
 from collections.abc import Iterable
 from typing import Any
 
-import pyro
 from torch import Tensor
 from torch.nn import Module
 
+from pyro_ebm.internals.pyro_runtime import parameter_identities
 from pyro_ebm.mcmc.potentials.base import Potential
 
 
@@ -24,7 +24,7 @@ class Dependencies:
 
     def __init__(self, potential: Potential):
         self.potential = potential
-        self._look_at(getattr(potential, "_modules", ()))
+        self._look_at(potential.modules)
 
     def _look_at(self, modules: Iterable[Module]) -> None:
         self.modules = tuple({id(m): m for top in modules for m in top.modules()}.values())
@@ -44,10 +44,10 @@ class Dependencies:
             self._look_at(self.modules)
             part: Any = self.potential
             while part is not None:  # a block of a potential, or one at another temperature
-                part._modules = self.modules  # which are held in evaluation mode
+                part.modules = self.modules  # which are held in evaluation mode
                 part = getattr(part, "whole", None)
             return self()
-        store = [id(p) for p in pyro.get_param_store()._params.values()]
+        store = parameter_identities()
         own = [
             (id(p), p.dtype, p.device)
             for module in self.modules

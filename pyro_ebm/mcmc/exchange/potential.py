@@ -41,10 +41,11 @@ from pyro_ebm.models.checks.intractability import (
     NormalizerError,
     moving_normalizers,
 )
+from pyro_ebm.models.over_chains import OverChains, Way, saved_way
 from pyro_ebm.models.provenance import trace_latents
-from pyro_ebm.models.sites.init import latents_of
-from pyro_ebm.ops.arguments import first_line
+from pyro_ebm.models.runs import latents_of
 from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.rows import random_state_put_back
 
 MAX_DOUBLINGS = 60
 
@@ -122,14 +123,15 @@ class ExchangePotential(ModelPotential):
         super().__init__(
             model, args, kwargs, transforms, max_plate_nesting, init_strategy, keep_discrete
         )
-        with starting_points_only(), poutine.block(), eval_mode(self._modules):
-            trace = self._run_in_the_open()
+        with starting_points_only(), poutine.block(), eval_mode(self.modules):
+            trace = self._first_run()
         # each energy at some value of the latents, and the data where they lie in its support
         self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
         self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
-        with self._quiet():
+        with self.evaluating():
             self._check_data()
-        self._draws_vectorize: dict[bool, bool] = {}  # those for tuning, and the others
+        # those for inner chains to adapt to, and the others
+        self._draw_ways: dict[bool, Way | None] = {}
 
     def _choose(self, num_steps: int | None, kernel: Kernel | None) -> dict[str, Auxiliary]:
         discrete = {name: e.support.is_discrete for name, (e, _) in self._examples.items()}
@@ -161,8 +163,7 @@ class ExchangePotential(ModelPotential):
     # -- which sites, and which do not cancel ----------------------------------------------------
 
     def _check_normalizers(self) -> None:
-        settings = (self.model, self.args, self.kwargs, self.init_strategy)
-        moved = moving_normalizers(*settings)
+        moved = moving_normalizers(self.bound)
         if not moved:
             raise ValueError(
                 "there is nothing to exchange: no site of the model has an unknown log Z that"
@@ -171,7 +172,7 @@ class ExchangePotential(ModelPotential):
         for one in moved:
             refuse_parts(one)
         with starting_points_only():
-            trace = trace_latents(*settings)
+            trace = trace_latents(self.bound)
         latents, discrete = set(), set()
         for name, node in latents_of(trace).items():
             (discrete if node["fn"].support.is_discrete else latents).add(name)
@@ -194,7 +195,7 @@ class ExchangePotential(ModelPotential):
 
     def bind_auxiliaries(self, warmup_steps: int) -> None:
         """Forgets what inner chains have learned; the next ``warmup_steps`` draws may adapt."""
-        with self._quiet():
+        with self.evaluating():
             for name, auxiliary in self.auxiliaries.items():
                 auxiliary.bind(*self._examples[name], warmup_steps)
 
@@ -217,28 +218,14 @@ class ExchangePotential(ModelPotential):
         def one(z: Tensor, zero: Tensor, starts: dict[str, Tensor]) -> AuxiliaryDraws:
             return self._draws_of_one(auxiliaries, z, zero, starts, num_steps)
 
-        with self._quiet(), poutine.block():
-            vectorizes = z.shape[0] > 1 and self._can_vectorize(z)
-            known = self._draws_vectorize.get(tuning)
-            if vectorizes and known is not False:
-                try:
-                    draws = vmap(one, randomness="different")(z, zero, starts)
-                    if known or self._agree(z, draws):
-                        self._draws_vectorize[tuning] = True
-                        return draws
-                    reason = "their vectorized density differs from their plain one"
-                except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                    reason = first_line(error)
-                if known is None:
-                    self._draws_vectorize[tuning] = False
-                    warnings.warn(
-                        "the auxiliary draws cannot be vectorized over chains, so they are made"
-                        f" one chain after another, which is slower ({reason})",
-                        stacklevel=2,
-                    )
-            of_each = [{k: start[i] for k, start in starts.items()} for i in range(len(z))]
-            rows = [one(*row) for row in zip(z, zero, of_each, strict=True)]
-            return tree_map(lambda *parts: torch.stack(parts), *rows)
+        drawing = OverChains(one, self._agree, _warn_slow, ("vmap",), randomness="different")
+        drawing.way = self._draw_ways.get(tuning)
+        with self.evaluating(), poutine.block():
+            if self.way in (None, "loop"):
+                return drawing.one_by_one(z, zero, starts)
+            draws = drawing(z, zero, starts)
+        self._draw_ways[tuning] = drawing.way
+        return draws
 
     @torch.no_grad()
     def terms(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
@@ -248,8 +235,8 @@ class ExchangePotential(ModelPotential):
             z: positions, shape ``(chains, dim)``.
             points: the auxiliaries, of each site, shape ``(chains, *rows, *event)``.
         """
-        with self._quiet(), poutine.block():
-            if z.shape[0] > 1 and self._draws_vectorize.get(False):
+        with self.evaluating(), poutine.block():
+            if z.shape[0] > 1 and self._draw_ways.get(False) == "vmap":
                 return vmap(self._terms_of_one)(z, dict(points))
             return self._terms_one_by_one(z, points)
 
@@ -270,7 +257,7 @@ class ExchangePotential(ModelPotential):
 
         It does where it sums out discrete latents, or adds a density for idle elements.
         """
-        return bool(self._summed_out) or bool(self.idle)
+        return bool(self.summed_out) or bool(self.idle)
 
     def _terms_one_by_one(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
         each = [{name: y[i] for name, y in points.items()} for i in range(len(z))]
@@ -280,7 +267,7 @@ class ExchangePotential(ModelPotential):
     def _terms_of_one(
         self, z: Tensor, points: dict[str, Tensor], trace: poutine.Trace | None = None
     ) -> Terms:
-        trace = self._trace_at(z) if trace is None else trace
+        trace = self.trace_at(z) if trace is None else trace
         nodes: Any = trace.nodes
         apart = self._sums_apart
         parts = [surplus_of(nodes[k], _data(nodes[k]), y, apart) for k, y in points.items()]
@@ -306,7 +293,7 @@ class ExchangePotential(ModelPotential):
         starts: Mapping[str, Tensor],
         num_steps: int | None,
     ) -> AuxiliaryDraws:
-        trace, sites = self._trace_at(z), {}
+        trace, sites = self.trace_at(z), {}
         for name, auxiliary in auxiliaries.items():
             node = trace.nodes[name]
             draw = functools.partial(
@@ -316,11 +303,15 @@ class ExchangePotential(ModelPotential):
         points = {name: draw.y for name, draw in sites.items()}
         return AuxiliaryDraws(sites, self._terms_of_one(z, points, trace))
 
-    def _agree(self, z: Tensor, draws: AuxiliaryDraws) -> bool:
-        want = self._terms_one_by_one(z[:2], {name: y[:2] for name, y in draws.points.items()})
+    def _agree(self, draw: Callable[..., AuxiliaryDraws], *args: Any) -> bool:
+        """Whether some draws have the terms that a run of the model gives them."""
+        some = tree_map(lambda x: x[:2], args)
+        with random_state_put_back():
+            draws = draw(*some)
+        wanted = self._terms_one_by_one(some[0], draws.points)
         return all(
-            (((got[:2] - w).abs() <= 1e-3 * (1 + w.abs()) + want.error) | ~w.isfinite()).all()
-            for got, w in zip(draws.terms, want, strict=True)
+            bool((((f - w).abs() <= 1e-3 * (1 + w.abs()) + wanted.error) | ~w.isfinite()).all())
+            for f, w in zip(draws.terms, wanted, strict=True)
         )
 
     # -- inner chains learn ----------------------------------------------------------------------
@@ -350,20 +341,28 @@ class ExchangePotential(ModelPotential):
     def state_dict(self) -> dict[str, Any]:
         """What inner chains have learned, and how draws are made."""
         chains = {name: chain.state_dict() for name, chain in self.inner_chains.items()}
-        vectorize = [self._draws_vectorize.get(tuning) for tuning in (False, True)]
-        return {"inner_chains": chains, "draws_vectorize": vectorize}
+        ways = [self._draw_ways.get(tuning) for tuning in (False, True)]
+        return {"inner_chains": chains, "draws_vectorize": ways}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where another one was, after :meth:`bind_auxiliaries`."""
         for name, chain in self.inner_chains.items():
             chain.load_state_dict(state["inner_chains"][name])
-        known = zip((False, True), state["draws_vectorize"], strict=True)
-        self._draws_vectorize = {tuning: does for tuning, does in known if does is not None}
+        for tuning, way in zip((False, True), state["draws_vectorize"], strict=True):
+            self._draw_ways[tuning] = saved_way(way)
 
     def note(self, draws: AuxiliaryDraws) -> None:
         """Keeps how often the inner chains accepted."""
         for name, chain in self.inner_chains.items():
             chain.acceptance_rate = float(draws.sites[name].accept_prob.mean())
+
+
+def _warn_slow(reason: str, *_: Any) -> None:
+    warnings.warn(
+        "the auxiliary draws cannot be vectorized over chains, so they are made one chain after"
+        f" another, which is slower ({reason})",
+        stacklevel=4,
+    )
 
 
 def _data(node: Any) -> Tensor:

@@ -25,10 +25,13 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.engine.graph_guards import Dependencies
-from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
+from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.mcmc.potentials.model import ModelPotential, lone_energy
+from pyro_ebm.mcmc.potentials.function import FunctionPotential
+from pyro_ebm.mcmc.potentials.lone_energy import lone_energy
+from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.state import Info, State, nothing_moved
+from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.site import Site, sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping, check_number
 from pyro_ebm.ops.steps.metropolis import select
@@ -214,7 +217,9 @@ class Kernel(MCMCKernel):
         """The potential of the model at its arguments, or of the ``potential_fn``."""
         self._restore_params()
         if self.model is not None:
-            lone = self.discrete and lone_energy(self.model, args, kwargs, self.init_strategy)
+            lone = self.discrete and lone_energy(
+                BoundModel(self.model, args, kwargs, self.init_strategy)
+            )
             if lone:
                 return EnergyPotential(lone[1], lone[0])
             return ModelPotential(

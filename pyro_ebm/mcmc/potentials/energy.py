@@ -14,7 +14,8 @@ from pyro_ebm.distributions.checks.rows import check_function
 from pyro_ebm.distributions.core.discrete import BlockGibbs, support_values_of
 from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.potentials.base import Potential, nan_where_singular
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.potentials.singular import nan_where_singular
 from pyro_ebm.models.sites.site import Site
 from pyro_ebm.ops.eval_mode import eval_mode
 
@@ -29,7 +30,7 @@ class EnergyPotential(Potential):
     Args:
         energy: the distribution.
         name: what to call its site.
-        like: a point of the support, which tells dtype and device; else one is drawn.
+        like: a point of the support, of the dtype and device wanted; else one is drawn.
         targets: number of groups, where the batch elements should share their adaptation.
 
     Example:
@@ -60,7 +61,7 @@ class EnergyPotential(Potential):
         super().__init__([site], targets=self._rows if targets is None else targets)
         if not start.is_floating_point():  # as precise as the energy
             self.dtype = torch.promote_types(self.dtype, energy.like.dtype)
-        self._modules = energy.modules
+        self.modules = energy.modules
         if isinstance(self.energy, BlockGibbs):
             self.blocks = self.energy
 
@@ -74,7 +75,7 @@ class EnergyPotential(Potential):
             unconstrained = unconstrained[0]
         x = self.bijection(unconstrained).to(self.sites[0].dtype)  # whole numbers may be indices
         # an energy may be made of distributions, which would raise at a far-out proposal
-        with pyro.validation_enabled(False), eval_mode(self._modules):
+        with pyro.validation_enabled(False), eval_mode(self.modules):
             log_prob = self.energy.unnormalized_log_prob(x)
         if self.bijection is not identity_transform:
             jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
@@ -83,14 +84,14 @@ class EnergyPotential(Potential):
         return -log_prob.reshape(-1).to(z.dtype)
 
     def initial(self, num_chains: int) -> Tensor:
-        """As in every potential, after a look whether chains influence each other.
+        """Starting positions ``(num_chains, dim)``, drawn from the energy.
 
         Raises:
-            ValueError: if they do, or if there is no start.
+            ValueError: if chains influence each other, or none of 100 draws is a start.
         """
         z = super().initial(num_chains)
         some = z[: CHAINS_COMPARED * self._rows].detach()
-        check_function(self, some, 1, self._modules, f"the energy {self.energy!r}", eval_mode=True)
+        check_function(self, some, 1, self.modules, f"the energy {self.energy!r}", eval_mode=True)
         return z
 
     def gibbs_noise(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -114,7 +115,7 @@ class EnergyPotential(Potential):
         return z.reshape(chains, self.dim).to(self.dtype)
 
     def inner_position(self, x: Tensor, what: str, otherwise: str | None = None) -> Tensor:
-        """As :meth:`to_position`, of points that must lie inside the support.
+        """Positions ``(chains, dim)`` of points that must lie inside the support.
 
         Args:
             x: points ``(n, *batch, *event)``.

@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_ebm.files import CheckpointError, random_state, set_random_state
 from pyro_ebm.mcmc.adaptation.warmup import to_device
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.potentials.base import FunctionPotential, Potential
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.mcmc.running.options import Options
 from pyro_ebm.mcmc.running.progress import Bar
 from pyro_ebm.mcmc.running.storage.draws import DrawBuffer, Memory, Store, samples_of, statistics_of
 from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
 from pyro_ebm.mcmc.state import State
+from pyro_ebm.models.over_chains import saved_way
 from pyro_ebm.models.sites.site import Site
 
 
@@ -154,13 +156,12 @@ class VectorizedRun:
                 record.flush()
             tail = {} if in_memory else record.tail()
             records[name] = {"seen": record.seen, "first": record.first, "tail": tail}
-        vectorizes = isinstance(potential, FunctionPotential) and potential._vectorizes
         return {
             "t": self.t,
             "goal": self.goal,
             "state": tree_flatten(self.state)[0],
             "kernel": self.kernel.state_dict(),
-            "vectorizes": vectorizes,
+            "vectorizes": potential.way if isinstance(potential, FunctionPotential) else None,
             "records": records,
             "random": random_state(),
         }
@@ -177,7 +178,7 @@ class VectorizedRun:
         """
         self.t, self.goal = state["t"], state["goal"]
         if isinstance(self.potential, FunctionPotential):
-            self.potential._vectorizes = state["vectorizes"]
+            self.potential.way = saved_way(state["vectorizes"])
         device = self.potential.device
         leaves = [to_device(leaf, device) for leaf in state["state"]]
         here = self.kernel.evaluate(leaves[0])

@@ -13,9 +13,9 @@ from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.potentials.checked_model import CheckedModel
 from pyro_ebm.mcmc.running.options import Runner
 from pyro_ebm.mcmc.running.progress import Bar, cut_short
+from pyro_ebm.models.checks.checked_model import CheckedModel
 from pyro_ebm.models.sites.site import to_support
 
 Params = dict[str, Tensor]

@@ -4,8 +4,8 @@ A chain is right if the potential :math:`U(z)` is a function: the same latents, 
 supports, at every position, and the same value whenever it is evaluated at the same one. Three
 kinds of models break this:
 
-- a latent that only some values of the others bring into the model. Where a kernel does not know
-  of it, it is drawn afresh in each evaluation; where it knows of it in vain, its prior is missing;
+- a latent that only some values of the others bring into the model. Where it is none of a kernel's
+  sites, it is drawn afresh in each evaluation; where it is one in vain, its prior is missing;
 - random numbers inside the model that are no latents: ``torch.randn``, functional dropout, a
   sample statement that a handler hides;
 - state that an evaluation changes and the next one reads: a counter, a running mean.
@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_ebm.distributions.core.wrappers import innermost
-from pyro_ebm.files import random_state, set_random_state
+from pyro_ebm.files import random_state
+from pyro_ebm.models.runs import sample_sites
+from pyro_ebm.ops.rows import random_state_put_back
 
 NUM_REPEATS, NUM_REPEATS_AFTER_DRAWS = 2, 64
 
@@ -130,7 +132,6 @@ def check_repeats(
             ...
         ValueError: the potential is random: evaluated again at the same values, it differs. A ...
     """
-    state = random_state()
     ends: list[Tensor] = []
 
     def noted() -> tuple[Tensor, ...]:
@@ -138,7 +139,7 @@ def check_repeats(
         ends.append(torch.get_rng_state())
         return found
 
-    try:
+    with random_state_put_back():
         if _varies(noted, draws):
             raise ValueError(
                 f"{which()} is random: evaluated again at the same values, it differs. A kernel"
@@ -154,8 +155,6 @@ def check_repeats(
                 " torch.Generator with a seed of its own, or set the seed within"
                 " torch.random.fork_rng()"
             )
-    finally:
-        set_random_state(state)
 
 
 def check_model_repeats(run: Callable[[], poutine.Trace]) -> None:
@@ -187,8 +186,7 @@ def _densities(trace: Any) -> dict[str, Tensor]:
             node["scale"],
             node["mask"],
         )
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
+        for name, node in sample_sites(trace).items()
     }
 
 
@@ -239,12 +237,3 @@ def _comes_and_goes(name: str) -> str:
         " the model is not one density: sample it in front of the branch, which leaves the others'"
         " posterior as it is (where it is not used, it has its prior), and choose by torch.where"
     )
-
-
-__all__ = [
-    "FixedLatents",
-    "check_model_repeats",
-    "check_repeats",
-    "moving_support",
-    "random_part",
-]

@@ -1,20 +1,18 @@
 r"""Is the support of a latent the same wherever the other latents are?
 
-One transform maps a site to the reals for a whole run, so its support must not move. Tensors know
-the latents that their bounds were computed from (:mod:`pyro_ebm.models.provenance`),
-which is a
-suspicion: ``torch.where(mu > 0, 1.0, 1.0)`` comes from ``mu``, and so do the bounds of a
-``Binomial`` that were broadcast against its probability. Bounds are a few numbers, which can be
-compared as they are, without the points that an energy would have to be compared at. So further
-runs at other latents decide: a support moves if its bounds, or its kind, are ever others, and a
-suspected one is taken for fixed if they are the same in all of them.
+One transform maps a site to the reals for a whole run, so its support must not move. Tensors carry
+the latents that they were computed from (:mod:`pyro_ebm.models.provenance`), which is a suspicion:
+``torch.where(mu > 0, 1.0, 1.0)`` comes from ``mu``, and so do the bounds of a ``Binomial`` that
+were broadcast against its probability. Bounds are a few numbers, which can be compared as they are,
+without the points that an energy would have to be compared at. So further runs at other latents
+decide: a support moves if its bounds, or its kind, are ever others, and a suspected one is taken
+for fixed if they are the same in all of them.
 
 A bound that moves only beyond some threshold, as ``1 + (theta - 5).relu()`` does, must not get
 through, so these runs are scattered far (:mod:`pyro_ebm.models.checks.scattered`). What moves
 only beyond that, or in a gap, is missed.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,36 +22,24 @@ from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
 from pyro_ebm.models.checks.intractability import NUM_RERUNS, NUM_RERUNS_AFTER_READS
 from pyro_ebm.models.checks.scattered import scattered_trace
 from pyro_ebm.models.provenance import HostReads, trace_latents
-from pyro_ebm.models.sites.init import latents_of
+from pyro_ebm.models.runs import BoundModel, latents_of
+from pyro_ebm.ops.rows import random_state_put_back
 
 
-def moving_supports(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> dict[str, frozenset[str]]:
+def moving_supports(bound: BoundModel) -> dict[str, frozenset[str]]:
     """The latents whose support moves, and those that move it, as far as is known.
 
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        init_strategy: gives values to the latents of the first run.
-
     Example:
-        >>> from pyro.infer.autoguide.initialization import init_to_uniform
         >>> def model():
         ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
         ...     pyro.sample("u", dist.Uniform(0.0 * b, torch.where(b > 0, 1.0, 1.0)))
         ...     pyro.sample("v", dist.Uniform(0.0, 1 + (b - 5).relu()))
         ...     pyro.sample("w", dist.Uniform(0.0, b.exp().item()))
-        >>> moving_supports(model, (), {}, init_to_uniform)
+        >>> moving_supports(BoundModel(model))
         {'v': frozenset({'b'}), 'w': frozenset({'b'})}
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices), HostReads() as reads:
-        trace = trace_latents(model, args, kwargs, init_strategy)
+    with random_state_put_back(), HostReads() as reads:
+        trace = trace_latents(bound)
     supports = {name: site["fn"].support for name, site in latents_of(trace).items()}
     suspected = {k: get_provenance(tensors_of(s)) - {k} for k, s in supports.items()}
     if not reads.latents and not any(map(tensors_of, supports.values())):
@@ -61,9 +47,9 @@ def moving_supports(
     looks = dict.fromkeys(supports, 0)
     moved = set()
     closely = reads.latents or any(suspected.values())
-    with torch.random.fork_rng(devices):
+    with random_state_put_back():
         for i in range(NUM_RERUNS_AFTER_READS if closely else NUM_RERUNS):
-            rerun = scattered_trace(model, args, kwargs, i)
+            rerun = scattered_trace(bound, i)
             nodes = {} if rerun is None else rerun.nodes
             for name in supports.keys() & nodes.keys():
                 same = _same(supports[name], nodes[name]["fn"].support)
@@ -91,6 +77,3 @@ def _same(first: Any, other: Any) -> bool | None:
         if not torch.allclose(x.double(), y.double(), rtol=100 * eps, atol=100 * eps):
             return False
     return found
-
-
-__all__ = ["moving_supports"]

@@ -24,37 +24,23 @@ there the user's word ``constant_normalizer=True`` waives the check.
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
-from torch.distributions import Independent, MixtureSameFamily, TransformedDistribution
 
 from pyro_ebm.distributions.checks.elbo_guard import register_posterior_check
-from pyro_ebm.distributions.core.introspection import bounds_of
-from pyro_ebm.distributions.core.sampler import starting_points_only
-from pyro_ebm.distributions.core.supports import uniform_start
-from pyro_ebm.distributions.core.wrappers import parts_of
-from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
 from pyro_ebm.models.checks.fixed_density import FixedLatents, check_model_repeats
-from pyro_ebm.models.provenance import (
-    HostReads,
-    OnlyValuesCount,
-    trace_latents,
-    unvalidated_trace,
-)
-from pyro_ebm.ops.eval_mode import called_in_eval_mode
+from pyro_ebm.models.checks.suspects import Key, Suspect, same_values, suspects_at, suspects_of
+from pyro_ebm.models.provenance import HostReads, OnlyValuesCount, trace_latents
+from pyro_ebm.models.runs import BoundModel, latents_of, side_runs
 
 NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
-NUM_PROBES = 4  # further points at which energies are compared
 
 
 class NormalizerError(ValueError):
@@ -89,7 +75,7 @@ def check_normalizers(
             ...
         pyro_ebm....NormalizerError: site 'x': its energy depends on...
     """
-    for moving in moving_normalizers(model, args, kwargs, init_strategy):
+    for moving in moving_normalizers(BoundModel(model, args, kwargs or {}, init_strategy)):
         raise NormalizerError(f"{moving}{_WAYS_OUT}")
 
 
@@ -128,37 +114,26 @@ class MovingNormalizer(NamedTuple):
         )
 
 
-def moving_normalizers(
-    model: Callable[..., Any],
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    init_strategy: Callable[..., Any] = init_to_uniform,
-) -> list[MovingNormalizer]:
+def moving_normalizers(bound: BoundModel) -> list[MovingNormalizer]:
     """The sites whose unknown or learned log Z depends on a latent.
-
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        init_strategy: gives values to the latents, as in Pyro's kernels.
 
     Example:
         >>> def model(x):
         ...     theta = pyro.sample("theta", dist.Gamma(1.0, 1.0))
         ...     pyro.sample("x", UnnormalizedEnergy(lambda x: theta * x**4), obs=x)
-        >>> [(moving.name, moving.parts) for moving in moving_normalizers(model, (torch.ones(()),))]
+        >>> moving = moving_normalizers(BoundModel(model, (torch.ones(()),)))
+        >>> [(each.name, each.parts) for each in moving]
         [('x', {'energy': frozenset({'theta'})})]
     """
-    kwargs, fixed = dict(kwargs or {}), FixedLatents()(model)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    fixed = bound.with_model(FixedLatents()(bound.model))
     reads = HostReads()
-    found: dict[_Key, dict[str, frozenset[str]]] = {}
-    seen: dict[_Key, _Suspect] = {}
-    was_read: set[tuple[_Key, str]] = set()
-    with torch.random.fork_rng(devices), starting_points_only(), called_in_eval_mode():
+    found: dict[Key, dict[str, frozenset[str]]] = {}
+    seen: dict[Key, Suspect] = {}
+    was_read: set[tuple[Key, str]] = set()
+    with side_runs():
         with reads, OnlyValuesCount():
-            tracked = trace_latents(fixed, args, kwargs, init_strategy)
-            suspects = _suspects(tracked)
+            tracked = trace_latents(fixed)
+            suspects = suspects_of(tracked)
             # evaluated now: the next run may overwrite the weights of a module
             first = {key: suspect.evaluate(suspect.points) for key, suspect in suspects.items()}
         for key, parts in first.items():
@@ -166,13 +141,14 @@ def moving_normalizers(
                 if latents := get_provenance(values) - {key[0]}:
                     found.setdefault(key, {})[part] = latents
         if not found:  # else the model is refused already, for a better reason
-            model = fixed
-            _check_repeats(model, args, kwargs, tracked)
+            bound = fixed
+            _check_repeats(bound, tracked)
         unknown = any(not suspect.is_known for suspect in suspects.values())
-        again = reads.latents or (unknown and _has_discrete_latents(tracked))
-        same_data = poutine.replay(model, trace=_subsamples(tracked))
+        discrete = any(site["fn"].support.is_discrete for site in latents_of(tracked).values())
+        again = reads.latents or (unknown and discrete)
+        same_data = poutine.replay(bound.model, trace=_subsamples(tracked))
         for _ in range(NUM_RERUNS_AFTER_READS if again else NUM_RERUNS):
-            others = _suspects(unvalidated_trace(same_data, args, kwargs, init_strategy))
+            others = suspects_of(bound.with_model(same_data).unvalidated_trace())
             seen = {**others, **seen}
             for key in suspects.keys() ^ others.keys():
                 if {**others, **suspects}[key].is_known:  # and may come and go
@@ -182,7 +158,7 @@ def moving_normalizers(
                 now = others[key].evaluate(suspects[key].points)
                 for part, values in first[key].items():
                     known = part in found.get(key, {})
-                    if not known and not _close(values, now[part]):
+                    if not known and not same_values(values, now[part]):
                         found.setdefault(key, {})[part] = reads.latents - {key[0]}
                         was_read.add((key, part))
     seen = {**seen, **suspects}
@@ -199,16 +175,16 @@ def moving_normalizers(
 
 
 def lags(site: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the density at a site is another one in another run, with the same known log Z.
+    """Whether the density at a site differs between two runs, and its known log Z does not.
 
     Args:
         site: a node of a trace.
         other: the same node in another run.
     """
-    for one, two in zip(_suspects_at(site), _suspects_at(other), strict=True):
+    for one, two in zip(suspects_at(site), suspects_at(other), strict=True):
         if one.is_known:
             values = [suspect.evaluate(one.points) for suspect in (one, two)]
-            moved = {p for p in values[0] if not _close(values[0][p], values[1][p])}
+            moved = {p for p in values[0] if not same_values(values[0][p], values[1][p])}
             if not one.follows(dict.fromkeys(moved, frozenset())):
                 return True
     return False
@@ -226,22 +202,15 @@ def _listed(latents: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, latents))) or "a latent"
 
 
-def _check_repeats(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: poutine.Trace
-) -> None:
+def _check_repeats(bound: BoundModel, trace: poutine.Trace) -> None:
     """What differs between runs at the same latents depends on noise, and not on a latent."""
-    values = {
-        name: detach_provenance(cast(Tensor, site["value"]))
-        for name, site in at.nodes.items()
-        if site["type"] == "sample" and (not site["is_observed"] or site_is_subsample(site))
-    }
-    pinned = poutine.trace(poutine.condition(model, values))
+    nodes = {**latents_of(trace), **_subsamples(trace).nodes}
+    values = {name: detach_provenance(site["value"]) for name, site in nodes.items()}
     with (
         pyro.validation_enabled(False),
-        poutine.block(),
         contextlib.suppress(torch.linalg.LinAlgError),  # no density at this start
     ):
-        check_model_repeats(lambda: pinned.get_trace(*args, **kwargs))
+        check_model_repeats(lambda: bound.trace_at(values))
 
 
 def _subsamples(trace: poutine.Trace) -> poutine.Trace:
@@ -251,148 +220,3 @@ def _subsamples(trace: poutine.Trace) -> poutine.Trace:
         if site["type"] != "sample" or not site_is_subsample(site):
             new.remove_node(name)
     return new
-
-
-def _has_discrete_latents(trace: poutine.Trace) -> bool:
-    return any(
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and site["fn"].support.is_discrete
-        for site in trace.nodes.values()
-    )
-
-
-_Key = tuple[str, int]
-
-
-@dataclasses.dataclass
-class _Suspect:
-    """A density with unknown constants, where a site's distribution holds it."""
-
-    name: str
-    energies: tuple[UnnormalizedEnergy, ...]
-    fn: Any
-    """The distribution that is made of them: the energy itself, or a mixture."""
-    points: tuple[Tensor, ...]
-    """Points of the density's support, without provenance: first that of the site."""
-    counted: tuple[Any, ...]
-    """How often the density counts: the scale and the masks around it."""
-
-    @property
-    def state(self) -> str:
-        """What is known of log Z."""
-        energy = self.energies[0]
-        if energy.is_estimated:
-            return "an estimate, made once"
-        return "a constant" if self.is_known else energy.normalizer_state
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there is a log Z, right for the density that it was made for."""
-        return all(energy.is_normalized for energy in self.energies)
-
-    def follows(self, parts: Mapping[str, frozenset[str]]) -> bool:
-        """Whether a known log Z moves with the density, by one latent at least.
-
-        That it moves with all of them is not asked: in a location-scale family it does not.
-        """
-        if not self.is_known or self.energies[0].is_estimated:
-            return False
-        moving = [latents for part, latents in parts.items() if part != "log Z"]
-        if not moving or "log Z" not in parts:
-            return not moving
-        log_z, density = parts["log Z"], frozenset().union(*moving)
-        return not (log_z and density) or bool(log_z & density)
-
-    def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Any]]:
-        """All that the constants may depend on, at fixed points."""
-        density = {
-            "energy": [self._log_density(x) for x in points],
-            "support": [bound for p in self.energies for bound in bounds_of(p.support)],
-        }
-        if self.is_known:  # right however often the density counts
-            return {**density, "log Z": [p.log_normalizer for p in self.energies]}
-        shape = torch.tensor(self.fn.batch_shape + self.fn.event_shape)
-        return {"shape": [shape], **density, "scale or mask": list(self.counted)}
-
-    def _log_density(self, x: Tensor) -> Tensor | None:
-        """None where there is none: at a singular matrix, a point of another shape."""
-        fn, batch_dim = self.fn, x.dim() - len(self.fn.event_shape)
-        if x.shape[batch_dim:] != fn.event_shape or not _fit(x.shape[:batch_dim], fn.batch_shape):
-            return None
-        energy = isinstance(fn, UnnormalizedEnergy)
-        try:
-            return fn.unnormalized_log_prob(x) if energy else fn.log_prob(x)
-        except torch.linalg.LinAlgError:
-            return None
-
-
-def _fit(*shapes: tuple[int, ...]) -> bool:
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _suspects(trace: poutine.Trace) -> dict[_Key, _Suspect]:
-    return {
-        (name, index): suspect
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-        for index, suspect in enumerate(_suspects_at(site))
-    }
-
-
-def _suspects_at(site: Mapping[str, Any]) -> Iterator[_Suspect]:
-    value = detach_provenance(cast(Tensor, site["value"]))
-    yield from _suspects_in(site["name"], site["fn"], value, (site["scale"], site["mask"]))
-
-
-def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[_Suspect]:
-    if isinstance(fn, UnnormalizedEnergy):
-        if fn.constant_normalizer:
-            return
-        if fn.normalized_parts is None:
-            yield _Suspect(name, (fn,), fn, (x, *_probes(fn, x)), counted)
-        for part in fn.rests_on:
-            yield from _suspects_in(name, part, x, counted)
-    elif isinstance(fn, Independent):
-        yield from _suspects_in(name, fn.base_dist, x, counted)
-    elif isinstance(fn, MaskedDistribution):
-        yield from _suspects_in(name, fn.base_dist, x, (*counted, fn._mask))
-    elif isinstance(fn, TransformedDistribution):  # a bijection leaves Z as it is
-        for transform in reversed(fn.transforms):
-            x = detach_provenance(cast(Tensor, transform.inv(x)))
-        yield from _suspects_in(name, fn.base_dist, x, counted)
-    elif energies := [p for p in energies_of(fn) if not p.constant_normalizer]:  # a mixture
-        unknown = tuple(energy for energy in energies if not energy.is_normalized)
-        if unknown:  # its normalizer mixes those of its parts
-            yield _Suspect(name, unknown, fn, (x,), counted)
-            return
-        for part in parts_of(fn):
-            point = fn._pad(x) if isinstance(fn, MixtureSameFamily) else x
-            yield from _suspects_in(name, part, point, counted)
-
-
-def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
-    """Points where chains may start: a threshold may hide a dependence at the data alone."""
-    if x.numel() == 0 or x.is_complex():
-        return []
-    like = x if p.support.is_discrete or x.is_floating_point() else x.to(p.like)
-    return [detach_provenance(uniform_start(p.support, x.shape, like)) for _ in range(NUM_PROBES)]
-
-
-def _close(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(_close_values, a, b))
-
-
-def _close_values(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return a is b
-    a, b = detach_provenance(a), detach_provenance(b)
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    if a.shape != b.shape or not a.is_floating_point():
-        return torch.equal(a, b.to(a.dtype))
-    return torch.allclose(a, b.to(a), rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -1,11 +1,11 @@
 r"""Runs of a model at latents far and wide, which show what it does where hardly any chain starts.
 
-Run :math:`i` of four starts near 0, at draws from the prior, which know the scale of a site, or at
+Run :math:`i` of four starts near 0, at draws from the prior, which have a site's scale, or at
 unconstrained values of one magnitude from .1 to 1,000, with all elements on one side of 0 or on
 both. Values of discrete sites are uniform, so that rare ones have their turn.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.discrete_sites import site_support_values
 from pyro_ebm.models.sites.site import Site
 
@@ -28,22 +29,19 @@ from pyro_ebm.models.sites.site import Site
 _FAR_OUT = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 
 
-def scattered_trace(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], i: int
-) -> poutine.Trace | None:
+def scattered_trace(bound: BoundModel, i: int) -> poutine.Trace | None:
     """Run number ``i`` of a model; None if it raises, as it well may far out.
 
     Example:
-        >>> def model():
-        ...     return pyro.sample("x", dist.Normal(0.0, 1.0))
-        >>> runs = [scattered_trace(model, (), {}, i) for i in range(64)]
+        >>> bound = BoundModel(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> runs = [scattered_trace(bound, i) for i in range(64)]
         >>> bool(max(run.nodes["x"]["value"] for run in runs) > 100)
         True
     """
-    started = InitMessenger(_scattered(i))(model)
+    scattered = InitMessenger(_scattered(i))(bound.model)
     with pyro.validation_enabled(False), poutine.block(), starting_points_only():
         try:
-            return poutine.trace(started).get_trace(*args, **kwargs)
+            return poutine.trace(scattered).get_trace(*bound.args, **bound.kwargs)
         except _FAR_OUT:
             return None
 
@@ -78,15 +76,6 @@ def _init_uniform_discrete(name: str, fn: Any) -> Tensor | None:
     assert support_values is not None
     if not len(support_values):
         return fn()
-    site = Site(
-        name,
-        fn.shape(),
-        support_values.dtype,
-        identity_transform,
-        support_values.device,
-        support_values,
-    )
-    return site.start(1, support_values.dtype).reshape(fn.shape())
-
-
-__all__ = ["scattered_trace"]
+    dtype, device = support_values.dtype, support_values.device
+    site = Site(name, fn.shape(), dtype, identity_transform, device, support_values)
+    return site.start(1, dtype).reshape(fn.shape())

@@ -21,7 +21,6 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -31,10 +30,10 @@ from torch.distributions import (
 )
 from torch.distributions.utils import lazy_property
 
-from pyro_ebm.distributions.core.introspection import tensors_of
+from pyro_ebm.distributions.core.introspection import elementwise, tensors_of
 from pyro_ebm.distributions.core.supports import plain_support
 from pyro_ebm.distributions.core.wrappers import PARTS, VIEWS, layers, unvalidated
-from pyro_ebm.models.sites.init import latents_of
+from pyro_ebm.models.runs import latents_of, sample_sites, value_of
 
 
 class Checked(NamedTuple):
@@ -83,16 +82,14 @@ def what_to_check(
     """Of each site what may become invalid as latents move.
 
     Args:
-        tracked: a run of the model in which tensors know the latents that they come from.
+        tracked: a run of the model in which tensors carry the latents that they come from.
         validated: a run under the user's own validation: a distribution that was told not to
             validate is not checked.
         reads: the latents whose values left the tensors; where there are any, all is checked.
     """
     found = {}
     latents = latents_of(tracked)
-    for name, node in tracked.nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node):
-            continue
+    for name, node in sample_sites(tracked).items():
         fn: Any = node["fn"]
         if name in validated.nodes and _is_told_not_to(validated.nodes[name]["fn"]):
             continue
@@ -120,7 +117,7 @@ def _may_leave(argument: Tensor, constraint: Any, latents: Mapping[str, Any]) ->
     )
 
 
-def invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[str]:
+def _invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[str]:
     """What of a site is invalid, in words."""
     if checked is None:
         return
@@ -131,6 +128,19 @@ def invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[s
                 yield f"the argument {name} of {type(part).__name__} is not in {constraint}"
     if checked.value and not _inside(fn, value).all():
         yield f"the value is not in the support {_support(fn)}"
+
+
+def not_finite_sites(trace: poutine.Trace, checked: Mapping[str, Checked]) -> list[str]:
+    """In words, the sites of a trace whose log density is not finite, and why."""
+    bad: list[str] = []
+    for name, node in sample_sites(trace).items():
+        log_prob = node["fn"].log_prob(node["value"])
+        if not log_prob.isfinite().all():
+            what = "nan" if log_prob.isnan().any() else "infinite"
+            parts = _invalid_parts(node["fn"], value_of(trace, name), checked.get(name))
+            why = "".join(f", as {part}" for part in parts)
+            bad.append(f"the log density of site {name!r} is {what}{why}")
+    return bad
 
 
 def _log_prob(fn: Any, checked: Checked, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -207,11 +217,9 @@ def _own_arguments(fn: Any) -> Iterator[tuple[Any, str, Any]]:
 
 def _shows(constraint: Any) -> bool | None:
     """Whether what is not allowed gives NaN, or an error, by itself; None if it is not known."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
     if constraint is None or constraints.is_dependent(constraint):
         return None
-    return constraint in _SHOW
+    return elementwise(constraint) in _SHOW
 
 
 _SHOW = (constraints.real, constraints.real_vector, constraints.positive_definite)
@@ -219,11 +227,7 @@ _SHOW = (constraints.real, constraints.real_vector, constraints.positive_definit
 
 def _is_within(support: Any, constraint: Any) -> bool:
     """Whether a constraint holds on all of a support, as far as their bounds tell."""
-    parts = []
-    for part in (plain_support(support), constraint):
-        while isinstance(part, constraints.independent):
-            part = part.base_constraint
-        parts.append(part)
+    parts = [elementwise(part) for part in (plain_support(support), constraint)]
     if constraints.simplex in parts:
         return parts[0] is parts[1]
     if not all(isinstance(part, _BOUNDED) for part in parts):
@@ -267,6 +271,3 @@ def _is_told_not_to(fn: Any) -> bool:
     if not Distribution._validate_args:
         return False
     return any(vars(layer).get("_validate_args") is False for layer in layers(fn, VIEWS))
-
-
-__all__ = ["Checked", "Unvalidated", "invalid_parts", "what_to_check"]

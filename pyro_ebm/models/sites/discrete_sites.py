@@ -1,4 +1,4 @@
-"""Discrete sites of a model: which values their variables take, whether gradients see them."""
+"""Discrete sites of a model, and the values that their variables take."""
 
 from collections.abc import Collection
 from typing import Any
@@ -87,10 +87,8 @@ class WithinBounds(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.names:
-            support, x = (
-                elementwise(plain_support(msg["fn"].support)),
-                torch.as_tensor(msg["value"]),
-            )
+            support = elementwise(plain_support(msg["fn"].support))
+            x = torch.as_tensor(msg["value"])
             for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
                 if (end := getattr(support, bound, None)) is not None:
                     x = nearest(x, torch.as_tensor(end).to(x))

@@ -19,6 +19,8 @@ from torch.autograd.functional import jacobian
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.distributions.core.supports import is_unbounded
+
 NUM_POINTS = 8
 NEAR, FAR = 2.0, 20.0
 MAX_DETERMINANT = 50  # columns
@@ -84,9 +86,9 @@ def check_codomain(name: str, transform: Transform) -> None:
         name: of a site.
         transform: from its support to the reals.
     """
-    codomain = _declared(transform, "codomain")
-    if codomain is not None and not _is_real(codomain):
-        way_out = ", such as its inverse, .inv" if _is_real(_declared(transform, "domain")) else ""
+    codomain, domain = _declared(transform, "codomain"), _declared(transform, "domain")
+    if codomain is not None and not is_unbounded(codomain):
+        way_out = ", such as its inverse, .inv" if is_unbounded(domain) else ""
         raise ValueError(
             f"transforms={{{name!r}: {_shown(transform)}}} maps to {codomain}, and is to map site"
             f" {name!r} to the reals: give one that does{way_out}"
@@ -109,7 +111,7 @@ def _objection(transform: Transform, support: Any, x: Tensor) -> str | None:
 def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
     inverse: Any = transform.inv
     codomain, domain = _declared(transform, "codomain"), _declared(transform, "domain")
-    if codomain is not None and not _is_real(codomain):
+    if codomain is not None and not is_unbounded(codomain):
         yield f"it maps to {codomain}"
     to_reals: Any = transform
     like = to_reals(x)
@@ -162,17 +164,11 @@ def _wrong_determinant(inverse: Any, z: Tensor, x: Tensor) -> str | None:
 
 
 def _declared(transform: Transform, name: str) -> Any:
-    """What a transform tells of its domain or codomain; None if it does not."""
+    """The domain or codomain that a transform declares; None if it declares none."""
     try:
         return getattr(transform, name)
     except (NotImplementedError, AttributeError):
         return None
-
-
-def _is_real(constraint: Any) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint in (constraints.real, constraints.real_vector)
 
 
 def _inside(support: Any, x: Tensor) -> bool:
@@ -199,6 +195,3 @@ def _shown(transform: Any) -> str:
     if type(transform).__name__ == "_InverseTransform":
         return f"{inverse!r}.inv"
     return repr(transform)
-
-
-__all__ = ["check_codomain", "check_from_reals", "check_transform"]

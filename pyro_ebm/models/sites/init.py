@@ -1,14 +1,12 @@
-"""Runs of a model that start where an ``init_strategy`` says."""
+"""Where the latents of a model start."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.poutine.util import site_is_subsample
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
@@ -17,58 +15,14 @@ from pyro_ebm.models.sites.discrete_sites import is_integer
 from pyro_ebm.models.sites.latents import support_of, transform_of
 from pyro_ebm.ops.arguments import shown
 
-MAX_TRIES = 20
-
-
-def trace_from_start(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    init_strategy: Callable[..., Any],
-) -> poutine.Trace:
-    """A trace of the model at a start; discrete latents, which have none, are drawn.
-
-    A start at which a matrix of the model is singular is drawn again.
-
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        init_strategy: gives values to the latents, as in Pyro's kernels.
-
-    Example:
-        >>> def model():
-        ...     k = pyro.sample("k", dist.Bernoulli(0.5))
-        ...     return pyro.sample("x", dist.Normal(k, 1.0))
-        >>> from pyro.infer.autoguide.initialization import init_to_median
-        >>> trace_from_start(model, (), {}, init_to_median).nodes["k"]["value"] in (0.0, 1.0)
-        True
-    """
-    run = InitMessenger(started(init_strategy))(model)
-    for _ in range(MAX_TRIES - 1):
-        try:
-            return poutine.trace(run).get_trace(*args, **kwargs)
-        except torch.linalg.LinAlgError:
-            continue
-    return poutine.trace(run).get_trace(*args, **kwargs)
-
 
 def started(init_strategy: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``init_strategy`` that knows what to do where Pyro's have no value for a site.
+    """An ``init_strategy`` that also has values for sites for which one of Pyro's has none.
 
     A site whose distribution cannot be sampled starts uniformly on (-2, 2) before its bijection;
     one without a bijection, at a draw.
     """
     return functools.partial(_start, init_strategy)
-
-
-def latents_of(trace: poutine.Trace) -> dict[str, Any]:
-    """The sites of a trace that are neither observed nor choices of data."""
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
-    }
 
 
 def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
@@ -104,7 +58,7 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
 
 
 class _Restated:
-    """A distribution whose support is told in other words."""
+    """A distribution with an equal support that ``biject_to`` has a bijection for."""
 
     def __init__(self, fn: Any, support: constraints.Constraint):
         self._fn, self.support = fn, support

@@ -10,24 +10,21 @@ from pyro.distributions import (
     SineSkewed,
     constraints,
 )
-from pyro.poutine import Trace
-from torch import Tensor
 from torch.distributions import VonMises, biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.core.supports import plain_support
 from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
-from pyro_ebm.ops.arguments import is_array, shown
 
 
 def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
-    """The support of a latent site, in words that ``biject_to`` knows if there are such.
+    """The support of a latent site, as a constraint that ``biject_to`` has a bijection for if any.
 
     Returns:
-        The support, and whether it is in other words than those of the distribution.
+        The support, and whether it is another object than the distribution's own.
 
     Raises:
-        ValueError: if its distribution does not tell one.
+        ValueError: if its distribution has none.
 
     Example:
         >>> support_of("scale", dist.Wishart(torch.tensor(3.0), torch.eye(2)))
@@ -37,7 +34,7 @@ def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
         support = fn.support  # a new object each time
     except NotImplementedError as error:
         raise ValueError(
-            f"the distribution {type(fn).__name__} of site {name!r} does not tell its support, so"
+            f"the distribution {type(fn).__name__} of site {name!r} has no support, so"
             " no kernel can move it: use another distribution, or give its class a support"
         ) from error
     if isinstance(innermost(fn, VIEWS), VonMises | SineBivariateVonMises | SineSkewed):
@@ -80,32 +77,3 @@ def transform_of(name: str, fn: Any) -> Transform:
             " Transform from the support to the reals (with init_strategy=init_to_value(...), if"
             " the distribution cannot be drawn from)"
         ) from error
-
-
-class DataError(ValueError):
-    """An observed value is no tensor."""
-
-
-def refuse_arrays(trace: Trace) -> None:
-    """Raises a DataError for an observed array or list, which torch's densities do not take."""
-    for name, node in trace.nodes.items():
-        if node["type"] != "sample" or not node["is_observed"]:
-            continue
-        x = node["value"]
-        if not isinstance(x, Tensor) and is_array(x) and getattr(x, "ndim", 1) > 0:
-            raise DataError(
-                f"the data at site {name!r} must be a tensor, got {shown(x)}: use torch.as_tensor"
-            )
-
-
-def without_density(trace: Trace | None) -> str | None:
-    """In words, the first site whose log density could not be computed."""
-    for name, node in trace.nodes.items() if trace is not None else ():
-        if node["type"] == "sample" and "log_prob_sum" not in node:
-            fn, x = node["fn"], node["value"]
-            what = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else shown(x)
-            return (
-                f"site {name!r} has no log density: {type(fn).__name__} of shape"
-                f" {tuple(fn.shape())} cannot compute it, or not at a value of {what}"
-            )
-    return None

@@ -29,6 +29,18 @@ class Site(NamedTuple):
         """Whether its values are whole numbers without fixed bounds, as of a Poisson."""
         return self.support_values is not None and not len(self.support_values)
 
+    def objection(self, values: Tensor) -> str | None:
+        """What values ``(..., size)`` of a discrete site must hold, in words, if they do not."""
+        if self.support_values is None:
+            return None
+        if self.is_unbounded:
+            return None if (values == values.round()).all() else "whole numbers"
+        support_values = self.support_values.to(values)
+        variables = values.reshape(-1, 1, support_values.shape[-1])
+        if (variables == support_values).all(-1).any(-1).all():
+            return None
+        return f"the values {support_values.tolist()} of a discrete site, and holds others"
+
     def start(self, num_chains: int, dtype: torch.dtype) -> Tensor:
         """Random positions ``(num_chains, size)``: uniform on (-2, 2), or on the support values."""
         size = self.shape.numel()

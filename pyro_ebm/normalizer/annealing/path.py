@@ -93,7 +93,7 @@ class AnnealingPath(Potential):
         self.target, self.dtype = target, target.dtype
         if start is not None:
             self.start = start
-        self._modules = target._modules
+        self.modules = target.modules
         device = target.sites[0].device
         self.log_normalizer = torch.as_tensor(log_normalizer, dtype=self.dtype, device=device)
         exact = torch.float32 if device.type == "mps" else torch.float64

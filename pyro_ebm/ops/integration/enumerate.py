@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyro_ebm.internals.functorch import in_transform
+
 MAX_STATES = 2**25
 
 
@@ -149,7 +151,7 @@ def log_sum_over_states(
     if len(chunks) == 1:
         return log_sum(*chunks[0])
     # log sum_s f(s) = log sum_chunks exp(log sum_{s in chunk} f(s))
-    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and not in_transform():
         parts = [
             checkpoint(log_sum, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks
         ]

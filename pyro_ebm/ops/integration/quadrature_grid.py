@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyro_ebm.internals.functorch import in_transform
+
 LogDensity = Callable[[Tensor], Tensor]
 
 REACH = 1e10
@@ -117,7 +119,7 @@ def node_values(log_f: LogDensity, grid: Grid, like: Tensor) -> Tensor:
     chunks = [(i, min(i + step, grid.size)) for i in range(0, grid.size, step)]
     if len(chunks) == 1:
         return rows(*chunks[0])
-    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and not in_transform():
         # what a chunk computed is computed again when gradients flow back
         return torch.cat([checkpoint(rows, *chunk, use_reentrant=False) for chunk in chunks])
     return torch.cat([rows(*chunk) for chunk in chunks])

@@ -43,7 +43,7 @@ class BlockPotential(Potential):
             [part for site, part in zip(whole.sites, columns, strict=True) if site.name in names]
         )
         self.rest = torch.empty(0, whole.dim)
-        self._modules = getattr(whole, "_modules", ())
+        self.modules = whole.modules
 
     def hold(self, z: Tensor) -> None:
         """Takes whole positions; in place, since a captured graph refers to this very tensor."""

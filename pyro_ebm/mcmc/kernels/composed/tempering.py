@@ -50,7 +50,7 @@ class TemperedPotential(Potential):
         super().__init__(whole.sites, whole.targets * len(betas))
         self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
         self.betas = betas
-        self._modules = getattr(whole, "_modules", ())
+        self.modules = whole.modules
         if whole.blocks is not None and whole.blocks.supports_tempering:
             self.blocks = whole.blocks
 

@@ -4,17 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import init_to_uniform
 
-from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.models.checks.fixed_density import FixedLatents, moving_support
 from pyro_ebm.models.checks.fixed_supports import moving_supports
 from pyro_ebm.models.checks.validity import Unvalidated, what_to_check
 from pyro_ebm.models.provenance import HostReads, trace_latents
-from pyro_ebm.models.sites.init import trace_from_start
-from pyro_ebm.ops.eval_mode import called_in_eval_mode
+from pyro_ebm.models.runs import BoundModel, side_runs
 
 
 class CheckedModel:
@@ -49,21 +45,15 @@ class CheckedModel:
     ):
         self.model = model
         self.__name__ = getattr(model, "__name__", type(model).__name__)
-        settings = (model, args, kwargs, init_to_uniform)
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with (
-            torch.random.fork_rng(devices),
-            starting_points_only(),
-            called_in_eval_mode(),
-            poutine.block(),
-        ):
+        bound = BoundModel(model, args, kwargs)
+        with side_runs():
             try:
-                validated = trace_from_start(*settings)
+                validated = bound.trace()
             except ValueError:  # at an unlucky start
                 validated = poutine.Trace()
             with HostReads() as reads:
-                tracked = trace_latents(*settings)
-            for name, latents in moving_supports(*settings).items():
+                tracked = trace_latents(bound)
+            for name, latents in moving_supports(bound).items():
                 if not tracked.nodes[name]["fn"].support.is_discrete:
                     raise ValueError(moving_support(name, str(sorted(latents) or "another latent")))
         self._rejects = rejects
@@ -78,8 +68,5 @@ class CheckedModel:
             run = handler(run)
         if not self._rejects:
             return run(*args, **kwargs)
-        with pyro.validation_enabled(False):  # which a worker process has not heard of
+        with pyro.validation_enabled(False):  # a worker process starts with it
             return run(*args, **kwargs)
-
-
-__all__ = ["CheckedModel"]

@@ -1,0 +1,47 @@
+"""The compilers of torch: ``inductor``, which makes machine code, and ``dynamo`` in front of it.
+
+Relies on ``torch._inductor.compile``, which takes a graph and no guards, and on the settings of
+``torch._dynamo``. Both take seconds to import, and are imported when they are used.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_ebm.internals.lookup import internal
+
+
+def compile_unguarded(graph: GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph as machine code, for inputs that lie in memory as these do.
+
+    No call looks at its arguments' layouts: the caller has.
+    """
+    compiler = internal("torch._inductor", "compile", "to compile a graph")
+    return compiler(graph, arguments, {"size_asserts": False})
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Lets what is under ``torch.compile`` run as it was written: the same values, no compiler.
+
+    For evaluations that the compiler has no code for (second derivatives, ``vmap``, a capture), and
+    for those that look at what a function does, whose means it would take for a part of that.
+
+    Example:
+        >>> square = torch.compile(torch.square)
+        >>> with as_written():
+        ...     square(torch.tensor(3.0))
+        tensor(9.)
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        yield
+        return
+    settings = internal("torch._dynamo", "config", "to run compiled networks as written")
+    nested = settings.patch(error_on_nested_fx_trace=False)
+    with torch.compiler.set_stance("force_eager"), nested:
+        yield

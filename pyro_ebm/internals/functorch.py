@@ -1,0 +1,44 @@
+"""Tensors inside the transforms of ``torch.func``: ``vmap``, ``grad``.
+
+Relies on ``is_functorch_wrapped_tensor``, which tells a tensor that stands for many from a plain
+one; on ``_are_functorch_transforms_active``; on the getter of ``Tensor.data``, which a function
+mode sees in place of a name; and on the key of a tensor's memory.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ebm.internals.lookup import internal
+
+_is_wrapped = internal(
+    "torch._C._functorch", "is_functorch_wrapped_tensor", "to see which tensors vmap maps"
+)
+_are_active = internal(
+    "torch._C", "_are_functorch_transforms_active", "to see whether a function is being mapped"
+)
+_data: Any = internal("torch._C", "TensorBase.data", "to map functions that read x.data")
+GET_DATA: Any = _data.__get__
+"""What a function mode is given where ``x.data`` is read."""
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor stands for many, within ``vmap``, or is differentiated, within ``grad``.
+
+    Example:
+        >>> seen = []
+        >>> _ = torch.vmap(lambda x: seen.append(is_wrapped(x)) or x)(torch.ones(2))
+        >>> seen, is_wrapped(torch.ones(2))
+        ([True], False)
+    """
+    return _is_wrapped(x)
+
+
+def in_transform() -> bool:
+    """Whether this code runs within a transform of ``torch.func``."""
+    return _are_active()
+
+
+def memory_key(x: Tensor) -> int:
+    """A number that tensors share if they are views of the same memory."""
+    return x.untyped_storage()._cdata

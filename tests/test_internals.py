@@ -1,0 +1,166 @@
+"""What pyro_ebm relies on of torch and Pyro beyond their public interfaces."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
+from torch.nn.parallel import DistributedDataParallel
+
+import pyro_ebm
+from pyro_ebm.internals import compilers, data_parallel, functorch, pyro_runtime, recurrent, tracing
+from pyro_ebm.internals.lookup import internal
+
+PACKAGE = Path(pyro_ebm.__file__).parent
+
+# module of ours that relies on it, where it lies, its name
+RELIED_ON = [
+    (functorch, "torch._C._functorch", "is_functorch_wrapped_tensor"),
+    (functorch, "torch._C", "_are_functorch_transforms_active"),
+    (tracing, "torch.fx.experimental.proxy_tensor", "make_fx"),
+    (tracing, "torch.fx.experimental.proxy_tensor", "get_proxy_mode"),
+    (tracing, "torch.fx.experimental.proxy_tensor", "has_proxy_slot"),
+    (tracing, "torch._guards", "tracing"),
+    (tracing, "torch._guards", "TracingContext"),
+    (tracing, "torch._subclasses.fake_tensor", "FakeTensorMode"),
+    (tracing, "torch._ops", "OpOverload"),
+    (recurrent, "torch._decomp.decompositions", "gather_params"),
+    (recurrent, "torch._decomp.decompositions", "_rnn_helper"),
+    (recurrent, "torch._decomp.decompositions", "one_layer_lstm"),
+    (recurrent, "torch._decomp.decompositions", "gru_impl"),
+    (recurrent, "torch._decomp.decompositions", "rnn_relu_input"),
+    (recurrent, "torch._decomp.decompositions", "rnn_tanh_input"),
+    (pyro_runtime, "pyro.poutine.runtime", "_PYRO_STACK"),
+    (pyro_runtime, "pyro.ops.special", "_SafeLog"),
+]
+
+
+@pytest.mark.parametrize(
+    ("ours", "module", "name"), RELIED_ON, ids=[f"{m}.{n}" for _, m, n in RELIED_ON]
+)
+def test_a_version_that_lacks_it_is_told_in_a_sentence(ours, module, name, monkeypatch):
+    internal(module, name, "here")  # raises the sentence if this version lacks it
+    with monkeypatch.context() as patch:
+        patch.delattr(importlib.import_module(module), name)
+        library, version = module.partition(".")[0], importlib.import_module(module[:5].rstrip("."))
+        wanted = f"{library} {re.escape(version.__version__)} has no {module}.{name}, which"
+        with pytest.raises(ImportError, match=f"{wanted} pyro_ebm uses to .*: install a version"):
+            exec(compile(Path(ours.__file__).read_text(), ours.__file__, "exec"), {})
+
+
+def test_what_is_imported_late():
+    for module, name in (("torch._inductor", "compile"), ("torch._dynamo", "config")):
+        internal(module, name, "here")
+    assert hasattr(torch._dynamo.config, "error_on_nested_fx_trace")
+
+
+def test_ddp():
+    assert callable(DistributedDataParallel._get_active_ddp_module)
+    assert data_parallel.active_data_parallel() is None
+
+
+def test_no_other_file_relies_on_internals():
+    private = re.compile(
+        r"torch\._(?!_)\w+|torch\.fx\.experimental|torch\.\S*functorch|_PYRO_STACK|_get_active_ddp"
+        r"|_SafeLog\b.*=|\._pyro_samples|\._pyro_context|\._cdata"
+    )
+    allowed = PACKAGE / "internals"
+    for path in PACKAGE.rglob("*.py"):
+        if allowed in path.parents:
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found = private.search(line)
+            assert not found, f"{path.relative_to(PACKAGE)}:{number} uses {found.group()}"
+
+
+# -- what they do ------------------------------------------------------------------------------
+
+
+def test_mapped_tensors():
+    seen = []
+
+    def look(x):
+        seen.append((functorch.is_wrapped(x), functorch.in_transform()))
+        return x
+
+    torch.vmap(look)(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [(True, True), (False, False)]
+
+
+def test_views_share_a_key():
+    x = torch.zeros(3)
+    assert functorch.memory_key(x[1:]) == functorch.memory_key(x)
+    assert functorch.memory_key(x.clone()) != functorch.memory_key(x)
+
+
+def test_captures():
+    seen = []
+
+    def function(x):
+        seen.append((tracing.is_capturing(), tracing.is_followed(x)))
+        return [x.sin() + 1]
+
+    graph = tracing.capture(function, {}, [torch.zeros(2)])
+    assert seen == [(True, True)]
+    assert not tracing.is_capturing()
+    assert not tracing.is_followed(torch.zeros(2))
+    torch.testing.assert_close(graph(torch.ones(2)), [torch.ones(2).sin() + 1])
+    assert {tracing.namespace(node) for node in graph.graph.nodes} == {None, "aten"}
+
+
+def test_captures_with_another_operation():
+    replaced = {torch.ops.aten.sin.default: torch.cos}
+    graph = tracing.capture(lambda x: [x.sin()], replaced, [torch.zeros(2)])
+    torch.testing.assert_close(graph(torch.ones(2)), [torch.ones(2).cos()])
+
+
+def test_what_is_compiled_runs_as_written():
+    seen = []
+
+    @torch.compile(backend="eager")
+    def function(x):
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    with compilers.as_written():
+        function(torch.zeros(()))
+    assert seen == [False]
+
+
+def test_svi_is_seen():
+    seen = []
+
+    def model():
+        seen.append(pyro_runtime.in_svi_step())
+        pyro.param("p", torch.zeros(()))
+        pyro.factor("f", pyro.param("p"))
+
+    poutine.trace(model).get_trace()
+    svi = pyro.infer.SVI(model, lambda: None, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
+    svi.step()
+    assert seen == [False, True]
+    (identity,) = pyro_runtime.parameter_identities()
+    assert identity == id(pyro.get_param_store()._params["p"])
+
+
+def test_random_weights():
+    module = PyroModule()
+    module.weight = PyroSample(pyro.distributions.Normal(0.0, 1.0))
+    assert pyro_runtime.with_random_weights([module, PyroModule(), torch.nn.Linear(1, 1)]) == [
+        module
+    ]
+    with poutine.trace() as tracer, pyro_runtime.weights_are_samples(module):
+        _ = module.weight
+    assert list(tracer.trace.nodes) == ["weight"]
+
+
+def test_the_safe_logarithm_is_put_back():
+    before = pyro.ops.special._SafeLog
+    with pyro_runtime.safe_log_replaced(torch.autograd.Function):
+        assert pyro.ops.special._SafeLog is torch.autograd.Function
+    assert pyro.ops.special._SafeLog is before
