@@ -1,7 +1,7 @@
-"""Measurements. Each question is a file that can be run alone; ``__main__`` asks them all.
+"""Measurements. Each question is a file that can be run alone; ``__main__`` runs them all.
 
 A question (:mod:`tests.benchmarks.harness`) measures rows, contestants taking turns over several
-rounds, and tells them as a readable table, as JSON with settings, versions and seeds, as pictures,
+rounds, and shows them as a readable table, as JSON with settings, versions and seeds, as pictures,
 and as its own section of a page. A new one is a file that ends in a ``QUESTION`` and a name in
 ``__main__.NAMES``.
 
