@@ -1,1 +1,4 @@
-"""The steps of Markov chains as formulas: Langevin, leapfrog, Metropolis, preconditioning."""
+"""Steps of samplers on flat positions ``(chains, dim)``.
+
+Langevin and leapfrog steps, the Metropolis test, and preconditioning by a mass matrix.
+"""
