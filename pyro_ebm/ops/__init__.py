@@ -1,7 +1,7 @@
-"""Pure batched tensor functions: no Pyro, no state.
+"""Functions of batched tensors, without Pyro and without state.
 
-Every function here maps tensors to tensors and is the one place where its formula is written.
-Samplers, losses and estimators of the other rooms all call these.
+Each formula stands here once, for the kernels, losses and estimators of the other wings: scores,
+steps of samplers, integrals, and checks of arguments and of the rows of a batch.
 """
 
 from pyro_ebm.ops.integration.quadrature import log_integral

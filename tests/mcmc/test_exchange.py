@@ -80,11 +80,11 @@ def check_ising(coupling, aligned, num_inner_steps, chains, samples):
 
 
 def test_ising_with_few_aligned_edges():
-    check_ising(0.05, 0.525, num_inner_steps=15, chains=40, samples=150)
+    check_ising(0.05, 0.525, num_inner_steps=15, chains=80, samples=75)
 
 
 def test_ising_with_many_aligned_edges():
-    check_ising(0.45, 0.825, num_inner_steps=80, chains=40, samples=100)
+    check_ising(0.45, 0.825, num_inner_steps=80, chains=80, samples=50)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ INNER = {
 @pytest.mark.parametrize("inner", INNER)
 def test_the_conjugate_posterior(inner):
     kernel = ExchangeKernel(precision, **INNER[inner])
-    theta = draws_of(kernel, "theta", DATA, chains=100, samples=150, warmup=100)
+    theta = draws_of(kernel, "theta", DATA, chains=200, samples=75, warmup=100)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
     quantiles = torch.tensor([0.1, 0.5, 0.9])
     points = theta.flatten().quantile(quantiles.double())
@@ -193,7 +193,7 @@ def two_sites(known):
 
 def test_two_energy_sites_and_an_ordinary_one():
     kernel = ExchangeKernel(two_sites, num_inner_steps=12)
-    exchange = run(kernel, False, chains=100, samples=150, warmup=100)
+    exchange = run(kernel, False, chains=200, samples=75, warmup=100)
     known = run(LangevinKernel(two_sites), True, chains=100, samples=150)
     found = []
     for mcmc in (exchange, known):
@@ -268,7 +268,7 @@ FORMS = {
 def test_the_conjugate_posterior_in_other_forms(form):
     model, x, settings = FORMS[form]
     kernel = ExchangeKernel(model, **settings)
-    theta = draws_of(kernel, "theta", x, chains=100, samples=150, warmup=100)
+    theta = draws_of(kernel, "theta", x, chains=200, samples=75, warmup=100)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 

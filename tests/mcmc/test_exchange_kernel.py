@@ -67,7 +67,7 @@ def test_longer_inner_chains_show_the_bias_of_short_ones():
 
 def test_long_inner_chains_show_none():
     kernel = ExchangeKernel(precision, num_inner_steps=12, inner_kernel=LangevinKernel())
-    mcmc = run(kernel, DATA, chains=100, samples=50, warmup=100)
+    mcmc = run(kernel, DATA, chains=200, samples=25, warmup=50)
     report = inner_steps_report(mcmc, factor=2)
     assert report.largest < 4.5
     assert kernel.inner_steps_factor == 1  # the user's kernel is as it was
