@@ -1,1 +1,5 @@
-"""What a Pyro model says of itself: its latent sites, and whether it is one fixed density."""
+"""A Pyro model as a density of its latent sites.
+
+Which sites there are and where they start, which tensors depend on which latents, how all chains
+are evaluated at once, and checks that the model is one fixed density.
+"""

@@ -1,1 +1,5 @@
-"""What a model must fulfil to be sampled: one fixed density, fixed supports, no hidden log Z."""
+"""Checks of a model before it is sampled.
+
+No latent moves an unknown log Z, the density is a function of the latents, and supports and
+arguments are valid.
+"""

@@ -1,1 +1,5 @@
-"""Latent sites: their supports and transforms, and where they start."""
+"""The latent sites of a model.
+
+Their shapes and supports, the transforms to unconstrained coordinates, their starting values, and
+which of them are discrete.
+"""

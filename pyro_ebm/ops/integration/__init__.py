@@ -1,5 +1,4 @@
-"""Integrals and sums of unnormalized densities.
+"""Integrals and sums over all states.
 
-Quadrature over one or two dimensions, enumeration of discrete states, and line integrals of
-gradients.
+Quadrature in one and two dimensions, sums over finite sets, and integrals along a line.
 """
