@@ -124,8 +124,8 @@ class UnnormalizedEnergy(NormalizableDensity):
         ...
         ...     def sample(self, sample_shape=()):  # (x / s)^4 is Gamma(1/4, 1), the sign a coin
         ...         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        ...         size = dist.Gamma(0.25, 1.0).sample(shape).pow(0.25)
-        ...         return self.scale.detach() * size * (2 * torch.rand(shape).round() - 1)
+        ...         size = dist.Gamma(self.like.new_tensor(0.25), 1.0).sample(shape).pow(0.25)
+        ...         return self.scale.detach() * size * (2 * torch.rand_like(size).round() - 1)
         >>> p = Quartic(torch.tensor([1.0, 2.0]))
         >>> p
         Quartic(event_shape=(2,), log_normalizer=known)

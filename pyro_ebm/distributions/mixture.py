@@ -35,8 +35,7 @@ def mixture(
 ) -> "Mixture":
     r"""A mixture of densities: what one of the components allows.
 
-    .. math:: p(x) = \sum_k w_k\, p_k(x), \qquad
-              E(x) = -\log \sum_k e^{\log w_k + \log h_k(x) - E_k(x) - \log Z_k}
+    .. math:: p(x) = \sum_k w_k\, p_k(x)
 
     That :math:`w_k` is the share of component :math:`k` takes normalized components, and then
     :math:`\log Z = 0`. With ``unnormalized_weights`` the weights multiply
@@ -150,29 +149,16 @@ class Mixture(UnnormalizedEnergy):
             self.normalized_parts = self.components
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws of components picked by their shares; last states of chains if these are unknown.
+        """Draws of components picked by their shares; the ends of chains if these are unknown.
 
         ``sample_with_diagnostics`` runs chains in any case.
-
-        Args:
-            sample_shape: how many points.
-
-        Returns:
-            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``, detached.
         """
         if not self._has_shares:
             return super().sample(sample_shape)
         return self._picked([p.sample for p in self._expanded()], sample_shape)
 
     def starting_points(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Where chains start: where those of the components do, in proportion to the weights.
-
-        Args:
-            sample_shape: how many points.
-
-        Returns:
-            Points of the support, shape ``(*sample_shape, *batch_shape, *event_shape)``.
-        """
+        """Where chains start: where those of the components do, in proportion to the weights."""
         starts = [getattr(p, "starting_points", p.sample) for p in self._expanded()]
         return self._picked(starts, sample_shape)
 

@@ -1,16 +1,8 @@
-r"""Energies combined: products and mixtures of densities, tempered densities, contrasts.
+r"""Products and ratios of densities: energies that add up.
 
-Energies add where densities multiply (a *product of experts*: what all parts allow), and a soft
-minimum of energies is a mixture (what one part allows):
+.. math:: \prod_i p_i(x)^{c_i} \propto \Big[ \prod_i h_i(x)^{c_i} \Big] e^{-\sum_i c_i E_i(x)}
 
-.. math::
-
-    p_1(x)\, p_2(x) \propto h_1(x) h_2(x)\, e^{-E_1(x) - E_2(x)}, \qquad
-    \sum_k w_k\, p_k(x) = e^{-E(x)}, \quad
-    E = -\log \sum_k e^{\log w_k + \log h_k - E_k - \log Z_k} .
-
-A product needs no normalizer of its parts; its own does not follow from theirs. A mixture needs
-all of them: a weight is the share of its component only where the component is normalized.
+Such a density needs no normalizer of its parts; its own does not follow from theirs.
 
 Bases multiply as the densities do. One of them stays the ``base`` of the result, where chains
 start, and the log densities of the others become terms of its energy. An ordinary distribution is

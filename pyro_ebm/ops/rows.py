@@ -142,6 +142,3 @@ def buffers_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
             if not torch.equal(buffer, before):
                 with torch.no_grad():
                     buffer.copy_(before)
-
-
-__all__ = ["buffers_put_back", "random_state_put_back", "rows_interact"]

@@ -1,5 +1,6 @@
 """What every energy of the package owes to Pyro, whatever its family: a new one is a new line."""
 
+import math
 import pickle
 
 import pyro
@@ -17,6 +18,7 @@ from pyro_ebm.distributions import (
     GaussianRBM,
     Potts,
     lattice_edges,
+    log_normalizer_by_quadrature,
 )
 from pyro_ebm.mcmc.short_run import default_kernel
 
@@ -35,6 +37,26 @@ def layers(dtype):
 
 def ising(dtype):
     return BoltzmannMachine(torch.tensor(0.3, dtype=dtype), edges=lattice_edges(2, 3))
+
+
+class Quartic(UnnormalizedEnergy):
+    """A distribution of a user's own: the recipe in the docstring of the base class."""
+
+    normalized_parts = ()
+
+    def __init__(self, scale, **kwargs):
+        self.scale = scale
+        log_z = (scale.log() + math.log(2.0) + math.lgamma(1.25)).sum(-1)
+        event, batch = scale.shape[-1:], scale.shape[:-1]
+        super().__init__(None, event, batch_shape=batch, log_normalizer=log_z, **kwargs)
+
+    def _energy(self, x):
+        return (x / self.scale).pow(4).sum(-1)
+
+    def sample(self, sample_shape=()):
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        size = dist.Gamma(self.like.new_tensor(0.25), 1.0).sample(shape).pow(0.25)
+        return self.scale.detach() * size * (2 * torch.rand_like(size).round() - 1)
 
 
 # each makes a member whose parameters have the dtype
@@ -67,6 +89,7 @@ MEMBERS = {
     "negation": lambda d: negation(
         dist.Normal(torch.zeros((), dtype=d), 1.0), dist.Normal(torch.ones((), dtype=d), 2.0), 0.5
     ),
+    "own": lambda d: Quartic(torch.tensor([1.0, 2.0], dtype=d)),
     "tempered": lambda d: ising(d).tempered(0.5),
 }  # fmt: skip
 PICKLED = [name for name in MEMBERS if name != "boolean"]  # whose energy is a lambda
@@ -179,3 +202,14 @@ def test_repr_and_wrong_points(name):
     if p.event_dim:
         with pytest.raises(ValueError, match=r"must end in event_shape=\(.*\), got shape \(2, 7\)"):
             p.energy(torch.zeros(2, 7))
+
+
+def test_a_distribution_of_ones_own_is_normalized_whatever_moves_it():
+    scale = torch.tensor([1.0, 2.0], requires_grad=True)
+    p, x = Quartic(scale), torch.randn(5, 2)
+    assert not p.lags(x)
+    one = Quartic(torch.tensor([1.5], dtype=torch.float64))
+    torch.testing.assert_close(log_normalizer_by_quadrature(one), one.log_normalizer)
+    torch.manual_seed(0)
+    moments = one.sample((100_000,)).pow(4) / one.scale**4  # of Gamma(1/4, 1): 1/4, sd 1/2
+    assert abs(moments.mean() - 0.25) < 5 * 0.5 / 100_000**0.5

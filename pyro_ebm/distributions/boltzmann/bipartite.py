@@ -216,13 +216,8 @@ class MarginalLayers(TwoLayers):
     ) -> Tensor:
         r"""New visible units: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
 
-        Args:
-            x: visible units, shape ``(*sample, *batch, n)``.
-            noise: what ``gibbs_noise`` gave.
-            beta: must be None.
-
         Raises:
-            ValueError: for any other ``beta``.
+            ValueError: if ``beta`` is not None.
         """
         if beta is not None:
             raise ValueError(

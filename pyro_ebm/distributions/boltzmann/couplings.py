@@ -140,6 +140,3 @@ def _largest(matrix: Tensor, on_diagonal: bool = False) -> tuple[list[int], floa
         size = torch.diag_embed(size.diagonal(0, -2, -1))
     place = torch.unravel_index(size.argmax(), size.shape)
     return [int(i) for i in place], float(size.max())
-
-
-__all__ = ["check_symmetric", "floating", "interactions"]

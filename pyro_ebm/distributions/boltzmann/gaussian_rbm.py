@@ -127,14 +127,7 @@ class GaussianRBM(MarginalLayers):
         return affine(z, self.weights.mT, self.visible_bias)
 
     def visible_given(self, z: Tensor) -> Independent:
-        r"""The visible units given the hidden ones, :math:`N(b + W z, s^2)`: independent.
-
-        Args:
-            z: hidden units, shape ``(*sample, *batch, m)``.
-
-        Returns:
-            A normal distribution over events of shape ``(n,)``.
-        """
+        r"""The visible units given the hidden ones, :math:`N(b + W z, s^2)`: independent."""
         mean = self.visible_mean(self.hidden_units(z))
         return Normal(mean, self.scale, validate_args=self._validate_args).to_event(1)
 
@@ -171,14 +164,7 @@ class GaussianRBM(MarginalLayers):
         return mixture.expand(self.batch_shape)
 
     def starting_points(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        r"""Where chains start: :math:`x \sim p(x \mid z)` at hidden units that are fair coins.
-
-        Args:
-            sample_shape: how many points.
-
-        Returns:
-            Points, shape ``(*sample_shape, *batch_shape, n)``.
-        """
+        r"""Where chains start: :math:`x \sim p(x \mid z)` at hidden units that are fair coins."""
         shape = torch.Size(sample_shape) + self.batch_shape + (self.num_hidden,)
         with torch.no_grad():
             return self.visible_given(self._uniform(shape).round()).sample()

@@ -375,14 +375,3 @@ def _check_edges(edges: np.ndarray, num_sites: int) -> None:
             f"edges must hold each pair once, but [{row}] and [{again}] are both the pair"
             f" {tuple(np.sort(edges[row]).tolist())}: add their couplings, and keep one"
         )
-
-
-__all__ = [
-    "CompleteGraph",
-    "InteractionGraph",
-    "Pairs",
-    "colour_sites",
-    "complete_graph",
-    "graph_of",
-    "lattice_edges",
-]

@@ -51,15 +51,11 @@ class PairwiseEnergy(EnumeratedEnergy):
     included, is here.
 
     Args:
-        couplings: :math:`J`, in one of these forms.
-
-            * With ``edges``, one for each edge, shape ``(*batch, E)``; or one for all, a number, a
-              scalar, or shape ``(*batch, 1)``. Memory is proportional to the edges.
-            * Without, a symmetric matrix, shape ``(*batch, n, n)``, its diagonal 0; its gradient is
-              symmetric too. Or such a matrix as a sparse COO tensor, shape ``(n, n)``.
+        couplings: :math:`J`, with ``edges`` one for each or one for all, without a symmetric
+            matrix, in the forms of :class:`~pyro_ebm.distributions.BoltzmannMachine`.
         bias: :math:`b`, shape ``(*batch, n, b)``, or ``(*batch, 1, b)`` for one at all sites; 0 by
             default.
-        edges: pairs of sites, shape ``(E, 2)``, each pair once, such as ``lattice_edges(10, 10)``.
+        edges: pairs of sites, shape ``(E, 2)``, each pair once.
         num_sites: n, by default the bias's, else one more than the largest site of an edge.
         values: the constraint of one site: its support values are those of
             :func:`~pyro_ebm.distributions.core.discrete.support_values_of`.
@@ -159,11 +155,7 @@ class PairwiseEnergy(EnumeratedEnergy):
         return self._points(fields.index_select(-2, pairs.order.argsort()) + self._bias)
 
     def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The uniforms of a sweep, one for each site.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-        """
+        """The uniforms of a sweep, one for each site."""
         shape = self._vectors(self.broadcast(x)).shape[:-1]
         # at least float32: the uniforms of bfloat16 are multiples of 2^-8
         dtype = torch.promote_types(self.couplings.dtype, torch.float32)
@@ -176,14 +168,6 @@ class PairwiseEnergy(EnumeratedEnergy):
         r"""Every site drawn anew given the others, one colour after the other.
 
         .. math:: p(s_i = c \mid \text{rest}) \propto e^{\beta \langle c, f_i \rangle}
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-            noise: what :meth:`gibbs_noise` gave.
-            beta: inverse temperatures that broadcast with ``(*sample, *batch)``; None is 1.
-
-        Returns:
-            Points, of the shape of ``x``.
         """
         s, pairs = self._vectors(self.broadcast(x)), self.pairs
         sizes = [len(sites) for sites in pairs.blocks]
@@ -253,9 +237,7 @@ class PairwiseEnergy(EnumeratedEnergy):
     # -- other temperatures --------------------------------------------------------------------
 
     def tempered(self, beta: Tensor | float) -> Self:
-        r"""The density at the inverse temperature :math:`\beta`: all parameters times that.
-
-        .. math:: p_\beta(s) \propto e^{-\beta E(s)}
+        r"""The density :math:`\propto e^{-\beta E(s)}`: all parameters times :math:`\beta`.
 
         Args:
             beta: a number, or a tensor that broadcasts with the batch. At 0 all states are alike,

@@ -26,12 +26,8 @@ class Potts(PairwiseEnergy):
     Labels become points by ``torch.nn.functional.one_hot(labels, q).float()``.
 
     Args:
-        couplings: :math:`J`, in one of these forms.
-
-            * With ``edges``, one for each edge, shape ``(*batch, E)``; or one for all, a number, a
-              scalar, or shape ``(*batch, 1)``. Memory is proportional to the edges.
-            * Without, a symmetric matrix, shape ``(*batch, n, n)``, its diagonal 0; its gradient is
-              symmetric too. Or such a matrix as a sparse COO tensor, shape ``(n, n)``.
+        couplings: :math:`J`, with ``edges`` one for each or one for all, without a symmetric
+            matrix, in the forms of :class:`~pyro_ebm.distributions.BoltzmannMachine`.
         field: :math:`h`, shape ``(*batch, n, q)``, or ``(q,)`` or ``(*batch, 1, q)`` for one at all
             sites; 0 by default.
         edges: pairs of sites, shape ``(E, 2)``, each pair once, such as ``lattice_edges(6, 6)``.

@@ -50,14 +50,7 @@ class BinaryLayers(TwoLayers):
     """Two layers of bits: what :class:`RBM` and :class:`JointRBM` share."""
 
     def visible_given(self, z: Tensor) -> Independent:
-        r"""The visible units given the hidden ones, :math:`p(x \mid z)`: independent bits.
-
-        Args:
-            z: hidden units, shape ``(*sample, *batch, m)``.
-
-        Returns:
-            A Bernoulli distribution over events of shape ``(n,)``.
-        """
+        r"""The visible units given the hidden ones, :math:`p(x \mid z)`: independent bits."""
         logits = self.visible_logits(self.hidden_units(z))
         return Bernoulli(logits=logits, validate_args=self._validate_args).to_event(1)
 
@@ -253,10 +246,7 @@ class JointRBM(BinaryLayers):
     ) -> Tensor:
         r"""New points: :math:`z \sim p(z \mid x)`, then :math:`x \sim p(x \mid z)`.
 
-        Args:
-            x: points, shape ``(*sample, *batch, n + m)``; of their hidden units none is used.
-            noise: what :meth:`gibbs_noise` gave.
-            beta: inverse temperatures that broadcast with ``(*sample, *batch)``; None is 1.
+        The hidden units of ``x`` play no part.
         """
         visible, _ = self.split(x.to(self.weights.dtype))
         return torch.cat(self._sweep(visible, noise, beta), -1).to(x.dtype)

@@ -336,6 +336,3 @@ class GaussianRBMModule(RBMModule):
     def _check_values(self, data: Tensor) -> None:
         if not data.isfinite().all():
             raise ValueError("the data hold NaN or infinite values: drop those rows")
-
-
-__all__ = ["GaussianRBMModule", "RBMModule"]

@@ -86,6 +86,3 @@ def _name_in(layer: nn.Module, modules: tuple[nn.Module, ...]) -> str:
             if part is layer and name:
                 return f"the layer {name!r} ({kind}) of {type(module).__name__}"
     return f"the layer {kind}"
-
-
-__all__ = ["check_function", "check_rows"]

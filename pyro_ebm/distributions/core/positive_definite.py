@@ -84,5 +84,3 @@ class FromLowerTriangle(Transform):
 
 for registry in (biject_to, transform_to):
     registry.register(_PositiveDefinite)(lambda constraint: FromLowerTriangle())
-
-__all__ = ["FromLowerTriangle", "positive_definite"]

@@ -303,15 +303,7 @@ class ExponentialFamily(UnnormalizedEnergy):
         return self._member.log_prob(self.broadcast(value))
 
     def log_density_ratio(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""The exact :math:`\log p(x) - \log p(y)`, see :class:`~pyro_ebm.UnnormalizedEnergy`.
-
-        Args:
-            x: points, shape ``(*sample, *batch, *event)``.
-            y: points, of a shape that broadcasts with ``x``.
-
-        Returns:
-            Shape ``(*sample, *batch)``.
-        """
+        r"""The exact :math:`\log p(x) - \log p(y)`, by Pyro's distribution where there is one."""
         if self._member is None:
             return super().log_density_ratio(x, y)
         x, y = self.broadcast(x), self.broadcast(y)
@@ -320,14 +312,7 @@ class ExponentialFamily(UnnormalizedEnergy):
     # -- draws -------------------------------------------------------------------------------------
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Exact draws of a known family, else the ends of short chains.
-
-        Args:
-            sample_shape: how many points.
-
-        Returns:
-            Points, shape ``(*sample_shape, *batch_shape, *event_shape)``, detached.
-        """
+        """Exact draws of a known family, else the ends of short chains."""
         if self._member is None:
             return super().sample(sample_shape)
         return self._expanded_member().sample(torch.Size(sample_shape))
@@ -378,6 +363,3 @@ def _member(family: Family, theta: Tensor, validate: bool) -> TorchDistribution 
         raise ValueError(
             f"natural_parameters lie outside the natural parameter space of {family}: {error}"
         ) from error
-
-
-__all__ = ["ExponentialFamily"]

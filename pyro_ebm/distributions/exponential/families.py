@@ -180,11 +180,8 @@ class Named(Family):
     @property
     def log_base_measure(self) -> Callable[[Tensor], Tensor] | None:
         r""":math:`\log h`, ``(*sample, *batch, *event) -> (*sample, *batch)``; None if h is 1."""
-        return None if self.formula.log_h is None else self._log_h
-
-    def _log_h(self, x: Tensor) -> Tensor:
-        assert self.formula.log_h is not None
-        return self.formula.log_h(x, *self.fixed)
+        log_h = self.formula.log_h
+        return None if log_h is None else lambda x: log_h(x, *self.fixed)
 
     def log_normalizer(self, theta: Tensor) -> Tensor:
         r""":math:`\log Z(\theta)`, ``(*batch, k) -> (*batch)``."""
@@ -224,11 +221,8 @@ class Repeated(Family):
     @property
     def log_base_measure(self) -> Callable[[Tensor], Tensor] | None:
         """The sum of the log base measures of the draws."""
-        return None if self.family.log_base_measure is None else self._log_h
-
-    def _log_h(self, x: Tensor) -> Tensor:
-        assert self.family.log_base_measure is not None
-        return self.family.log_base_measure(x).flatten(-len(self.shape)).sum(-1)
+        log_h, n = self.family.log_base_measure, len(self.shape)
+        return None if log_h is None else lambda x: log_h(x).flatten(-n).sum(-1)
 
     def log_normalizer(self, theta: Tensor) -> Tensor:
         """The sum of the log normalizers of the draws."""
@@ -380,6 +374,3 @@ def family_of(d: td.Distribution) -> tuple[Family, Tensor]:
 
 def _stacked(components: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(components, -1) if isinstance(components, tuple) else components
-
-
-__all__ = ["Family", "Named", "OwnFamily", "Repeated", "family_of", "inner"]

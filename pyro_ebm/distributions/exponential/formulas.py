@@ -320,5 +320,3 @@ FORMULAS = {
         vector=True,
     ),
 }
-
-__all__ = ["FORMULAS", "Formula"]

@@ -209,11 +209,3 @@ class _ChosenGrid(torch.autograd.Function):
             theta = theta.movedim(in_dims[0], 0)
         mapped = 0 if in_dims[0] is not None else None
         return _ChosenGrid.apply(theta, integrand, like), (mapped,) * 5 + (None,)
-
-
-__all__ = [
-    "Integrand",
-    "check_dimensions",
-    "differentiable_log_integral",
-    "log_normalizer_by_quadrature",
-]

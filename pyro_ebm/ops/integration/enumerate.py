@@ -180,6 +180,3 @@ def _values(
             f" {stop - start}, got shape {tuple(value.shape)}"
         )
     return value
-
-
-__all__ = ["check_enumerable", "log_sum_over_states", "states", "values_of_states"]

@@ -58,6 +58,3 @@ def gradient_tells_all(
     rounding = 100 * torch.finfo(a.dtype).eps * (size(start) + size(end))
     allowed = 4 * size(fine - coarse) + 1e-3 * size(change) + rounding
     return bool(size(change - fine) <= allowed)
-
-
-__all__ = ["gradient_tells_all"]

@@ -233,6 +233,3 @@ def find_grid(
         low = torch.where(done[..., None], grid.low, box.low)
         high = torch.where(done[..., None], grid.high, box.high)
         last, grid = total, grid._replace(low=low, high=high, size=size)
-
-
-__all__ = ["Grid", "failure_message", "find_grid", "log_integral", "log_sum"]

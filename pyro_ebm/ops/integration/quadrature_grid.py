@@ -1,11 +1,8 @@
 r"""Where an integrand has its mass: the grids of :mod:`pyro_ebm.ops.integration.quadrature`.
 
-A grid is equally spaced in :math:`t`, and its nodes are
-
-.. math:: z = c + B \sinh t .
-
-The center :math:`c` is at the mode or near it, and the columns of :math:`B` are the principal axes
-of :math:`\log f` there, as long as its standard deviations. So ridges are no harder than balls.
+The center :math:`c` of a grid is at the mode or near it, and the columns of :math:`B` are the
+principal axes of :math:`\log f` there, as long as its standard deviations. So ridges are no harder
+than balls.
 """
 
 import itertools
@@ -320,6 +317,3 @@ def at_ends(values: Tensor, grid: Grid) -> Tensor:
         log_dt = grid.spacing[..., d].log()
         faces.append(torch.stack([face.logsumexp(0) - log_dt for face in ends], -1))
     return torch.stack(faces, -2)
-
-
-__all__ = ["Grid", "at_ends", "beside_holes", "hidden_peaks", "hull", "largest_grid", "node_values"]
