@@ -8,6 +8,7 @@ from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics
 from pyro_ebm.mcmc.exchange.inner_steps import InnerStepsReport, inner_steps_report
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
+from pyro_ebm.mcmc.kernels.accept import accept
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel, geometric_betas
@@ -21,12 +22,9 @@ from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
-from pyro_ebm.mcmc.kernels.gradient_free.metropolis import (
-    Independence,
-    MHKernel,
-    Proposal,
-    RandomWalk,
-)
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
+from pyro_ebm.mcmc.kernels.gradient_free.proposals import Independence, Proposal, RandomWalk
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
@@ -68,6 +66,8 @@ __all__ = [
     "StreamingMCMC",
     "Swap",
     "TemperingKernel",
+    "TransitionKernel",
+    "accept",
     "check_normalizers",
     "geometric_betas",
     "inner_steps_report",

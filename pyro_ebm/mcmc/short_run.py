@@ -7,10 +7,10 @@ from torch import Tensor
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.base import Kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
-from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel, refuse_temperature
+from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.ops.arguments import shown
 
@@ -34,7 +34,7 @@ def own_kernel(energy: UnnormalizedEnergy) -> Kernel | None:
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
     """The kernel of an energy that was given none.
 
-    Gibbs sweeps where the distribution knows its blocks or is discrete, Langevin elsewhere.
+    Gibbs sweeps where the distribution has blocks or is discrete, Langevin elsewhere.
 
     Example:
         >>> default_kernel(UnnormalizedEnergy(torch.square))
@@ -55,15 +55,12 @@ def sampling_kernel(energy: UnnormalizedEnergy) -> Kernel:
 
     Example:
         >>> sampling_kernel(UnnormalizedEnergy(torch.square))
-        ChEESKernel()
+        ChEESKernel(max_steps=30)
     """
     if (own := own_kernel(energy)) is not None:
         return own
     kernel = default_kernel(energy)
-    if isinstance(kernel, LangevinKernel):
-        kernel = ChEESKernel()
-        kernel.max_steps = MAX_STEPS
-    return kernel
+    return ChEESKernel(max_steps=MAX_STEPS) if isinstance(kernel, LangevinKernel) else kernel
 
 
 @torch.no_grad()
@@ -75,7 +72,7 @@ def short_run(
     Args:
         energy: what to draw from.
         sample_shape: how many draws.
-        diagnose: whether to keep the chains' second halves and judge them; else the diagnostics
+        diagnose: whether to keep the chains' second halves and compare them; else the diagnostics
             but the last are empty.
 
     Returns:

@@ -1,6 +1,6 @@
 """Where the chains of a kernel are, and what happened in a transition."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ class Info(NamedTuple):
     accept_prob: Tensor
     """Probability of acceptance, shape ``(chains,)``."""
     diverging: Tensor
-    """Whether the proposal was rejected because it went astray, boolean, shape ``(chains,)``."""
+    """Whether the proposal diverged, and was rejected for that, boolean, shape ``(chains,)``."""
 
 
 def nothing_moved(state: State) -> Info:
-    """What happened where a model has no latent to move."""
+    """The statistics of a transition of a model without latents, which moves nothing."""
     accept_prob = torch.ones_like(state.potential)
     return Info(accept_prob, torch.zeros_like(accept_prob, dtype=torch.bool))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A copy of a tensor on the device; anything else as it is."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.adaptation.warmup import PooledCovariance
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer.proposals import exact_draws
 from pyro_ebm.ops.score import value_and_grad

@@ -7,14 +7,9 @@ from pyro.ops.dual_averaging import DualAveraging
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
-from pyro_ebm.mcmc.adaptation.warmup import (
-    Adaptation,
-    PooledCovariance,
-    TensorAveraging,
-    _cholesky,
-    settling_step,
-    slow_windows,
-)
+from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagonal
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation, settling_step, slow_windows
 from tests.statistics import assert_moments, run_kernel
 
 
@@ -111,7 +106,7 @@ def test_few_draws_do_not_make_a_dense_factor_singular():
 
 def test_an_indefinite_covariance_falls_back_to_its_diagonal():
     good, bad = torch.tensor([[4.0, 2.0], [2.0, 5.0]]), torch.tensor([[4.0, 7.0], [7.0, 9.0]])
-    got = _cholesky(torch.stack([good, bad]))
+    got = cholesky_or_diagonal(torch.stack([good, bad]))
     torch.testing.assert_close(got[0], torch.linalg.cholesky(good))
     torch.testing.assert_close(got[1], torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
 

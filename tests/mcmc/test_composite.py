@@ -287,8 +287,9 @@ def test_our_runner_and_arviz():
 
 def test_seeds_pickles_and_names():
     kernel = CompositeKernel(mixture)
-    assert repr(kernel) == "CompositeKernel(mixture, kernels=[GibbsKernel(), LangevinKernel()])"
-    assert repr(CompositeKernel()) == "CompositeKernel(kernels=[GibbsKernel(), LangevinKernel()])"
+    assert repr(kernel) == "CompositeKernel(mixture)"
+    given = CompositeKernel(kernels=[GibbsKernel(), LangevinKernel()])
+    assert repr(given) == "CompositeKernel(kernels=[GibbsKernel(), LangevinKernel()])"
 
     def run(kernel):
         pyro.set_rng_seed(2)

@@ -133,7 +133,7 @@ def test_chains_come_in_the_order_of_the_ranks(ranks, num_chains):
 
 def started_at(start):
     mcmc = sampler(num_samples=1, warmup_steps=0, num_chains=5, initial_params=start)
-    mcmc.kernel.adapt_step_size, mcmc.kernel._init_step_size = False, 1e-12
+    mcmc.kernel.adapt_step_size, mcmc.kernel.first_step_size = False, 1e-12
     mcmc.run(Y)
     return everything(mcmc)
 

@@ -140,9 +140,7 @@ def test_the_kernel_and_the_steps_of_the_energy_are_the_default():
         pyro.sample("w", UnnormalizedEnergy(lambda x: theta * x**4, num_steps=9), obs=DATA[0])
 
     auxiliaries = ExchangePotential(model).auxiliaries
-    assert repr(auxiliaries) == (
-        "{'x': 7 steps of MHKernel(proposal=RandomWalk), 'w': 9 steps of BarkerKernel()}"
-    )
+    assert repr(auxiliaries) == ("{'x': 7 steps of MHKernel(), 'w': 9 steps of BarkerKernel()}")
 
 
 def test_inner_chains_start_at_the_data():
@@ -290,7 +288,8 @@ def test_same_seed_same_draws_and_pickling():
         assert torch.equal(draws_of(again, "theta", DATA, **settings), want)
     assert not torch.equal(draws_of(kernel, "theta", DATA, seed=1, **settings), want)
     assert used.num_inner_steps == 3
-    assert repr(used) == "ExchangeKernel(scaled, proposal=RandomWalk)"
+    inner = "inner_kernel=LangevinKernel(full_mass=True)"
+    assert repr(used) == f"ExchangeKernel(scaled, num_inner_steps=3, {inner})"
 
 
 def test_float64():
@@ -478,8 +477,8 @@ def test_subsampling():
     ("settings", "match"),
     [
         ({"num_inner_steps": 0}, "at least 1, got 0.*prior"),
-        ({"num_inner_steps": 2.5}, "must be an integer, got 2.5"),
-        ({"num_inner_steps": True}, "must be an integer, got True"),
+        ({"num_inner_steps": 2.5}, "must be an integer of at least 1, got 2.5"),
+        ({"num_inner_steps": True}, "must be an integer of at least 1, got True"),
         ({"inner_kernel": "langevin"}, "such as LangevinKernel"),
         ({"inner_kernel": LangevinKernel(precision)}, "without a model"),
         ({"inner_kernel": CompositeKernel()}, "one plain kernel"),

@@ -232,7 +232,7 @@ def test_what_was_counted_is_saved():
     with pytest.warns(UserWarning, match="rejected because"):
         watch = watched(accepted, torch.zeros(2), lost=~accepted, steps=20)
     again = Watch(0)
-    again.load_state_dict(watch.state_dict(), torch.device("cpu"))
+    again.load_state_dict(watch.state_dict())
     assert again.num_lost == watch.num_lost == 20
     again.add(accepted, torch.zeros(2), ~accepted, {}, torch.float32)  # which is not told again
     assert again.num_lost == 21

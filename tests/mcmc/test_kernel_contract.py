@@ -1,5 +1,6 @@
-"""What every kernel does alike. A new kernel is a new line in ``KERNELS``."""
+"""What every kernel does alike. A new kernel is a new line in one of the tables."""
 
+import inspect
 import json
 import math
 import pickle
@@ -13,10 +14,28 @@ from pyro.infer.mcmc import MCMC as PyroMCMC
 from torch import nn
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
-from pyro_ebm.mcmc import FunctionPotential, Independence, Proposal, RandomWalk, TemperingKernel
-from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
-from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.distributions import BoltzmannMachine
+from pyro_ebm.mcmc import (
+    BarkerKernel,
+    ChEESKernel,
+    CompositeKernel,
+    DiscreteLangevinKernel,
+    ExchangeKernel,
+    Flip,
+    FunctionPotential,
+    GibbsKernel,
+    GibbsWithGradientsKernel,
+    Independence,
+    IntegerWalk,
+    Kernel,
+    Proposal,
+    RandomWalk,
+    TemperingKernel,
+    TransitionKernel,
+    accept,
+)
 from pyro_ebm.models.sites.site import sites_of
+from pyro_ebm.ops import log_uniform
 
 
 def model(y=None):
@@ -24,6 +43,31 @@ def model(y=None):
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     y = torch.ones(2) if y is None else y
     return pyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+
+def bits(y=None):
+    x = pyro.sample("x", dist.Bernoulli(torch.tensor([0.3, 0.6])).to_event(1))
+    return pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=torch.tensor(1.0) if y is None else y)
+
+
+def counts(y=None):
+    n = pyro.sample("n", dist.Poisson(5.0).expand([2]).to_event(1))
+    return pyro.sample("y", dist.Normal(n.sum(-1), 1.0), obs=torch.tensor(9.0) if y is None else y)
+
+
+def mixed(y=None):
+    k = pyro.sample("k", dist.Bernoulli(0.3))
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0 + k).to_event(1))
+    y = torch.ones(2) if y is None else y
+    return pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def ising(y=None):
+    coupling = pyro.sample("J", dist.Gamma(torch.tensor(2.0), torch.tensor(4.0)))
+    y = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, 1.0]]) if y is None else y
+    edges = torch.tensor([[0, 1], [1, 2]])
+    with pyro.plate("data", 2):
+        return pyro.sample("y", BoltzmannMachine(coupling, edges=edges), obs=y)
 
 
 class Cauchy(Proposal):
@@ -50,6 +94,23 @@ def sites():
     return {"scale": dist.LogNormal(torch.tensor(0.0), 1.0), "x": x}
 
 
+class Own(TransitionKernel):
+    """A kernel of a user, with a setting of its own."""
+
+    needs_grad = False
+
+    def __init__(self, model=None, width=0.5, **kwargs):
+        super().__init__(model, **kwargs)
+        self.width = width
+
+    def draw(self, state):
+        return state.z + self.width * torch.randn_like(state.z), log_uniform(state.potential)
+
+    def transition(self, state, new_z, log_u):
+        new = self.evaluate(new_z)
+        return accept(state, new, state.potential - new.potential, log_u)
+
+
 def flat():
     return dist.Normal(torch.zeros(3), 1.5).to_event(1)
 
@@ -70,13 +131,42 @@ KERNELS = {
     "own-symmetric": lambda *a, **k: MHKernel(*a, proposal=Cauchy(), **k),
     "own-density": lambda *a, **k: MHKernel(*a, proposal=Drift(), **k),
     "tempering": lambda *a, **k: TemperingKernel(LangevinKernel(*a, **k), [1.0, 0.5]),
+    "own": Own,
 }
 COMPILED = ["langevin", "chees", "walk"]  # each of them takes seconds
+
+# name: the kernel, given a model (or nothing), and the model
+OTHERS = {
+    "gibbs": (GibbsKernel, bits),
+    "gibbs-with-gradients": (GibbsWithGradientsKernel, bits),
+    "discrete-langevin": (DiscreteLangevinKernel, bits),
+    "discrete-unadjusted": (lambda *a: DiscreteLangevinKernel(*a, adjusted=False), bits),
+    "flip": (lambda *a: MHKernel(*a, proposal=Flip()), bits),
+    "integer-walk": (lambda *a: MHKernel(*a, proposal=IntegerWalk()), counts),
+    "tempering-discrete": (lambda *a: TemperingKernel(GibbsKernel(*a), [1.0, 0.5]), bits),
+    "composite": (CompositeKernel, mixed),
+    "composite-continuous": (lambda *a: CompositeKernel(*a, kernels=[ChEESKernel()]), model),
+    "tempering-composite": (lambda *a: TemperingKernel(CompositeKernel(*a), [1.0, 0.5]), mixed),
+    "exchange": (ExchangeKernel, ising),
+    "exchange-chain": (
+        lambda *a: ExchangeKernel(*a, inner_kernel=GibbsKernel(), proposal=RandomWalk(1.0)),
+        ising,
+    ),
+    "exchange-composite": (lambda *a: CompositeKernel(*a, kernels=[ExchangeKernel()]), ising),
+}
+CASES = {**{name: (make, model) for name, make in KERNELS.items()}, **OTHERS}
 
 
 @pytest.fixture(params=KERNELS)
 def make(request):
+    """A kernel that takes any model of continuous sites, or a ``potential_fn``."""
     return KERNELS[request.param]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """A kernel, and a model that it can sample."""
+    return CASES[request.param]
 
 
 def draw(kernel, *args, chains=3, seed=0, **settings):
@@ -89,51 +179,62 @@ def draw(kernel, *args, chains=3, seed=0, **settings):
 # -- construct, run ------------------------------------------------------------------------------
 
 
+def shapes_of(model):
+    trace = pyro.poutine.trace(model).get_trace()
+    latents = [name for name in trace.stochastic_nodes if name != "data"]  # no plate
+    return {name: trace.nodes[name]["value"].shape for name in latents}
+
+
 @pytest.mark.parametrize("chains", [1, 3])
-def test_runs_many_chains(make, chains):
+def test_runs_many_chains(case, chains):
+    make, model = case
     samples, mcmc = draw(make(model), chains=chains)
-    assert {name: x.shape for name, x in samples.items()} == {
-        "scale": (chains, 15),
-        "x": (chains, 15, 2),
-    }
-    assert (samples["scale"] > 0).all()
-    assert not samples["x"].requires_grad
-    assert samples["x"].std() > 0.01  # it moves
+    assert {name: x.shape[2:] for name, x in samples.items()} == shapes_of(model)
+    assert all(x.shape[:2] == (chains, 15) for x in samples.values())
+    assert not any(x.requires_grad for x in samples.values())
+    assert any(x.float().std() > 0.01 for x in samples.values())  # it moves
     fields = mcmc.get_extra_fields(group_by_chain=True)
     own = set(mcmc.kernel.extra_fields)
-    assert set(fields) == {"lp", "acceptance_rate", "step_size", "diverging"} | own
+    lp = mcmc.kernel.potential.lp_name
+    assert set(fields) == {lp, "acceptance_rate", "step_size", "diverging"} | own
     for stat in fields.values():
         assert stat.shape == (chains, 15)
     assert ((fields["acceptance_rate"] >= 0) & (fields["acceptance_rate"] <= 1)).all()
 
 
-def test_lp_is_the_log_density_of_the_draw(make):
+def test_lp_is_the_log_density_of_the_draw(case):
+    make, model = case
     samples, mcmc = draw(make(model))
-    scale, x = samples["scale"], samples["x"]
-    want = dist.Gamma(2.0, 1.0).log_prob(scale) + scale.log()  # the Jacobian of exp
-    want = want + dist.Normal(0.0, 1.0).log_prob(x).sum(-1)
-    want = want + dist.Normal(x, scale[..., None]).log_prob(torch.ones(2)).sum(-1)
-    torch.testing.assert_close(mcmc.get_extra_fields(group_by_chain=True)["lp"], want)
+    want = torch.empty(3, 15)
+    for chain in range(3):
+        for i in range(15):
+            one = {name: x[chain, i] for name, x in samples.items()}
+            trace = pyro.poutine.trace(pyro.condition(model, one)).get_trace()
+            jacobian = sum(one[name].log() for name in ("scale", "J") if name in one)  # of exp
+            want[chain, i] = trace.log_prob_sum() + jacobian
+    lp = mcmc.get_extra_fields(group_by_chain=True)[mcmc.kernel.potential.lp_name]
+    torch.testing.assert_close(lp, want)
 
 
-def test_same_seed_same_draws_and_nothing_is_kept_between_runs(make):
+def test_same_seed_same_draws_and_nothing_is_kept_between_runs(case):
+    make, model = case
     kernel = make(model)
     first, _ = draw(kernel)
     again, _ = draw(kernel)
     fresh, _ = draw(make(model))
     other, _ = draw(kernel, seed=1)
-    for name in first:
-        assert torch.equal(first[name], again[name])
-        assert torch.equal(first[name], fresh[name])
-        assert not torch.equal(first[name], other[name])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], fresh[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_runs_under_stock_pyro(make):
+def test_runs_under_stock_pyro(case):
+    make, model = case
     kernel = make(model)
     mcmc = PyroMCMC(kernel, 15, warmup_steps=10, num_chains=1, disable_progbar=True)
     mcmc.run()
-    assert mcmc.get_samples()["x"].shape == (15, 2)
-    assert (mcmc.get_samples()["scale"] > 0).all()
+    shapes = {name: x.shape[1:] for name, x in mcmc.get_samples().items()}
+    assert shapes == shapes_of(model)
     diagnostics = mcmc.diagnostics()
     assert "divergences" in diagnostics
     stats = kernel.diagnostics()["sample_stats"]
@@ -171,10 +272,11 @@ def test_follows_float64(make):
     samples, mcmc = draw(make(model))
     assert all(x.dtype == torch.float64 for x in samples.values())
     assert mcmc.get_extra_fields()["lp"].dtype == torch.float64
-    assert mcmc.kernel.adaptation.step_size.dtype == torch.float64
+    assert mcmc.kernel.step_size.dtype == torch.float64
 
 
-def test_pickles_before_and_after_a_run(make):
+def test_pickles_before_and_after_a_run(case):
+    make, model = case
     kernel = make(model)
     fresh = pickle.loads(pickle.dumps(kernel))
     want, _ = draw(kernel)
@@ -182,24 +284,75 @@ def test_pickles_before_and_after_a_run(make):
     for loaded in (fresh, used):
         got, _ = draw(loaded)
         assert all(torch.equal(got[name], want[name]) for name in want)
+        assert repr(loaded.copy()) == repr(make(model))
 
 
-def test_a_copy_has_the_settings_and_no_memory(make):
+def test_a_copy_has_the_settings_and_no_memory(case):
+    make, model = case
     kernel = make(model)
     draw(kernel)
     copied = kernel.copy()
-    assert copied.adapt_step_size == kernel.adapt_step_size
-    assert copied.full_mass == kernel.full_mass
+    assert copied.settings == kernel.settings
     with pytest.raises(RuntimeError, match="setup"):
         _ = copied.potential
     assert kernel.potential is not None  # the other keeps its own
-    assert copied.step_size == kernel._init_step_size
+    assert copied.step_size == make(model).step_size
+    assert copied.learned == []
 
 
-def test_repr_names_kernel_and_model(make):
-    assert type(make()).__name__ in repr(make())
-    assert "model" in repr(make(model))
+def test_a_copy_with_another_setting(make):
+    strategy = init_to_value(values={})
+    kernel = make(model)
+    changed = kernel.kernel if isinstance(kernel, TemperingKernel) else kernel
+    changed = changed.copy(init_strategy=strategy, target_accept_prob=0.4)
+    assert (changed.init_strategy, changed.target_accept_prob) == (strategy, 0.4)
+    assert "target_accept_prob=0.4" in repr(changed)
+
+
+def test_a_setting_that_is_assigned_is_copied():
+    kernel = LangevinKernel(model)
+    kernel.target_accept_prob, kernel.adjusted = 0.7, False
+    assert repr(kernel.copy()) == "LangevinKernel(model, adjusted=False, target_accept_prob=0.7)"
+
+
+def test_settings_are_the_parameters_of_the_constructor(case):
+    make, model = case
+    kernel = make(model)
+    assert list(kernel.settings) == list(inspect.signature(type(kernel)).parameters)
+    with pytest.raises(TypeError, match=f"{type(kernel).__name__}: .* argument 'stepsize'"):
+        kernel.copy(stepsize=1.0)
+
+
+def test_repr_shows_settings_and_what_was_learned(case):
+    make, model = case
+    kernel = make(model)
+    before = repr(kernel)
+    assert before.startswith(f"{type(kernel).__name__}(")
+    assert model.__name__ in before
     assert "(," not in repr(make())
+    draw(kernel)
+    after = repr(kernel)
+    assert after.removesuffix(f" [learned {', '.join(kernel.learned)}]") == before
+    assert ("step_size=" in after.removeprefix(before)) == kernel.adaptation.adapt_step_size
+
+
+def test_a_kernel_is_no_kernel_of_pyro_unless_it_says_so():
+    class Still(Kernel):
+        """Moves nothing; of no model."""
+
+        adaptation = None
+
+        def init(self, z):
+            return self.evaluate(z)
+
+        def step(self, state):
+            return state, None
+
+    kernel = Still()
+    potential = FunctionPotential(lambda p: p["x"].square(), sites_of({"x": torch.zeros(())}))
+    kernel.bind(potential, 0)
+    assert kernel.step(kernel.init(torch.ones(2, 1)))[0].potential.tolist() == [1.0, 1.0]
+    assert not hasattr(kernel, "setup")
 
 
 # -- bad input -----------------------------------------------------------------------------------

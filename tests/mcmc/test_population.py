@@ -5,7 +5,7 @@ import torch
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, TemperingKernel
-from pyro_ebm.mcmc.adaptation.warmup import PooledCovariance
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance
 from pyro_ebm.mcmc.ranks import ALONE, binding_to, current, process_group_of, shares
 from pyro_ebm.ops.distributed import RankError, rank
 from tests.ranks import Ranks
@@ -201,7 +201,7 @@ def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
     kernel = getattr(kernel, "_inner", kernel)
     learned = kernel.adaptation.step_size, kernel.inverse_mass_sqrt
     if isinstance(kernel, ChEESKernel):
-        learned = *learned, kernel.trajectory_length, kernel._learner.known.center
+        learned = *learned, kernel.trajectory_length, kernel._learner.learned.center
     return [x.clone() for x in learned], len(z)
 
 

@@ -13,7 +13,7 @@ from torch.distributions.transforms import ExpTransform
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel, NormalizerError, UnnormalizedEnergy
 from pyro_ebm.diagnostics.results import fields_of
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.running.progress import Bar
 
 FIELDS = ["acceptance_rate", "diverging", "lp", "step_size"]

@@ -294,7 +294,7 @@ def test_each_replica_adapts_by_itself():
     mcmc.run()
     cold, hot = kernel._inner.adaptation.step_size
     assert 7 < hot / cold < 14  # the variance of exp(-U / 10) is ten times as large
-    assert torch.equal(kernel.adaptation.step_size, cold[None])
+    assert torch.equal(kernel.step_size, cold[None])
     assert torch.equal(kernel.step_size, cold[None])
     fields = mcmc.get_extra_fields()
     assert (fields["step_size"] == cold).all()

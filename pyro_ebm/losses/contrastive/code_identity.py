@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.ops.settings import HasSettings
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "pyro_ebm", "numpy", "zuko"}
 """Code of these packages does not change while a program runs."""
@@ -127,9 +127,9 @@ class CodeIdentity:
             if not isinstance(value.__self__, types.ModuleType | type | None):
                 raise _UnsureError(f"it reads {value!r}")
             self._same(value)
-        elif isinstance(value, Kernel):
+        elif isinstance(value, HasSettings):
             self._class(kind)
-            self._attributes(_settings(value))
+            self._attributes(value.settings)
         elif isinstance(value, Distribution | Constraint | Transform):
             # made anew, and not changed once made
             self._class(kind)
@@ -184,12 +184,6 @@ class CodeIdentity:
                 bookkeeping = name.startswith(("__", "_abc_"))
                 if isinstance(inner, types.FunctionType) or not bookkeeping:
                     self._add(inner)
-
-
-def _settings(kernel: Kernel) -> dict[str, Any]:
-    """The attributes of a new kernel, but for those that each copy makes anew."""
-    one, two = vars(kernel.copy()), vars(kernel.copy())
-    return {name: value for name, value in one.items() if two.get(name) is value}
 
 
 @functools.lru_cache(maxsize=1024)

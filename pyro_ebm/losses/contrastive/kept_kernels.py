@@ -115,7 +115,7 @@ class KeptPotential(EnergyPotential):
 
     def use_graph(self, kernel: Kernel) -> None:
         """Captures the gradient, if the transitions of a kernel bound to it could be captured."""
-        engine = kernel._engine
+        engine = kernel.engine
         if self._graph is None and engine is not None and engine.jit_compile:
             gradient = super().value_and_grad
             how = engine.jit_compile
@@ -136,15 +136,13 @@ def runs_as_graph(kernel: Kernel) -> bool:
         >>> runs_as_graph(LangevinKernel(jit_compile="capture")), runs_as_graph(LangevinKernel())
         (True, False)
     """
-    return bool(kernel.jit_compile) or any(map(runs_as_graph, getattr(kernel, "kernels", ())))
+    return bool(kernel.jit_compile) or any(map(runs_as_graph, kernel.parts))
 
 
 def _eager(template: Kernel) -> Kernel:
-    kernel: Any = template.copy()
-    kernel.jit_compile = False
-    if hasattr(kernel, "kernels"):
-        kernel.kernels = [_eager(inner) for inner in kernel.kernels]
-    return kernel
+    if template.parts:
+        return template.copy(kernels=[_eager(part) for part in template.parts])
+    return template.copy(jit_compile=False)
 
 
 def _bound(kernel: Kernel, potential: EnergyPotential) -> tuple[Kernel, EnergyPotential]:

@@ -1,1 +1,5 @@
-"""What warmup learns: step size, mass matrix, length of trajectories."""
+"""What warmup learns, pooled over chains and ranks.
+
+``warmup`` has the windows, and adapts the step size (by ``dual_averaging``) and the mass matrix
+(``metric``); ``chees`` adapts the length of Hamiltonian trajectories.
+"""

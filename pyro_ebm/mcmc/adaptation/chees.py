@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.adaptation.warmup import to_device
 from pyro_ebm.mcmc.ranks import current
-from pyro_ebm.mcmc.state import State
+from pyro_ebm.mcmc.state import State, to_device
 
 
 def van_der_corput(n: int) -> float:
@@ -43,14 +42,14 @@ def van_der_corput(n: int) -> float:
 
 
 class Learned(NamedTuple):
-    """What warmup knows of the trajectory length."""
+    """The state of the search for a trajectory length."""
 
     length: Tensor
     """:math:`T`, shape ``(targets,)``."""
     log_mean: Tensor
     """A running average of its logarithm, shape ``(targets,)``."""
     recent: Tensor
-    """How steep the last climbs were, shape ``(MEMORY, targets)``, those to come first and 0."""
+    """The sizes of the last slopes, shape ``(MEMORY, targets)``, those to come first and 0."""
     center: Tensor
     """The mean position, shape ``(targets, dim)``."""
     since: int
@@ -65,19 +64,19 @@ MEMORY = 30  # updates
 
 
 def by_target(x: Tensor, targets: int) -> Tensor:
-    """Rows of chains, shape ``(chains per group, targets, ...)``."""
+    """Chains ``(chains, ...)`` as rows, one of each target: shape ``(rows, targets, ...)``."""
     return x.unflatten(0, (-1, targets))
 
 
-def around(known: Learned, mean: Tensor) -> Tensor:
-    """The mean of about the second half of all positions so far; the first one of itself alone.
+def updated_center(learned: Learned, mean: Tensor) -> Tensor:
+    """The mean of about the second half of all positions so far, shape ``(targets, dim)``.
 
     Args:
-        known: what was known before.
+        learned: the state before.
         mean: of the positions now, shape ``(targets, dim)``.
     """
-    t = known.t + 1
-    return torch.lerp(known.center, mean, 1 / (t - t // 2))
+    t = learned.t + 1
+    return torch.lerp(learned.center, mean, 1 / (t - t // 2))
 
 
 def slopes(
@@ -89,16 +88,16 @@ def slopes(
     weight: Tensor,
     inverse_mass_sqrt: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    r"""How steep :math:`\log C(T) / T^{1/4}` is at the trajectories, and what they weigh.
+    r"""The slope of :math:`\log C(T) / T^{1/4}`, from the trajectories of one transition.
 
     Args:
         center: the mean position, shape ``(targets, dim)``.
-        start: where they started.
-        end: where they ended, accepted or not.
+        start: the states where they started.
+        end: the states where they ended, accepted or not.
         momentum: the momenta at their ends, shape ``(chains, dim)``.
-        time: how long they took, shape ``(chains,)``.
+        time: their lengths :math:`t`, shape ``(chains,)``.
         weight: the probabilities with which they were accepted, shape ``(chains,)``.
-        inverse_mass_sqrt: the factor of the inverse mass matrix.
+        inverse_mass_sqrt: :math:`L` of the inverse mass matrix.
 
     Returns:
         The weighted sum of the slopes and the sum of the weights, both of shape ``(targets,)``.
@@ -112,35 +111,37 @@ def slopes(
     jump = after - before
     rise = time * (w[1] * momentum).sum(-1)
     slope = jump * torch.sub(rise, jump, alpha=EXPONENT / 4)  # but for a factor of 4
-    known = slope.isfinite()  # a trajectory that went astray tells nothing, and weighs nothing
-    slope, weight = torch.where(known, slope, 0.0), torch.where(known, weight, 0.0)
+    finite = slope.isfinite()  # a trajectory that diverged has no weight
+    slope, weight = torch.where(finite, slope, 0.0), torch.where(finite, weight, 0.0)
     return (weight * slope).sum(0), weight.sum(0)
 
 
-def ascend(known: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: Tensor) -> Learned:
-    """What is known after a transition.
+def ascend(
+    learned: Learned, center: Tensor, slope: Tensor, weight: Tensor, most: Tensor
+) -> Learned:
+    """The state after one more transition.
 
     Args:
-        known: what was known before.
+        learned: the state before.
         center: the mean position now, shape ``(targets, dim)``.
         slope: the weighted sum of the slopes, shape ``(targets,)``.
         weight: the sum of the weights, shape ``(targets,)``.
         most: the longest :math:`T` that can be, shape ``(targets,)``.
     """
-    length, t = known.length, known.t + 1
+    length, t = learned.length, learned.t + 1
     slope = slope / weight.clamp_min(1e-10)
-    if known.since:  # in units of how large it was of late: its own size must not weigh the average
-        scale = known.recent.sum(0) / min(known.since, MEMORY)
+    if learned.since:  # in units of its recent size, so that no single slope decides the average
+        scale = learned.recent.sum(0) / min(learned.since, MEMORY)
         step = slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)
         longer = (length * (step.clamp(-2, 2) * (RATE / t**0.5)).exp()).minimum(most)
-        # chains that run away, as of an improper density, overflow and teach nothing
+        # chains that run away, as of an improper density, overflow: then it stays
         length = torch.where(longer.isfinite(), longer, length)
     return Learned(
         length,
-        torch.lerp(known.log_mean, length.log(), t**-0.75),
-        torch.cat([known.recent[1:], slope.abs()[None]]),
+        torch.lerp(learned.log_mean, length.log(), t**-0.75),
+        torch.cat([learned.recent[1:], slope.abs()[None]]),
         center,
-        known.since + 1,
+        learned.since + 1,
         t,
     )
 
@@ -153,25 +154,25 @@ class TrajectoryAdaptation:
         dim: the dimension of a position.
 
     Attributes:
-        known: what it has learned.
+        learned: the state of the search.
     """
 
     def __init__(self, length: Tensor, dim: int):
         recent, center = length.new_zeros(MEMORY, len(length)), length.new_zeros(len(length), dim)
-        self.known = Learned(length, length.log(), recent, center, since=0, t=0)
+        self.learned = Learned(length, length.log(), recent, center, since=0, t=0)
         self.ranks = current()
 
     @property
     def length(self) -> Tensor:
         """:math:`T`, shape ``(targets,)``."""
-        return self.known.length
+        return self.learned.length
 
     def start(self, length: Tensor) -> None:
         """Goes on from another :math:`T`, in other units."""
-        self.known = self.known._replace(
+        self.learned = self.learned._replace(
             length=length,
             log_mean=length.log(),
-            recent=torch.zeros_like(self.known.recent),
+            recent=torch.zeros_like(self.learned.recent),
             since=0,
         )
 
@@ -185,31 +186,31 @@ class TrajectoryAdaptation:
         inverse_mass_sqrt: Tensor | None,
         most: Tensor,
     ) -> None:
-        """Learns from the trajectories of one transition: arguments as for :func:`slopes`.
+        """Takes a step up the slope that the trajectories of one transition have.
 
         Args:
-            start: see there.
-            end: see there.
-            momentum: see there.
-            time: see there.
-            weight: see there.
-            inverse_mass_sqrt: see there.
+            start: as for :func:`slopes`.
+            end: as for :func:`slopes`.
+            momentum: as for :func:`slopes`.
+            time: as for :func:`slopes`.
+            weight: as for :func:`slopes`.
+            inverse_mass_sqrt: as for :func:`slopes`.
             most: as for :func:`ascend`.
         """
-        known, ranks = self.known, self.ranks
-        center = around(known, ranks.mean(by_target(start.z, len(known.length))))
+        learned, ranks = self.learned, self.ranks
+        center = updated_center(learned, ranks.mean(by_target(start.z, len(learned.length))))
         slope, total = slopes(center, start, end, momentum, time, weight, inverse_mass_sqrt)
         if ranks.size > 1:
             slope, total = ranks.total(torch.stack([slope, total]))
-        self.known = ascend(known, center, slope, total, most)
+        self.learned = ascend(learned, center, slope, total, most)
 
     def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
-        r"""Expresses a :math:`T` above the usual one in the units of a better factor.
+        r"""Expresses a :math:`T` above the usual one in the units of a new mass matrix.
 
         Args:
-            old: the factor :math:`L`, as ``precondition`` takes it.
-            new: the one in its place.
-            usual: what :math:`T` will hardly be less than.
+            old: :math:`L` of the inverse mass matrix so far.
+            new: :math:`L` of the new one.
+            usual: :math:`T` is not made shorter than this.
         """
         # z = L w = L' w':  |w| is up to |L^{-1} L'| times as long as |w'|
         if old.dim() == 2:
@@ -221,17 +222,17 @@ class TrajectoryAdaptation:
         self.start(torch.where(length.isfinite(), length, self.length))
 
     def finish(self) -> None:
-        """Settles on the average."""
-        self.known = self.known._replace(length=self.known.log_mean.exp())
+        r"""Sets :math:`T` to its running average."""
+        self.learned = self.learned._replace(length=self.learned.log_mean.exp())
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, see :meth:`load_state_dict`."""
-        return self.known._asdict()
+        """The state of the search, for :meth:`load_state_dict`."""
+        return self.learned._asdict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where another one was."""
         device = self.length.device
-        self.known = Learned(**{name: to_device(x, device) for name, x in state.items()})
+        self.learned = Learned(**{name: to_device(x, device) for name, x in state.items()})
 
 
 def _whiten(inverse_mass_sqrt: Tensor, z: Tensor) -> Tensor:

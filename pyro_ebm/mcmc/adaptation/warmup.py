@@ -2,13 +2,13 @@ r"""Warmup: the step size and the mass matrix, learned in Stan's windows.
 
 A warmup has a *fast* start in which chains find the bulk and only the step size adapts, *slow*
 windows of doubling length at whose ends the covariance of the draws becomes the new mass matrix,
-and a *fast* end that settles the step size. Covariances are pooled over the chains of a group, so
+and a *fast* end that settles the step size. Covariances are pooled over the chains of a target, so
 that many chains learn in a short warmup what one chain needs a long one for.
 
 Until the fast end each chain has a step size of its own. A Metropolis-adjusted chain that starts
 far out rejects every step of the size that suits the bulk, and would stand there, unseen in the
 mean acceptance of the others, and spoil the covariance; with its own small step it comes in. The
-fast end starts from the median of a group's step sizes, and adapts one for all of its chains.
+fast end starts from the median of a target's step sizes, and adapts one for all of its chains.
 
 Where chains are shared out over processes, "all" are those of all of them
 (:mod:`pyro_ebm.mcmc.ranks`): means and medians each time that they are taken, covariances
@@ -24,10 +24,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-from pyro_ebm.mcmc.ranks import ProcessGroup, current
+from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, mass_matrix_factor
+from pyro_ebm.mcmc.ranks import current
+from pyro_ebm.mcmc.state import to_device
 
 START_BUFFER, FIRST_WINDOW, END_BUFFER = 75, 25, 50
 POOLED_AT_ONCE = 2**16  # numbers
@@ -62,7 +64,7 @@ def slow_windows(warmup_steps: int) -> list[tuple[int, int]]:
 
 
 def settling_step(warmup_steps: int) -> int:
-    """When the fast end begins, and the chains of a group share one step size.
+    """The step at which the fast end begins, and the chains of a target share one step size.
 
     Example:
         >>> settling_step(500), settling_step(100), settling_step(10)
@@ -72,132 +74,18 @@ def settling_step(warmup_steps: int) -> int:
     return windows[-1][1] if windows else warmup_steps // 2
 
 
-class PooledCovariance:
-    r"""Welford's running mean and (co)variance, fed by all chains of each group at once.
-
-    Args:
-        targets: number of groups.
-        dense: whether to keep the whole matrix or its diagonal.
-
-    Reference:
-        Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance.
-
-    Example:
-        >>> stats = PooledCovariance(targets=1, dense=False)
-        >>> stats.update(torch.tensor([[0.0], [2.0]]))
-        >>> stats.update(torch.tensor([[4.0], [6.0]]))
-        >>> stats.covariance()  # of 0, 2, 4, 6
-        tensor([[6.6667]])
-    """
-
-    def __init__(self, targets: int, dense: bool):
-        self.targets, self.dense = targets, dense
-        self.count = 0
-        self.mean: Tensor | None = None
-        self.moment: Tensor | None = None
-
-    def update(self, z: Tensor) -> None:
-        """Adds positions, shape ``(chains, dim)``."""
-        z = z.reshape(-1, self.targets, z.shape[-1])
-        count, mean = z.shape[0], z.mean(0)
-        moment = self._outer(z - mean)
-        if self.mean is None or self.moment is None:
-            self.count, self.mean, self.moment = count, mean, moment
-            return
-        # M2(a + b) = M2(a) + M2(b) + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b)
-        total = self.count + count
-        delta = mean - self.mean
-        between = self._outer(delta[None]) * (self.count * count / total)
-        self.moment = self.moment + moment + between
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
-
-    def covariance(self) -> Tensor:
-        """The variances ``(targets, dim)``, or covariances ``(targets, dim, dim)`` if dense."""
-        if self.moment is None or self.count < 2:
-            raise RuntimeError("a covariance needs at least two positions")
-        return self.moment / (self.count - 1)
-
-    def over_ranks(self, ranks: ProcessGroup) -> "PooledCovariance":
-        """What those of all ranks were fed together; a collective call."""
-        if ranks.size == 1 or self.mean is None or self.moment is None:
-            return self
-        # M2 = sum_r  M2_r + n_r (mean_r - mean)^2
-        pooled = PooledCovariance(self.targets, self.dense)
-        count = self.mean.new_tensor([self.count])
-        total = ranks.total(torch.cat([count, (self.count * self.mean).flatten()]))
-        pooled.count = int(total[0])
-        pooled.mean = (total[1:] / total[0]).reshape(self.mean.shape)
-        between = self._outer((self.mean - pooled.mean)[None]) * self.count
-        pooled.moment = ranks.total(self.moment + between)
-        return pooled
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it was fed, see :meth:`load_state_dict`."""
-        return {"count": self.count, "mean": self.mean, "moment": self.moment}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on from where another one was."""
-        self.count = state["count"]
-        self.mean, self.moment = (to_device(state[name], device) for name in ("mean", "moment"))
-
-    def _outer(self, delta: Tensor) -> Tensor:
-        if self.dense:
-            return torch.einsum("cgi,cgj->gij", delta, delta)
-        return delta.square().sum(0)
-
-
-class TensorAveraging(DualAveraging):
-    r"""Nesterov's dual averaging for each element of a tensor, in few operations.
-
-    Args:
-        prox_center: where the search starts, and what it is drawn to.
-
-    Example:
-        >>> averaging = TensorAveraging(torch.zeros(2))
-        >>> averaging.step(torch.tensor([0.0, 1.1]))
-        >>> averaging.get_state()[0]
-        tensor([ 0., -2.])
-    """
-
-    prox_center: Any
-
-    def __init__(self, prox_center: Tensor):
-        super().__init__(prox_center)  # pyright: ignore[reportArgumentType]
-
-    def reset(self) -> None:
-        """Starts again from the center."""
-        self._t: Any = 0
-        self._x_t: Any = None
-        self._x_avg: Any = torch.zeros_like(self.prox_center)
-        self._g_avg: Any = torch.zeros_like(self.prox_center)
-
-    def get_state(self) -> Any:
-        """The latest point, and the average of all."""
-        return super().get_state()
-
-    def step(self, g: Any) -> None:
-        """Takes one more gradient, of the shape of the center."""
-        self._t += 1
-        t = self._t
-        self._g_avg = torch.lerp(self._g_avg, g.to(self._g_avg.dtype), 1 / (t + self.t0))
-        self._x_t = torch.sub(self.prox_center, self._g_avg, alpha=t**0.5 / self.gamma)
-        weight = t**-self.kappa  # lerp knows no infinities, and the logarithm of 0 is one
-        self._x_avg = torch.add(self._x_avg * (1 - weight), self._x_t, alpha=weight)
-
-
 class Adaptation:
-    r"""Step size :math:`\varepsilon` and mass matrix of the chains of each group.
+    r"""Step size :math:`\varepsilon` and mass matrix of the chains of each target.
 
     The inverse mass matrix is the covariance :math:`\Sigma = L L^\top` of the draws; kernels use
     its factor :math:`L`.
 
     Args:
-        targets: number of groups of chains.
+        targets: number of targets.
         dim: dimension of a position.
         warmup_steps: length of the warmup.
         step_size: the first step size.
-        like: a tensor that tells dtype and device.
+        like: a tensor of the dtype and device.
         adapt_step_size: whether to adapt it.
         adapt_mass_matrix: whether to adapt it; the identity otherwise.
         full_mass: dense or diagonal.
@@ -271,7 +159,7 @@ class Adaptation:
         return sharing.mean(0) if self._own else self.ranks.mean(sharing)
 
     def typical_step_size(self) -> Tensor:
-        """The median of each group's step sizes, shape ``(targets,)``."""
+        """The median of each target's step sizes, shape ``(targets,)``."""
         if self._typical[0] is not self.step_size:
             self._typical = self.step_size, self._median(self.step_size)
         return self._typical[1]
@@ -321,7 +209,7 @@ class Adaptation:
         return renewed
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, see :meth:`load_state_dict`."""
+        """What was learned so far, for :meth:`load_state_dict`."""
         return {
             "t": self.t,
             "step_size": self.step_size,
@@ -330,7 +218,7 @@ class Adaptation:
             "windows": list(self._windows),
             "covariance": self._pool.state_dict(),
             "waiting": list(self._waiting),  # to be pooled together, as they would have been
-            "averaging": {name: getattr(self._averaging, name) for name in _AVERAGING},
+            "averaging": self._averaging.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,11 +231,10 @@ class Adaptation:
         self._pool.load_state_dict(state["covariance"], device)
         waiting = state.get("waiting", ())  # in older files everything is pooled
         self._waiting = [to_device(z, device) for z in waiting]
-        for name in _AVERAGING:
-            setattr(self._averaging, name, to_device(state["averaging"][name], device))
+        self._averaging.load_state_dict(state["averaging"], device)
 
     def _pool_positions(self) -> None:
-        if self._waiting:  # rows of a group stay rows of that group
+        if self._waiting:  # each target's rows stay that target's
             self._pool.update(torch.cat(self._waiting))
             self._waiting = []
 
@@ -356,34 +243,6 @@ class Adaptation:
         pool = self._pool.over_ranks(self.ranks)
         if pool.count < 2:
             return
-        # Shrunk, as in Stan, with the weight of five draws towards 1/1000 of what was believed
-        # before. A dense matrix is also shrunk towards its diagonal: else a direction in which the
-        # few draws of a first window hardly moved is taken for narrow, and never moved in again.
-        n, new = pool.count, pool.covariance()
-        belief = 1e-3 * _not_none(self.inverse_mass_sqrt).square()
-        if self.full_mass:  # the diagonal of L L^T is the row sum of squares
-            belief = torch.diag_embed(belief.sum(-1) + new.diagonal(dim1=-2, dim2=-1))
-        new = (n * new + 5 * belief) / (n + 5)
-        self.inverse_mass_sqrt = _cholesky(new) if self.full_mass else new.sqrt()
+        assert self.inverse_mass_sqrt is not None
+        self.inverse_mass_sqrt = mass_matrix_factor(pool, self.inverse_mass_sqrt)
         self._pool = PooledCovariance(self.targets, self.full_mass)
-
-
-def _cholesky(covariance: Tensor) -> Tensor:
-    """The Cholesky factors of a batch; the diagonal's root where rounding made one indefinite."""
-    inverse_mass_sqrt, info = torch.linalg.cholesky_ex(covariance)
-    diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1).sqrt())
-    # laid out by rows, as the first one: a compiled graph is for one layout
-    return torch.where((info == 0)[:, None, None], inverse_mass_sqrt, diagonal).contiguous()
-
-
-_AVERAGING = ("prox_center", "_x_avg", "_g_avg", "_x_t", "_t")  # of Pyro's DualAveraging
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A copy of a tensor on the device; anything else as it is."""
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
-
-
-def _not_none(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x

@@ -1,1 +1,5 @@
-"""How transitions run: eagerly, or as one compiled graph that is guarded against change."""
+"""How transitions run: as they are, or as a graph of tensor operations.
+
+``engine`` chooses, keeps graphs and falls back; ``graph`` captures and compiles one; and
+``graph_guards`` are the parameters and modules that must be the same for a graph to be used again.
+"""

@@ -13,7 +13,7 @@ same draws to rounding, since random numbers are drawn outside:
 ``"auto"`` chooses by how many calls are planned: a short run is not worth a graph, and only a long
 one is worth compiling.
 
-What a graph may rest on beside its inputs is looked at before each call, or before the first of
+What a graph depends on beside its inputs is compared before each call, or before the first of
 those that are made in a row. It refers to the parameters that it was captured with, and so sees
 them change in place. It is captured anew when shapes, strides, dtypes or devices of its inputs
 change, when a parameter, a buffer or a module of a network is replaced, or when one changes between
@@ -80,7 +80,7 @@ class Engine:
         planned: int | None = None,
     ):
         check_jit_compile(jit_compile)
-        self.asked = jit_compile
+        self.requested = jit_compile
         if jit_compile == "auto":
             calls = WORTH_CAPTURING if planned is None else planned
             jit_compile = calls >= WORTH_COMPILING or (calls >= WORTH_CAPTURING and "capture")
@@ -89,7 +89,7 @@ class Engine:
         self.ignore_jit_warnings = ignore_jit_warnings
         self._graphs: dict[Hashable, FxGraph] = {}
         self._singular = 0
-        self._told: list[str] = []
+        self._warned: list[str] = []
 
     def __call__(self, *inputs: Any) -> Any:
         """The function's value at the inputs."""
@@ -179,10 +179,10 @@ class Engine:
                 why = first_line(error)
         if why is not None:
             self.jit_compile = "capture"
-            self._tell(f"the model is captured as a graph, not compiled: {why}")
+            self._warn(f"the model is captured as a graph, not compiled: {why}")
 
     def _agrees(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool:
-        """Compares the graph with the function at other inputs than it was captured at."""
+        """Whether the graph gives the function's value at other inputs than it was captured at."""
         try:
             found = graph.captured_value(tensors)
             agrees = self._gives(found, inputs)
@@ -210,14 +210,14 @@ class Engine:
     def _give_up(self, why: str) -> None:
         self.jit_compile = False
         self._graphs.clear()
-        self._tell(
-            f"the model cannot be captured as a graph, so jit_compile={self.asked!r} has no"
+        self._warn(
+            f"the model cannot be captured as a graph, so jit_compile={self.requested!r} has no"
             f" effect ({why})"
         )
 
-    def _tell(self, what: str) -> None:
-        if self.asked != "auto" and what not in self._told:  # "auto" promises no graph
-            self._told.append(what)
+    def _warn(self, what: str) -> None:
+        if self.requested != "auto" and what not in self._warned:  # "auto" promises no graph
+            self._warned.append(what)
             warnings.warn(what, stacklevel=6)
 
     @contextlib.contextmanager

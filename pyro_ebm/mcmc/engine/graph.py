@@ -228,7 +228,7 @@ _COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
 
 
 def _list_masks(graph: GraphModule) -> None:
-    """Writes masks that nothing moves as lists of indices: compilers want shapes that they know."""
+    """Writes constant masks as lists of indices, since a compiler needs all shapes."""
     nodes, known = graph.graph, {}
     for node in list(nodes.nodes):
         if node.op != "call_function":

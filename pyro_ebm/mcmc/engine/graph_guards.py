@@ -1,8 +1,8 @@
-"""What a captured graph of a potential rests on beside its inputs.
+"""The parameters and modules that a captured graph of a potential depends on.
 
 A graph refers to tensors, and sees them change in place. It does not see a parameter or a layer
 that is replaced by another one, nor a module that turns from training to evaluation: an
-:class:`~pyro_ebm.mcmc.engine.engine.Engine` asks for these before it runs one.
+:class:`~pyro_ebm.mcmc.engine.engine.Engine` compares these before it runs one.
 """
 
 from collections.abc import Iterable

@@ -3,7 +3,7 @@ r"""Auxiliary draws: what a model's energies would have given at other values of
 An observed :math:`x` with the density :math:`f(x \mid \theta) / Z(\theta)` has as its *auxiliary* a
 draw :math:`y` from that density at a :math:`\theta` of the sampler's choice. The draw is made where
 the energy stands in the model: by one run of the model at :math:`\theta`, for all sites and (under
-``vmap``) for all chains. How it is made is the site's affair:
+``vmap``) for all chains. How it is made depends on the site:
 
 * *exactly*, where the distribution has an ``exact_sample`` and few enough states to enumerate;
 * by *sweeps*, where it resamples its own blocks;
@@ -30,15 +30,13 @@ from torch.func import grad
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.adaptation.warmup import Adaptation, to_device
-from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
-from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation
+from pyro_ebm.mcmc.kernels.base import Kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
-from pyro_ebm.mcmc.kernels.gradient.langevin import refuse_temperature
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.state import to_device
 from pyro_ebm.ops.arguments import shown
 
 MAX_EXACT_UNITS = 10
@@ -64,7 +62,7 @@ class ExactSampler(Protocol):
 
 
 class AuxiliaryDraw(NamedTuple):
-    """The auxiliary of a site, with what its inner chain learns from."""
+    """The auxiliary of a site, with the statistics to which its inner chain adapts."""
 
     y: Tensor
     """Shape ``(*rows, *event)``."""
@@ -143,7 +141,7 @@ class Sweeps(Auxiliary):
         num_steps: int | None = None,
         position: Tensor | None = None,
     ) -> AuxiliaryDraw:
-        """As for every :class:`Auxiliary`."""
+        """A draw by sweeps from the data; arguments as for :class:`Auxiliary`."""
         assert isinstance(energy, BlockGibbs)
         for _ in range(self.num_steps):
             x = energy.gibbs_sweep(x, energy.gibbs_noise(x), None)
@@ -170,8 +168,9 @@ class InnerChain(Auxiliary):
     """
 
     def __init__(self, kernel: Kernel, num_steps: int):
-        self.kernel, self.num_steps = kernel.copy(), num_steps
-        self.kernel.jit_compile = False  # all its steps are part of one batched run of the model
+        # no graph of its own: all its steps are part of one batched run of the model
+        self.kernel = kernel.copy(jit_compile=False) if kernel.jit_compile else kernel
+        self.num_steps = num_steps
         self._forget()
 
     def _forget(self) -> None:
@@ -182,7 +181,7 @@ class InnerChain(Auxiliary):
         self._too_short: bool | None = None
 
     def bind(self, energy: UnnormalizedEnergy, x: Tensor, warmup_steps: int) -> None:
-        """As for every :class:`Auxiliary`."""
+        """Starts the adaptation anew; the next ``warmup_steps`` draws may adapt."""
         self._forget()
         kernel = self.kernel.copy()
         kernel.bind(_RowsPotential(energy, x), warmup_steps)
@@ -196,7 +195,7 @@ class InnerChain(Auxiliary):
         num_steps: int | None = None,
         position: Tensor | None = None,
     ) -> AuxiliaryDraw:
-        """As for every :class:`Auxiliary`."""
+        """A draw by a chain of the adapted kernel; arguments as for :class:`Auxiliary`."""
         potential, kernel = _RowsPotential(energy, x), self.kernel.copy()
         kernel.bind(potential, warmup_steps=0)
         if self.adaptation is not None:
@@ -219,18 +218,18 @@ class InnerChain(Auxiliary):
 
     @property
     def is_adapting(self) -> bool:
-        """Whether it may still learn."""
+        """Whether draws still adapt it."""
         return self.adaptation is not None and self.adaptation.active
 
     def learn(self, draw: AuxiliaryDraw) -> bool:
-        """Learns from a draw of all chains; tells whether the step size must be found again."""
+        """Adapts to a draw of all chains; returns whether the step size must be found again."""
         assert self.adaptation is not None
         self.position = draw.position
         renewed = self.adaptation.update(draw.position.flatten(0, 1), draw.accept_prob.flatten())
         return renewed and self.adaptation.adapt_step_size
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, see :meth:`load_state_dict`."""
+        """What was learned so far, for :meth:`load_state_dict`."""
         return {
             "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
             "acceptance_rate": self.acceptance_rate,
@@ -246,7 +245,7 @@ class InnerChain(Auxiliary):
         self.position = to_device(state["position"], self.adaptation.step_size.device)
 
     def search(self, draw: AuxiliaryDraw) -> bool:
-        """Doubles or halves the step size after a draw of one step; tells whether to go on."""
+        """Doubles or halves the step size after a draw of one step; returns whether to go on."""
         adaptation = self.adaptation
         assert adaptation is not None
         rate = adaptation.ranks.mean(draw.accept_prob.flatten())
@@ -283,7 +282,7 @@ class _RowsPotential(EnergyPotential):
 def auxiliary_of(
     energy: UnnormalizedEnergy, num_steps: int | None = None, kernel: Kernel | None = None
 ) -> Auxiliary:
-    """How to draw the auxiliary of an energy.
+    """The way in which the auxiliary of an energy is drawn.
 
     A chain is by default one of Gibbs sweeps where the energy is discrete, else of Barker steps:
     the longest step that suits one value of the latents moves on at others, where one of Langevin
@@ -330,13 +329,13 @@ def check_inner_kernel(name: str, kernel: Any) -> None:
         >>> from pyro_ebm import LangevinKernel
         >>> check_inner_kernel("inner_kernel", LangevinKernel(temperature=2.0))
         Traceback (most recent call last):
-        ValueError: LangevinKernel() has temperature=2.0, but inner_kernel is to draw ...
+        ValueError: LangevinKernel has temperature=2.0, but inner_kernel is to draw ...
     """
     such = "such as LangevinKernel() or BarkerKernel()"
     plain = f"{name} must be one plain kernel, {such}, got {shown(kernel)}"
     if not isinstance(kernel, Kernel):
         raise ValueError(f"{plain}, which is no kernel of pyro_ebm")
-    if isinstance(kernel, CompositeKernel | TemperingKernel) or kernel.samples_intractable:
+    if kernel.parts or kernel.samples_intractable:
         raise ValueError(plain)
     refuse_temperature(kernel, f"{name} is to draw from the energy itself")
 

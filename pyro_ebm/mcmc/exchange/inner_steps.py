@@ -15,8 +15,8 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
-from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.running.mcmc import MCMC
 from pyro_ebm.ops.arguments import check_count
 
@@ -170,10 +170,10 @@ def _mean(draws: Tensor) -> tuple[Tensor, Tensor]:
     return flat.mean(0), flat.std(0) / ess.sqrt()
 
 
-def _longer(kernel: Kernel, factor: int) -> Kernel:
+def _longer(kernel: PyroKernel, factor: int) -> PyroKernel:
+    if isinstance(kernel, CompositeKernel):
+        return kernel.copy(kernels=[_longer(part, factor) for part in kernel.parts])
     new = kernel.copy()
-    if isinstance(new, CompositeKernel):
-        new.kernels = [_longer(one, factor) for one in new.kernels]
-    elif isinstance(new, ExchangeKernel):
-        new.inner_steps_factor *= factor
+    if isinstance(new, ExchangeKernel) and isinstance(kernel, ExchangeKernel):
+        new.inner_steps_factor = kernel.inner_steps_factor * factor
     return new

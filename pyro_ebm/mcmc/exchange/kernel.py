@@ -7,8 +7,8 @@ Let :math:`x` be observed through an energy that :math:`\theta` moves,
 
 where neither the evidence :math:`p(x)` nor :math:`Z(\theta)` is known, and Metropolis' ratio of
 :math:`\theta'` to :math:`\theta` needs the second. But an *auxiliary* :math:`y`, drawn from the
-model at :math:`\theta'`, may be part of the proposal. It is then judged by the same unknown
-density, and both constants cancel:
+model at :math:`\theta'`, may be part of the proposal. The same unknown density is then in the
+numerator and in the denominator, and both constants cancel:
 
 .. math:: r = \frac{p(\theta')\, q(\theta \mid \theta')}{p(\theta)\, q(\theta' \mid \theta)} \cdot
     \frac{f(x \mid \theta') / Z(\theta')}{f(x \mid \theta) / Z(\theta)} \cdot
@@ -17,8 +17,8 @@ density, and both constants cancel:
            {p(\theta)\, q(\theta' \mid \theta)\, f(x \mid \theta)\, f(y \mid \theta')} .
 
 In words: swap :math:`x` and :math:`y` between :math:`\theta` and :math:`\theta'`, and see whether
-both are happier. A :math:`\theta'` whose own data :math:`y` look less like it than the data
-:math:`x` do is a good explanation of :math:`x`.
+the two are then more likely. A :math:`\theta'` whose own data :math:`y` look less like it than the
+data :math:`x` do is a good explanation of :math:`x`.
 
 With exact auxiliaries the posterior is exactly invariant. An auxiliary that an inner Markov chain
 made from the data in :math:`n` steps is not quite a draw, and the answer is off by as much: at
@@ -34,25 +34,22 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions import Distribution
-from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.exchange.auxiliary import check_inner_kernel
+from pyro_ebm.mcmc.exchange.auxiliary import Auxiliary, check_inner_kernel
 from pyro_ebm.mcmc.exchange.potential import ExchangePotential
 from pyro_ebm.mcmc.exchange.terms import UNDECIDED
 from pyro_ebm.mcmc.exchange.watch import Watch
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.accept import choose, decide
 from pyro_ebm.mcmc.kernels.composed.composite import BlockPotential
-from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel, Proposal
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel, ProposalSettings
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
-from pyro_ebm.ops.arguments import shown
-from pyro_ebm.ops.steps.metropolis import metropolis_accept
+from pyro_ebm.ops.arguments import check_count, shown
 
 
 class ExchangeKernel(MHKernel):
@@ -102,15 +99,9 @@ class ExchangeKernel(MHKernel):
         inner_kernel: a kernel without a model, at temperature 1, such as ``BarkerKernel()`` or
             ``GibbsKernel()``, for the auxiliaries of its kind (continuous or discrete). It adapts
             during warmup, from transition to transition; within a chain its settings are fixed.
-        proposal: as in :class:`~pyro_ebm.MHKernel`, as are the rest.
-        adapt_step_size: whether warmup adapts the scale of an adaptive proposal.
-        adapt_mass_matrix: whether warmup adapts its shape.
-        full_mass: whether the shape is a dense covariance or a diagonal one.
-        target_accept_prob: mean acceptance to adapt to; 0.234, or 0.44 in one dimension, by
-            default.
-        transforms: from the supports to the reals, where they should not be Pyro's.
-        max_plate_nesting: as in Pyro's kernels.
-        init_strategy: where chains start, as in Pyro's kernels.
+        **kwargs: ``proposal``, ``adapt_step_size``, ``adapt_mass_matrix``, ``full_mass``,
+            ``target_accept_prob``, ``transforms``, ``max_plate_nesting`` and ``init_strategy`` of
+            :class:`~pyro_ebm.MHKernel`.
 
     Raises:
         NormalizerError: (when run) for a Z that does not cancel: of a site that is scaled or
@@ -141,54 +132,41 @@ class ExchangeKernel(MHKernel):
     """
 
     samples_intractable = True
+    inner_steps_factor = 1
+    """How many times longer inner chains are than ``num_inner_steps`` says."""
+    saved = (*MHKernel.saved, "_watch")
+    _watch: Watch | None = None
 
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
         num_inner_steps: int | None = None,
-        inner_kernel: Kernel | None = None,
-        proposal: Proposal | Distribution | Mapping[str, Distribution] | None = None,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-        full_mass: bool = True,
-        target_accept_prob: float | None = None,
-        transforms: dict[str, Transform] | None = None,
-        max_plate_nesting: int | None = None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        inner_kernel: PyroKernel | None = None,
+        **kwargs: Unpack[ProposalSettings],
     ):
-        if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int | None):
-            raise ValueError(f"num_inner_steps must be an integer, got {shown(num_inner_steps)}")
-        if num_inner_steps is not None and num_inner_steps < 1:
+        if isinstance(num_inner_steps, int) and num_inner_steps < 1:
             raise ValueError(
                 f"num_inner_steps must be at least 1, got {num_inner_steps}: an auxiliary that is"
                 " the data themselves gives back the prior"
             )
+        if num_inner_steps is not None:
+            num_inner_steps = check_count("num_inner_steps", num_inner_steps)
         if inner_kernel is not None:
-            _check_without_model(inner_kernel)
-        super().__init__(
-            model=model,
-            proposal=proposal,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            target_accept_prob=target_accept_prob,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            init_strategy=init_strategy,
-        )
+            check_inner_kernel("inner_kernel", inner_kernel)
+            if inner_kernel.has_model:
+                raise ValueError(
+                    "inner_kernel must be a kernel without a model, such as BarkerKernel(): it"
+                    f" moves the auxiliaries, got {shown(inner_kernel)}"
+                )
+        super().__init__(model, **kwargs)
         if self.discrete:
             raise ValueError(
                 f"ExchangeKernel moves continuous sites, and {self.proposal!r} discrete ones"
             )
         self.num_inner_steps, self.inner_kernel = num_inner_steps, inner_kernel
 
-    inner_steps_factor = 1
-    """How many times longer inner chains are than was said."""
-    keep_discrete = False
-    """Whether discrete latents are left to other kernels, and not summed out."""
-
     @property
-    def auxiliaries(self) -> dict[str, Any]:
+    def auxiliaries(self) -> dict[str, Auxiliary]:
         """How the auxiliary of each site is drawn, and how well an inner chain moves."""
         return self._exchange.auxiliaries
 
@@ -204,7 +182,7 @@ class ExchangeKernel(MHKernel):
 
     def make_potential(self, *args: Any, **kwargs: Any) -> ExchangePotential:
         """The potential of the model at its arguments."""
-        self._restore_params()
+        self.restore_params()
         if self.model is None:
             raise ValueError("ExchangeKernel has no model: give one, as in ExchangeKernel(model)")
         potential = ExchangePotential(
@@ -213,7 +191,7 @@ class ExchangeKernel(MHKernel):
             kwargs,
             num_inner_steps=self.num_inner_steps,
             inner_kernel=self.inner_kernel,
-            transforms=self._given_transforms,
+            transforms=self.given_transforms,
             max_plate_nesting=self.max_plate_nesting,
             init_strategy=self.init_strategy,
             keep_discrete=self.keep_discrete,
@@ -233,7 +211,7 @@ class ExchangeKernel(MHKernel):
         super().check(potential)
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel, and its inner chains with it."""
+        """Takes a potential, see :meth:`Kernel.bind`, and binds the inner chains to it."""
         super().bind(potential, warmup_steps)
         self._exchange.bind_auxiliaries(warmup_steps)
         self._watch = Watch(warmup_steps)
@@ -245,7 +223,7 @@ class ExchangeKernel(MHKernel):
         Those of the second half of the warmup and after it that might else have been accepted; see
         :mod:`~pyro_ebm.mcmc.exchange.terms`.
         """
-        return self._watch.num_lost
+        return 0 if self._watch is None else self._watch.num_lost
 
     def init(self, z: Tensor) -> State:
         """The state at the first positions; finds the first step sizes, inside and outside."""
@@ -261,11 +239,12 @@ class ExchangeKernel(MHKernel):
     def move(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, counted."""
         new, log_ratio, error, still, log_u = drawn = self.draw(state)
-        after, info = self._engine(state, *drawn)
-        _, accepted, _ = self._judge(new, log_ratio, error, log_u)
+        after, info = self.run_fn(state, *drawn)
+        accepted, _ = decide(new, log_ratio, log_u, allowed=_decided(error))
         lost = (error > UNDECIDED) & new.potential.isfinite() & log_ratio.isfinite()
         lost = lost & (log_ratio + error > log_u)
         chains = self._exchange.inner_chains
+        assert self._watch is not None
         self._watch.add(accepted, still, lost, chains, self.potential.dtype)
         return after, info
 
@@ -295,34 +274,19 @@ class ExchangeKernel(MHKernel):
         log_u: Tensor,
     ) -> tuple[State, Info]:
         """Accepts or rejects the proposals."""
-        accept_prob, accepted, valid = self._judge(new, log_ratio, error, log_u)
+        accepted, info = decide(new, log_ratio, log_u, allowed=_decided(error))
         if self.adaptation.active:  # a step size is none the better for inner chains that fail
-            accept_prob = accept_prob * (1 - still)
-        return self.choose(accepted, new, state), Info(accept_prob, ~valid)
-
-    @staticmethod
-    def _judge(
-        new: State, log_ratio: Tensor, error: Tensor, log_u: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities of acceptance, decisions, and whether there is a density at all."""
-        valid = new.potential.isfinite() & ~log_ratio.isnan()
-        decided = ~(error > UNDECIDED)
-        return *metropolis_accept(log_ratio, valid & decided, log_u), valid
+            info = info._replace(accept_prob=info.accept_prob * (1 - still))
+        return choose(accepted, new, state), info
 
     def state_dict(self) -> dict[str, Any]:
-        """As every kernel's, with the inner chains."""
-        own = {"auxiliaries": self._exchange.state_dict(), "watch": self._watch.state_dict()}
-        return {**super().state_dict(), **own}
+        """What was learned, by the inner chains too, see :meth:`Kernel.state_dict`."""
+        return {**super().state_dict(), "auxiliaries": self._exchange.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As every kernel."""
+        """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
         super().load_state_dict(state)
         self._exchange.load_state_dict(state["auxiliaries"])
-        self._watch.load_state_dict(state["watch"], self.adaptation.step_size.device)
-
-    def _release(self) -> None:
-        super()._release()
-        self._watch = Watch(0)
 
 
 def _whole(potential: Potential) -> ExchangePotential | None:
@@ -330,10 +294,5 @@ def _whole(potential: Potential) -> ExchangePotential | None:
     return whole if isinstance(whole, ExchangePotential) else None
 
 
-def _check_without_model(kernel: Any) -> None:
-    check_inner_kernel("inner_kernel", kernel)
-    if any(x is not None for x in (kernel.model, kernel.potential_fn, kernel._given_transforms)):
-        raise ValueError(
-            "inner_kernel must be a kernel without a model, such as BarkerKernel(): it moves the"
-            f" auxiliaries, got {shown(kernel)}"
-        )
+def _decided(error: Tensor) -> Tensor:
+    return ~(error > UNDECIDED)

@@ -56,7 +56,7 @@ class AuxiliaryDraws(NamedTuple):
     sites: dict[str, AuxiliaryDraw]
     """One draw for each site, all its tensors led by the chains."""
     terms: Terms
-    """What is said of them by the positions where they were drawn."""
+    """Their terms at the positions where they were drawn."""
 
     @property
     def points(self) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ class ExchangePotential(ModelPotential):
 
     @torch.no_grad()
     def terms(self, z: Tensor, points: Mapping[str, Tensor]) -> Terms:
-        r"""What other positions say of auxiliaries.
+        r"""The terms of auxiliaries at other positions than those where they were drawn.
 
         Args:
             z: positions, shape ``(chains, dim)``.
@@ -244,18 +244,18 @@ class ExchangePotential(ModelPotential):
         """The log ratio of moves, but for that of their proposals, and its error, ``(chains,)``.
 
         Args:
-            new: what is said of the auxiliaries where they were drawn.
-            old: what is said of them where the chains are.
-            potential: what the potential falls by.
+            new: the terms of the auxiliaries where they were drawn.
+            old: their terms where the chains are.
+            potential: the decrease of the potential, shape ``(chains,)``.
         """
         log_ratio, error = log_ratio_of(new, old)
         return log_ratio + potential if self._sums_apart else log_ratio, error
 
     @property
     def _sums_apart(self) -> bool:
-        """Whether only the potential knows the density of the rest, and not a run of the model.
+        """Whether the density of the rest is that of the potential, and not of a run of the model.
 
-        It does where it sums out discrete latents, or adds a density for idle elements.
+        So it is where discrete latents are summed out, or idle elements have a density added.
         """
         return bool(self.summed_out) or bool(self.idle)
 
@@ -339,7 +339,7 @@ class ExchangePotential(ModelPotential):
             searching = {k: chain for k, chain in searching.items() if chain.search(draws.sites[k])}
 
     def state_dict(self) -> dict[str, Any]:
-        """What inner chains have learned, and how draws are made."""
+        """What inner chains have learned, and whether draws are vectorized."""
         chains = {name: chain.state_dict() for name, chain in self.inner_chains.items()}
         ways = [self._draw_ways.get(tuning) for tuning in (False, True)]
         return {"inner_chains": chains, "draws_vectorize": ways}

@@ -47,7 +47,7 @@ UNDECIDED = 0.1
 
 
 class Terms(NamedTuple):
-    """What a position says of the data and of their auxiliaries."""
+    """The terms of the log ratio at one position, of the data and their auxiliaries."""
 
     rest: Tensor
     r"""The log density without the :math:`\log f(x_i \mid \theta)`, shape ``(chains,)``."""

@@ -1,4 +1,4 @@
-"""What may go wrong with exchange moves without a trace in the draws, counted as they are made."""
+"""Counts of exchange moves, and warnings of faults that leave no trace in the draws."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from pyro_ebm.mcmc.adaptation.warmup import to_device
 
 ENOUGH, FEW = 10, 4
 """Fewer moves than this prove nothing, or only if they are most of all."""
@@ -20,8 +18,8 @@ MAX_LOST = 0.01
 class Watch:
     """Counts moves chain by chain, and warns once of each fault.
 
-    A move that was accepted while its inner chains stood still knows nothing of the data: it is one
-    of the prior. A mean over all chains would not show the one that is lost far out. A move is
+    A move that was accepted while its inner chains stood still does not depend on the data: it is
+    one of the prior. A mean over all chains would not show the one that is lost far out. A move is
     *lost* if it was rejected as undecided (:mod:`~pyro_ebm.mcmc.exchange.terms`) and would else
     perhaps have been accepted.
 
@@ -54,7 +52,7 @@ class Watch:
             return
         one = torch.ones_like(still)
         counts = torch.stack([one, accepted * one, accepted * still, lost * one])
-        self.counts = counts if self.counts is None else self.counts + counts
+        self.counts = counts if self.counts is None else self.counts.to(counts) + counts
         after = self.steps - self.end + 1
         if after > 0 and after & (after - 1) == 0:
             self._look(self.counts, chains, dtype)
@@ -101,13 +99,13 @@ class Watch:
             warnings.warn(message, stacklevel=7)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has counted."""
+        """The counts so far, for :meth:`load_state_dict`."""
         return {"steps": self.steps, "counts": self.counts, "reported": list(self.reported)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on from where another one was."""
-        self.steps, self.reported = state["steps"], list(state["reported"])
-        self.counts = to_device(state["counts"], device)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the counts of another one."""
+        self.steps, self.counts = state["steps"], state["counts"]
+        self.reported = list(state["reported"])
 
 
 def _listed(values: Iterable[Any]) -> str:

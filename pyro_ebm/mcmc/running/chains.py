@@ -14,15 +14,14 @@ from torch.distributions.transforms import Transform
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_ebm.files import CheckpointError, random_state, set_random_state
-from pyro_ebm.mcmc.adaptation.warmup import to_device
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.mcmc.running.options import Options
 from pyro_ebm.mcmc.running.progress import Bar
 from pyro_ebm.mcmc.running.storage.draws import DrawBuffer, Memory, Store, samples_of, statistics_of
 from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
-from pyro_ebm.mcmc.state import State
+from pyro_ebm.mcmc.state import State, to_device
 from pyro_ebm.models.over_chains import saved_way
 from pyro_ebm.models.sites.site import Site
 
@@ -46,7 +45,7 @@ class VectorizedRun:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: PyroKernel,
         potential: Potential,
         options: Options,
         sites: list[Site],
@@ -114,7 +113,7 @@ class VectorizedRun:
             stage, into, i = "Sample", records["draws"], self.t - self.warmup_steps
             if i < 0:
                 stage, into, i = "Warmup", records.get("warmup"), self.t
-            step_size = kernel.adaptation.step_size
+            step_size = torch.as_tensor(kernel.step_size)
             self.state, info = kernel.step(self.state)
             if into is not None:
                 into.add(self.state, info, step_size, kernel.extra_fields)

@@ -21,7 +21,7 @@ from torch.distributions.transforms import Transform
 from pyro_ebm.diagnostics.arviz import open_store, to_arviz
 from pyro_ebm.diagnostics.results import Results, select
 from pyro_ebm.files import PathLike
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup, process_group_of
 from pyro_ebm.mcmc.running.distributed import check_call
@@ -171,7 +171,7 @@ class MCMC(AbstractMCMC):
         self._args, self._kwargs = args, kwargs  # which arviz.from_pyro reads
         self._ranks = process_group_of(self.num_chains, self.distributed)
         if self.chain_method == "vectorized":
-            assert isinstance(self.kernel, Kernel)
+            assert isinstance(self.kernel, PyroKernel)
             runner = VectorizedRunner(self.kernel, self, args, kwargs, self._ranks)
         else:
             kind = SequentialRunner if self.chain_method == "sequential" else ParallelRunner
@@ -190,7 +190,7 @@ class MCMC(AbstractMCMC):
         if self.store is not None:
             ZarrStore.refuse_to_replace(rank_path(self.store))
         kernel, model = self.kernel, getattr(self.kernel, "model", None)
-        ours = isinstance(kernel, Kernel)
+        ours = isinstance(kernel, PyroKernel)
         # the kernels of this package check for themselves, but too late in a worker process
         if model is None or (ours and self.chain_method != "parallel"):
             return
@@ -352,7 +352,7 @@ class MCMC(AbstractMCMC):
     def __repr__(self) -> str:
         """The settings that differ from their defaults, and what was drawn."""
         given = inspect.signature(type(self).__init__).parameters.items()
-        own = "vectorized" if isinstance(self.kernel, Kernel) else "sequential"
+        own = "vectorized" if isinstance(self.kernel, PyroKernel) else "sequential"
         defaults = {"warmup_steps": self.num_samples, "chain_method": own}
         settings = [
             f"{name}={shown(getattr(self, name))}"

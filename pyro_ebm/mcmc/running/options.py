@@ -14,7 +14,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.files import PathLike
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.models.sites.given_transforms import check_codomain
 from pyro_ebm.ops.arguments import check_callable, check_mapping, check_tensor, shown
 
@@ -77,7 +77,7 @@ class Runner(ABC):
     @contextlib.contextmanager
     def starts(self) -> Iterator[None]:
         """Within it ``kernel.initial_params`` may be set; a kernel of pyro_ebm does not keep it."""
-        if not isinstance(self.kernel, Kernel):
+        if not isinstance(self.kernel, PyroKernel):
             yield
             return
         self.kernel.cleanup()  # of a chain that was left: then they are those set by the user
@@ -93,7 +93,7 @@ def check_chain_method(method: Any, kernel: MCMCKernel, only_vectorized: Mapping
 
     The arguments ``only_vectorized`` are refused by the other methods, where they are not None.
     """
-    ours = isinstance(kernel, Kernel)
+    ours = isinstance(kernel, PyroKernel)
     if method is None:
         method = "vectorized" if ours else "sequential"
     if method not in CHAIN_METHODS:

@@ -6,7 +6,7 @@ import warnings
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from tqdm.auto import tqdm
 
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.state import Info
 
 
@@ -54,9 +54,9 @@ class Bar:
         if info is None:
             text = ", ".join(f"{name} {value}" for name, value in (kernel.logging() or {}).items())
         else:
-            assert isinstance(kernel, Kernel)
+            assert isinstance(kernel, PyroKernel)
             rate = float(info.accept_prob.mean())
-            step_size = float(kernel.adaptation.step_size.mean())
+            step_size = kernel.mean_step_size
             text = f"acceptance {rate:.2f}, step size {step_size:.2e}"
         self.bar.set_postfix_str(text, refresh=last)
 

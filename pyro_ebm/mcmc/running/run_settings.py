@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal
 from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.ops.settings import HasSettings
 
 RunSettings = dict[str, str]
 
 # Settings of a kernel on which the draws do not depend, or that show in the potential.
-NOT_COMPARED = {
-    *("model", "potential_fn", "transforms", "init_strategy"),
-    *("ignore_jit_warnings", "planned_steps"),
-}
+NOT_COMPARED = {"model", "potential_fn", "transforms", "init_strategy", "ignore_jit_warnings"}
 
 
 def fingerprint(value: Any, name: str) -> RunSettings:
@@ -50,10 +46,11 @@ def _described(value: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _described(item, f"{name}[{i}]")
-    elif isinstance(value, Kernel | Proposal):
+    elif isinstance(value, HasSettings):
         yield name, type(value).__qualname__
-        for key, item in _settings(value).items():
-            yield from _described(item, f"{name}.{key.removeprefix('_init_')}")
+        for key, item in value.settings.items():
+            if key not in NOT_COMPARED:
+                yield from _described(item, f"{name}.{key}")
     elif isinstance(value, nn.Module):
         yield name, type(value).__qualname__
         for key, item in value.state_dict().items():
@@ -72,18 +69,6 @@ def _described(value: Any, name: str) -> Iterator[tuple[str, str]]:
 def _defines(part: object, is_parameter: bool) -> bool:
     """Whether a part of a distribution defines it, and is not a value that it caches."""
     return isinstance(part, Tensor) if is_parameter else isinstance(part, Distribution | nn.Module)
-
-
-def _settings(value: Kernel | Proposal) -> dict[str, Any]:
-    """What the constructor was given, as far as it bears on the transitions."""
-    found = vars(value)
-    if isinstance(value, Kernel):
-        fresh = value.copy()
-        passing = object.__new__(type(value))
-        passing._release()
-        found = {k: v for k, v in vars(fresh).items() if k not in vars(passing)}
-    hidden = {name for name in found if name.startswith("_") and not name.startswith("_init_")}
-    return {k: v for k, v in found.items() if k not in hidden | NOT_COMPARED}
 
 
 def _tensor(x: Tensor) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.results import Results
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.running.options import Runner
 from pyro_ebm.mcmc.running.progress import Bar, cut_short
 from pyro_ebm.models.checks.checked_model import CheckedModel
@@ -97,7 +97,7 @@ class SequentialRunner(Runner):
                 kept = {name: params[name] for name in keep}
                 if i < 0 and options.save_warmup:
                     chain.warmup.append(kept)
-                    if isinstance(kernel, Kernel):
+                    if isinstance(kernel, PyroKernel):
                         chain.warmup_stats.append(kernel.last_stats)
                 elif i >= 0 and (i + 1) % options.thinning == 0:
                     chain.draws.append(kept)
@@ -106,7 +106,7 @@ class SequentialRunner(Runner):
                     options.hook_fn(kernel, params, stage + label, step)
 
     def _validation(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.kernel, Kernel) or self.options.disable_validation is None:
+        if isinstance(self.kernel, PyroKernel) or self.options.disable_validation is None:
             return contextlib.nullcontext()
         return pyro.validation_enabled(not self.options.disable_validation)
 
@@ -144,7 +144,7 @@ def checked_model(runner: Runner) -> Iterator[None]:
     """Within it a kernel of Pyro has its model with the checks of this package's kernels."""
     kernel: Any = runner.kernel
     model = getattr(kernel, "model", None)
-    if isinstance(kernel, Kernel) or model is None:
+    if isinstance(kernel, PyroKernel) or model is None:
         yield
         return
     rejects = runner.options.disable_validation is True

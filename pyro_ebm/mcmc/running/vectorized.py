@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.results import Results
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.ranks import ProcessGroup, binding_to
 from pyro_ebm.mcmc.running.chains import VectorizedRun
@@ -37,7 +37,7 @@ class VectorizedRunner(Runner):
         results: all that was drawn.
     """
 
-    kernel: Kernel
+    kernel: PyroKernel
     ranks: ProcessGroup
     chains: VectorizedRun | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)

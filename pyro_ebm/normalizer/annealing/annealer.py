@@ -8,7 +8,7 @@ where the chains are; the proposal; and its acceptance. An
 serves all temperatures, and random numbers are drawn outside: both ways give the same weights.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.mcmc.engine.graph_guards import Dependencies
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import NUM_REPEATED
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.checks.fixed_density import check_repeats
@@ -67,16 +68,17 @@ class Annealer:
         num_steps: int = 1,
     ):
         self.path, self.kernel, self.schedule, self.num_steps = path, kernel, schedule, num_steps
-        self.single = _moves_once(kernel, path)
+        self.single = kernel if _moves_once(kernel, path) else None
         self.engine = Engine(
             self.leap,
-            self.single and kernel.jit_compile,
+            self.single is not None and kernel.jit_compile,
             Dependencies(path),
             kernel.ignore_jit_warnings,
             planned=num_steps * (len(schedule.betas) - 2),
         )
         # inside a graph of the kernel's own, evaluations of the path leave no trace
-        own_graph = kernel.jit_compile and not self.single
+        as_graph = any(part.jit_compile for part in (kernel, *kernel.parts))
+        own_graph = as_graph and self.single is None
         self.remembers = type(kernel).evaluate is Kernel.evaluate and not own_graph
 
     def run(self, z: Tensor, reverse: bool = False, disable_progbar: bool = True) -> Tensor:
@@ -119,7 +121,7 @@ class Annealer:
         """The chains after the transitions at a new temperature, and the fall of the potential."""
         falls = []
         for step in range(self.num_steps):
-            draws = self.kernel.draw(state) if self.single else ()
+            draws = self.single.draw(state) if self.single else ()
             again = known is None and step > 0  # the state is one of this temperature already
             old = state if again else state._replace(grad=None)
             state, known, fall, unsure = self.engine(old, known, again, draws)
@@ -147,7 +149,7 @@ class Annealer:
             here = State(z, path.combine(*known.values), grad)
         path.here = None if known is None else Known(z, known)
         path.last = None
-        new, _ = kernel.transition(here, *draws) if self.single else kernel.step(here)
+        new, _ = self.single.transition(here, *draws) if self.single else kernel.step(here)
         fall, last = state.potential - here.potential, path.last
         no = torch.zeros((), dtype=torch.bool, device=z.device)
         if known is None:
@@ -184,11 +186,12 @@ class Annealer:
             check_repeats(lambda: (path(some),), lambda: "the energy")
 
 
-def _moves_once(kernel: Kernel, path: AnnealingPath) -> bool:
+def _moves_once(kernel: Kernel, path: AnnealingPath) -> TypeGuard[TransitionKernel]:
     """Whether a step of a kernel is its transition, and not several of them."""
     blocks = isinstance(kernel, GibbsKernel) and path.blocks is not None
     return (
-        type(kernel).evaluate is Kernel.evaluate
+        isinstance(kernel, TransitionKernel)
+        and type(kernel).evaluate is Kernel.evaluate
         and kernel.compiled_fn == kernel.transition
-        and (blocks or type(kernel).move is Kernel.move)
+        and (blocks or type(kernel).move is TransitionKernel.move)
     )

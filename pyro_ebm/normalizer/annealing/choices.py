@@ -114,13 +114,13 @@ def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: AnnealingPath)
 
 def _objection(kernel: Kernel, path: AnnealingPath) -> str | None:
     """Why a kernel does not suit a path; None if it does."""
-    for part in (kernel, *getattr(kernel, "kernels", ())):
+    for part in (kernel, *kernel.parts):
         if not getattr(part, "adjusted", True):
             return (
                 f"{part!r} with adjusted=False does not leave the densities invariant, and the"
                 " weights would be biased: use adjusted=True"
             )
-        if getattr(part, "temperature", 1.0) != 1:
+        if part.temperature != 1:
             return f"{part!r} has a temperature of its own, and annealing has others: leave it at 1"
         if isinstance(part, TemperingKernel):
             return "replicas do not anneal: give the kernel inside the TemperingKernel"

@@ -1,4 +1,5 @@
-"""Steps of samplers on flat positions ``(chains, dim)``.
+"""The steps of Markov chains as formulas.
 
-Langevin and leapfrog steps, the Metropolis test, and preconditioning by a mass matrix.
+``langevin`` and ``leapfrog`` are proposals, ``metropolis`` their acceptance, and ``precondition``
+the product with a factor of the mass matrix. All are pure functions of batches of chains.
 """

@@ -1,9 +1,9 @@
 r"""Linear preconditioning of batches of chains.
 
-A sampler that knows the covariance :math:`\Sigma = L L^\top` of its target moves in the whitened
-coordinates :math:`L^{-1} z`. Chains come in *groups* that share one factor :math:`L`: a Pyro model
-is one group; the batch elements of a conditional energy are a group each. Groups vary fastest:
-chain ``c`` belongs to group ``c % targets``.
+With the covariance :math:`\Sigma = L L^\top` of its target, a sampler moves in the whitened
+coordinates :math:`L^{-1} z`. Chains of one *target* share one factor :math:`L`: a Pyro model is one
+target; the batch elements of a conditional energy are one each. Targets vary fastest: chain ``c``
+has the target ``c % targets``.
 """
 
 import torch
@@ -43,7 +43,7 @@ def precondition_transposed(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tens
 def _apply(inverse_mass_sqrt: Tensor | None, v: Tensor, equation: str) -> Tensor:
     if inverse_mass_sqrt is None:
         return v
-    grouped = v.unflatten(0, (-1, inverse_mass_sqrt.shape[0]))
+    rows = v.unflatten(0, (-1, inverse_mass_sqrt.shape[0]))
     if inverse_mass_sqrt.dim() == 2:
-        return (inverse_mass_sqrt * grouped).reshape(v.shape)
-    return torch.einsum(equation, inverse_mass_sqrt, grouped).reshape(v.shape)
+        return (inverse_mass_sqrt * rows).reshape(v.shape)
+    return torch.einsum(equation, inverse_mass_sqrt, rows).reshape(v.shape)

@@ -9,18 +9,19 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.adaptation.warmup import to_device
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
+from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
+from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
+from pyro_ebm.mcmc.kernels.pyro_contract import ModelSettings, PyroKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
-from pyro_ebm.mcmc.state import Info, State, nothing_moved
+from pyro_ebm.mcmc.state import Info, State, nothing_moved, to_device
 from pyro_ebm.ops.arguments import shown
 
 
@@ -67,7 +68,7 @@ class BlockPotential(Potential):
         return rest.index_copy(1, self.columns, z)
 
 
-class CompositeKernel(Kernel):
+class CompositeKernel(PyroKernel):
     """Kernels that take turns: discrete ones on discrete sites, the others on continuous ones.
 
     One transition is one of each, in the order given. A model with a ``Categorical`` and a
@@ -79,9 +80,8 @@ class CompositeKernel(Kernel):
             All discrete sites are moved by each discrete kernel, all continuous sites by each
             other. With an :class:`~pyro_ebm.mcmc.ExchangeKernel` among them, it alone moves the
             sites on which an unknown log Z depends, and no others.
-        transforms: from the supports to the reals, where they should not be Pyro's.
-        max_plate_nesting: as in Pyro's kernels.
-        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+        **kwargs: ``transforms``, ``max_plate_nesting`` and ``init_strategy`` of
+            :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     The statistics ``acceptance_rate`` and ``step_size`` are those of the last kernel.
 
@@ -101,29 +101,22 @@ class CompositeKernel(Kernel):
         ['k', 'x']
     """
 
+    needs_grad = False
+    """A state has no gradient: the other sites move in between."""
     discrete = True
+    _bound: "Sequence[tuple[TransitionKernel, BlockPotential]]" = ()
 
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        kernels: Sequence[Kernel] | None = None,
-        transforms: dict[str, Transform] | None = None,
-        max_plate_nesting: int | None = None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        kernels: Sequence[TransitionKernel] | None = None,
+        **kwargs: Unpack[ModelSettings],
     ):
-        if kernels is None:
-            from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
-            from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
-
-            kernels = [GibbsKernel(), LangevinKernel()]
+        super().__init__(model, **kwargs)
+        kernels = [GibbsKernel(), LangevinKernel()] if kernels is None else kernels
         if not isinstance(kernels, Sequence) or not kernels:
             raise ValueError("kernels must hold at least one kernel, as [GibbsKernel()]")
         for kernel in kernels:
-            if not isinstance(kernel, Kernel):
-                raise ValueError(
-                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(),"
-                    f" got {shown(kernel)}"
-                )
             if isinstance(kernel, TemperingKernel):  # its replicas need the rest at their own place
                 raise ValueError(
                     "replicas are of all sites: write TemperingKernel(CompositeKernel(model, ...),"
@@ -131,21 +124,17 @@ class CompositeKernel(Kernel):
                 )
             if isinstance(kernel, CompositeKernel):
                 raise ValueError(f"give the kernels of {kernel!r} in one list")
-            own = (kernel.model, kernel.potential_fn, kernel._given_transforms)
-            if any(x is not None for x in own):
+            if not isinstance(kernel, TransitionKernel):
+                raise ValueError(
+                    f"kernels must be kernels of pyro_ebm, such as LangevinKernel(),"
+                    f" got {shown(kernel)}"
+                )
+            if kernel.has_model:
                 raise ValueError(
                     f"give model and transforms to CompositeKernel, not to {kernel!r}:"
                     " CompositeKernel(model, [GibbsKernel(), LangevinKernel()])"
                 )
-        super().__init__(
-            model=model,
-            adapt_step_size=False,
-            adapt_mass_matrix=False,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            init_strategy=init_strategy,
-        )
-        temperatures = [getattr(kernel, "temperature", 1.0) for kernel in kernels]
+        temperatures = [kernel.temperature for kernel in kernels]
         if len(set(temperatures)) > 1:
             raise ValueError(
                 f"{list(kernels)} have the temperatures {temperatures}: kernels that take turns"
@@ -159,20 +148,25 @@ class CompositeKernel(Kernel):
         self.samples_intractable = bool(exchanges)
 
     @property
-    def _exchange(self) -> Kernel | None:
+    def parts(self) -> tuple[TransitionKernel, ...]:
+        """The kernels that take turns."""
+        return tuple(self.kernels)
+
+    @property
+    def _exchange(self) -> TransitionKernel | None:
         return next((kernel for kernel in self.kernels if kernel.samples_intractable), None)
 
     def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
         """The potential of the model at its arguments."""
         if (exchange := self._exchange) is None:
             return super().make_potential(*args, **kwargs)
-        settings = ("model", "_given_transforms", "max_plate_nesting", "init_strategy")
-        kernel: Any = exchange.copy()
-        vars(kernel).update({name: getattr(self, name) for name in settings}, keep_discrete=True)
+        names = ("model", "transforms", "max_plate_nesting", "init_strategy")
+        kernel = exchange.copy(**{name: self.settings[name] for name in names})
+        kernel.keep_discrete = True
         return kernel.make_potential(*args, **kwargs)
 
     def check(self, potential: Potential) -> None:
-        """Every site needs a kernel that moves it."""
+        """Raises a ValueError if no kernel moves one of the sites."""
         if self._exchange is not None and not potential.intractable_sites:
             raise ValueError(
                 f"{self._exchange!r} draws auxiliaries from the model, and the kernel that it is"
@@ -194,7 +188,7 @@ class CompositeKernel(Kernel):
                 )
 
     @staticmethod
-    def _names(potential: Potential, kernel: Kernel) -> list[str]:
+    def _names(potential: Potential, kernel: TransitionKernel) -> list[str]:
         return [
             site.name
             for site in potential.sites
@@ -203,15 +197,14 @@ class CompositeKernel(Kernel):
         ]
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel, and binds its own."""
+        """Binds a copy of each kernel to the block of sites that it moves."""
         super().bind(potential, warmup_steps)
-        self._bound: list[tuple[Kernel, BlockPotential]] = []
+        self._bound = bound = []
         for kernel in self.kernels:
-            names = self._names(potential, kernel)
-            if names:
+            if names := self._names(potential, kernel):
                 kernel, block = kernel.copy(), BlockPotential(potential, names)
                 kernel.bind(block, warmup_steps)
-                self._bound.append((kernel, block))
+                bound.append((kernel, block))
 
     def init(self, z: Tensor) -> State:
         """The state at the first positions; each kernel finds its first step size."""
@@ -220,11 +213,6 @@ class CompositeKernel(Kernel):
             kernel.checks_potential = self.checks_potential
             kernel.init(z[:, block.columns])
         return self.evaluate(z)
-
-    def evaluate(self, z: Tensor) -> State:
-        """The state at the positions ``z``, without a gradient: the rest moves in between."""
-        with torch.no_grad():
-            return State(z, self.potential(z), None)
 
     def move(self, state: State) -> tuple[State, Info]:
         """A transition of each kernel in turn."""
@@ -247,37 +235,29 @@ class CompositeKernel(Kernel):
         return state, info
 
     def state_dict(self) -> dict[str, Any]:
-        """As every kernel's, with those of its own."""
+        """What each kernel has learned, and the positions that it saw last."""
         parts = [{"kernel": k.state_dict(), "rest": block.rest.clone()} for k, block in self._bound]
         return {**super().state_dict(), "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As every kernel."""
+        """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
         super().load_state_dict(state)
         for (kernel, block), part in zip(self._bound, state["parts"], strict=True):
             kernel.load_state_dict(part["kernel"])
             block.hold(to_device(part["rest"], block.columns.device))
 
     @property
-    def adaptation(self) -> Any:
+    def adaptation(self) -> Adaptation:
         """The step size and mass matrix of the last kernel."""
-        return self._bound[-1][0].adaptation if self._bound else super().adaptation
+        kernel = self._bound[-1][0] if self._bound else self.kernels[-1]
+        return kernel.adaptation
 
-    def draw(self, state: State) -> tuple[Any, ...]:
-        """Each kernel draws for itself, see :meth:`move`."""
-        raise NotImplementedError
+    @property
+    def step_size(self) -> Tensor | float:
+        """The step size of the last kernel."""
+        return self._bound[-1][0].step_size if self._bound else self.kernels[-1].step_size
 
-    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
-        """Each kernel has its own, see :meth:`move`."""
-        raise NotImplementedError
-
-    def _release(self) -> None:
-        super()._release()
-        self._bound = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_bound": []}
-
-    def __repr__(self) -> str:
-        comma = "" if self.model is None else ", "
-        return f"{super().__repr__()[:-1]}{comma}kernels={self.kernels!r})"
+    @property
+    def learned(self) -> list[str]:
+        """What each of the kernels has learned, in words."""
+        return [f"{type(k).__name__} {text}" for k, _ in self._bound for text in k.learned]

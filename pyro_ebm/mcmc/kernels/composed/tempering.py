@@ -18,17 +18,16 @@ Reference:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.adaptation.warmup import to_device
-from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.kernels.gradient.langevin import refuse_temperature
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation
+from pyro_ebm.mcmc.kernels.base import refuse_temperature
+from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_count, check_number, shown
@@ -38,7 +37,7 @@ from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
 class TemperedPotential(Potential):
     r"""A potential at several inverse temperatures: row ``c`` is :math:`\beta_r U`.
 
-    Rows are ``(chains, R, targets)``, flattened: each replica is a group of its own, and adapts by
+    Rows are ``(chains, R, targets)``, flattened: each replica is a target of its own, and adapts by
     itself.
 
     Args:
@@ -94,7 +93,7 @@ class TemperedState(NamedTuple):
     """All replicas, ``(chains x R, dim)``, with the potentials that they see."""
 
 
-class TemperingKernel(Kernel):
+class TemperingKernel(PyroKernel):
     r"""Replica exchange around another kernel, all replicas of all chains in one batch.
 
     It crosses between modes where the kernel alone does not. The draws are those of
@@ -128,44 +127,52 @@ class TemperingKernel(Kernel):
         torch.Size([4])
     """
 
-    def __init__(self, kernel: Kernel, betas: Sequence[float] | Tensor):
-        if not isinstance(kernel, Kernel) or isinstance(kernel, TemperingKernel):
+    saved = (*PyroKernel.saved, "_inner", "_swaps", "_num_swaps")
+    _inner: PyroKernel | None = None
+    _tempered: TemperedPotential | None = None
+    _swaps: Tensor | None = None
+    _num_swaps: Tensor | int = 0
+
+    def __init__(self, kernel: PyroKernel, betas: Sequence[float] | Tensor):
+        if not isinstance(kernel, PyroKernel) or isinstance(kernel, TemperingKernel):
             raise ValueError(
                 "kernel must be a kernel of pyro_ebm that moves one temperature, such as"
                 f" LangevinKernel(model), got {shown(kernel)}"
             )
         refuse_temperature(kernel, "exchanges are between replicas at the temperatures 1 / betas")
-        super().__init__(
-            model=kernel.model,
-            potential_fn=kernel.potential_fn,
-            adapt_step_size=False,
-            adapt_mass_matrix=False,
-        )
+        super().__init__(kernel.model, kernel.potential_fn)
         self.kernel, self.betas = kernel, _checked(betas)
         self.discrete, self.needs_grad = kernel.discrete, kernel.needs_grad
+
+    @property
+    def parts(self) -> tuple[PyroKernel, ...]:
+        """The kernel that moves the replicas."""
+        return (self.kernel,)
 
     # -- many chains ---------------------------------------------------------------------------
 
     def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
         """The potential of the inner kernel's model."""
-        self._restore_params()
+        self.restore_params()
         inner = self.kernel.copy()
-        inner._given_params = self._given_params
+        inner.given_params = self.given_params
         return inner.make_potential(*args, **kwargs)
 
     def check(self, potential: Potential) -> None:
-        """What the inner kernel moves at all temperatures."""
-        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
-        self.kernel.check(TemperedPotential(potential, betas))
+        """Raises a ValueError for sites that the inner kernel does not move when tempered."""
+        self.kernel.check(self._at_betas(potential))
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel; the inner one is bound to the tempered potential."""
+        """Binds a copy of the inner kernel to the tempered potential."""
         super().bind(potential, warmup_steps)
-        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
-        self._tempered = TemperedPotential(potential, betas)
+        self._tempered = self._at_betas(potential)
         self._inner = self.kernel.copy()
         self._inner.bind(self._tempered, warmup_steps)
-        self._num_warmup, self._swaps = warmup_steps, betas.new_zeros(len(betas) - 1)
+        self._swaps = self._tempered.betas.new_zeros(len(self.betas) - 1)
+
+    def _at_betas(self, potential: Potential) -> TemperedPotential:
+        betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
+        return TemperedPotential(potential, betas)
 
     def init(self, z: Tensor) -> Any:
         """All replicas at the first positions, shape ``(chains, dim)``."""
@@ -191,7 +198,7 @@ class TemperingKernel(Kernel):
         _, tempered = self._parts
         betas, r = tempered.betas, len(tempered.betas)
         beta = tempered.of_rows(state.z.shape[0])
-        u = self._rows(state.potential / beta)  # (chains, R, groups), at temperature 1
+        u = self._rows(state.potential / beta)  # (chains, R, targets), at temperature 1
         #      exp(-b_r U(z_{r+1})) exp(-b_{r+1} U(z_r))
         # log -------------------------------------------  =  (b_r - b_{r+1}) (U(z_r) - U(z_{r+1}))
         #      exp(-b_r U(z_r)) exp(-b_{r+1} U(z_{r+1}))
@@ -206,7 +213,7 @@ class TemperingKernel(Kernel):
         source = torch.arange(r, device=u.device)[:, None].expand(u.shape).clone()
         source[:, :-1] += accepted.long()
         source[:, 1:] -= accepted.long()
-        if self._steps >= self._num_warmup and self._swaps is not None:
+        if self._steps >= self._warmup_steps and self._swaps is not None:
             self._swaps = self._swaps + torch.where(turn, prob, 0.0).mean((0, 2))
             self._num_swaps = self._num_swaps + turn[:, 0]
         # what replica r now sees of the state that came from replica s:  U b_r / b_s
@@ -216,20 +223,6 @@ class TemperingKernel(Kernel):
             grad = self._take(grad, source) * ratio[:, None]
         return State(self._take(state.z, source), self._take(state.potential, source) * ratio, grad)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every kernel's, with the inner one's and the rates of exchange."""
-        inner, _ = self._parts
-        own = {"inner": inner.state_dict(), "swaps": self._swaps, "num_swaps": self._num_swaps}
-        return {**super().state_dict(), **own}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As every kernel."""
-        super().load_state_dict(state)
-        inner, tempered = self._parts
-        inner.load_state_dict(state["inner"])
-        self._swaps = to_device(state["swaps"], tempered.betas.device)
-        self._num_swaps = to_device(state["num_swaps"], tempered.betas.device)
-
     @property
     def swap_rates(self) -> Tensor:
         """Mean acceptance of exchanges between neighbours after warmup, shape ``(R - 1,)``."""
@@ -238,23 +231,33 @@ class TemperingKernel(Kernel):
         return self._swaps / self._num_swaps
 
     @property
-    def adaptation(self) -> Any:
-        """The step size of the first replicas."""
+    def adaptation(self) -> Adaptation:
+        """The step sizes and mass matrices of all replicas."""
+        return self._parts[0].adaptation
+
+    @property
+    def step_size(self) -> Tensor | float:
+        """The step size of the first replicas, see :attr:`Kernel.step_size`."""
         if self._inner is None:
-            return super().adaptation
-        step_size = self._rows(self._inner.adaptation.step_size)[:, 0].reshape(-1)
-        return SimpleNamespace(step_size=step_size, inverse_mass_sqrt=None)
+            return self.kernel.step_size
+        step_size = torch.as_tensor(self._inner.step_size)
+        return self._rows(step_size)[:, 0].reshape(-1)
+
+    @property
+    def learned(self) -> list[str]:
+        """What the inner kernel has learned, in words."""
+        return [] if self._inner is None else self._inner.learned
 
     # -- rows ----------------------------------------------------------------------------------
 
     @property
-    def _parts(self) -> tuple[Kernel, TemperedPotential]:
+    def _parts(self) -> tuple[PyroKernel, TemperedPotential]:
         if self._inner is None or self._tempered is None:
             raise RuntimeError("TemperingKernel is not bound to a potential: call setup")
         return self._inner, self._tempered
 
     def _rows(self, x: Tensor) -> Tensor:
-        """``(rows, ...)`` as ``(chains per group, R, targets, ...)``."""
+        """``(rows, ...)`` as ``(chains of a target, R, targets, ...)``."""
         return x.unflatten(0, (-1, len(self.betas), self.potential.targets))
 
     def _take(self, x: Tensor, source: Tensor) -> Tensor:
@@ -271,34 +274,10 @@ class TemperingKernel(Kernel):
         grad = None if replicas.grad is None else self._rows(replicas.grad)[:, 0].flatten(0, 1)
         return TemperedState(z, potential, grad, replicas)
 
-    # -- plumbing ------------------------------------------------------------------------------
-
-    def draw(self, state: State) -> tuple[Any, ...]:
-        """The inner kernel draws, see :meth:`step`."""
-        raise NotImplementedError
-
-    def transition(self, state: State, *draws: Any) -> tuple[State, Info]:
-        """The inner kernel moves, see :meth:`step`."""
-        raise NotImplementedError
-
     def diagnostics(self) -> dict[str, Any]:
-        """As every kernel's, with the rates of exchange."""
+        """Statistics of the draws, with the rates of exchange."""
         rates = [] if self._swaps is None else self.swap_rates.tolist()
         return {**super().diagnostics(), "swap rates": rates}
-
-    def _release(self) -> None:
-        super()._release()
-        self._inner: Kernel | None = None
-        self._tempered: TemperedPotential | None = None
-        self._swaps: Tensor | None = None
-        self._num_swaps: Any = 0
-        self._num_warmup = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_inner": None, "_tempered": None, "_swaps": None}
-
-    def __repr__(self) -> str:
-        return f"TemperingKernel({self.kernel!r}, betas={[round(b, 3) for b in self.betas]})"
 
 
 def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
@@ -318,7 +297,7 @@ def geometric_betas(lowest: float, num_replicas: int) -> list[float]:
     check_number("lowest", lowest)
     if not 0 < lowest < 1:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest}")
-    num_replicas = check_count("num_replicas", num_replicas, 2)
+    num_replicas = check_count("num_replicas", num_replicas, least=2)
     return [lowest ** (i / (num_replicas - 1)) for i in range(num_replicas)]
 
 

@@ -16,30 +16,30 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from pyro_ebm.mcmc.engine.engine import JitCompile
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.accept import accept, accept_valid
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
+from pyro_ebm.mcmc.kernels.transition import GraphSettings, TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.integration.line_integral import gradient_tells_all
-from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+from pyro_ebm.ops.steps.metropolis import log_uniform
 
 NUM_COMPARED = 16
 
 
-class GradientKernel(Kernel):
+class GradientKernel(TransitionKernel):
     """A discrete kernel that reads the gradient of the potential at the points themselves."""
 
     discrete = True
+    _variables: Variables | None = None
 
     def check(self, potential: Potential) -> None:
-        """Discrete sites only, and such as a gradient can reach."""
+        """Raises a ValueError for sites that are continuous, or whose values have no gradient."""
         super().check(potential)
         if potential.sites and potential.dim == 0:
             raise ValueError(f"the sites {potential.names} hold no variables: nothing can move")
@@ -52,10 +52,10 @@ class GradientKernel(Kernel):
             )
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel."""
+        """Takes a potential, see :meth:`Kernel.bind`."""
         super().bind(potential, warmup_steps)
         like = torch.empty(0, dtype=potential.dtype, device=potential.device)
-        self._variables: Variables | None = Variables(potential.sites, like)
+        self._variables = Variables(potential.sites, like)
 
     def init(self, z: Tensor) -> State:
         """The state at the first positions; refuses a density that the points do not move.
@@ -98,26 +98,14 @@ class GradientKernel(Kernel):
         assert self._variables is not None
         return self._variables
 
-    def _release(self) -> None:
-        super()._release()
-        self._variables = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_variables": None}
-
     def _accept(
         self, state: State, new: State, log_q_ratio: Tensor, log_u: Tensor
     ) -> tuple[State, Info]:
-        assert new.grad is not None
-        valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
         #      p(x') q(x | x')
         # log ----------------  =  U(x) - U(x') + log q(x | x') - log q(x' | x)
         #      p(x)  q(x' | x)
         log_ratio = state.potential - new.potential + log_q_ratio
-        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        # a state of probability 0 is no accident on a discrete space
-        diverging = ~valid & (new.potential != torch.inf)
-        return self.choose(accepted, new, state), Info(accept_prob, diverging)
+        return accept(state, new, log_ratio, log_u, discrete=True)
 
 
 class GibbsWithGradientsKernel(GradientKernel):
@@ -131,11 +119,8 @@ class GibbsWithGradientsKernel(GradientKernel):
 
     Args:
         model: a Pyro model, or a distribution.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
-            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`).
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+        **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``max_plate_nesting`` and
+            ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     Raises:
         ValueError: (when run) for continuous sites, or sites of whole numbers or with a gradient
@@ -157,20 +142,9 @@ class GibbsWithGradientsKernel(GradientKernel):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        **kwargs: Unpack[GraphSettings],
     ):
-        super().__init__(
-            model=model,
-            adapt_step_size=False,
-            adapt_mass_matrix=False,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
-        )
+        super().__init__(model, adapt_step_size=False, adapt_mass_matrix=False, **kwargs)
 
     def draw(self, state: State) -> tuple[Any, ...]:
         """A Gumbel variable for each move, and the uniform."""
@@ -222,11 +196,8 @@ class DiscreteLangevinKernel(GradientKernel):
         adjusted: whether proposals are accepted or rejected.
         adapt_step_size: whether warmup adapts :math:`\alpha`; by default if ``adjusted``.
         target_accept_prob: mean acceptance probability to adapt to.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
-            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`).
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+        **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``max_plate_nesting`` and
+            ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     Raises:
         ValueError: for a step size that is not positive, or one to be adapted although unadjusted;
@@ -255,10 +226,7 @@ class DiscreteLangevinKernel(GradientKernel):
         adjusted: bool = True,
         adapt_step_size: bool | None = None,
         target_accept_prob: float = 0.574,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        **kwargs: Unpack[GraphSettings],
     ):
         if adapt_step_size and not adjusted:
             raise ValueError(
@@ -266,15 +234,12 @@ class DiscreteLangevinKernel(GradientKernel):
                 " everything, so there is no acceptance to adapt to"
             )
         super().__init__(
-            model=model,
+            model,
             step_size=step_size,
             adapt_step_size=adjusted if adapt_step_size is None else adapt_step_size,
             adapt_mass_matrix=False,
             target_accept_prob=target_accept_prob,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
+            **kwargs,
         )
         self.adjusted = adjusted
 
@@ -315,9 +280,7 @@ class DiscreteLangevinKernel(GradientKernel):
         ]
         new = self.evaluate(variables.after(state.z, variables.flat(chosen)))
         if not self.adjusted:
-            assert new.grad is not None
-            valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
-            return self.choose(valid, new, state), Info(valid.to(state.z.dtype), ~valid)
+            return accept_valid(state, new)
         assert state.grad is not None
         # the way back gives every variable its old support value
         old = variables.moves(state.z, state.grad).stays

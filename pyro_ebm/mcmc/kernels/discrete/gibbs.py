@@ -1,4 +1,4 @@
-r"""Gibbs sampling of discrete sites: in blocks where the distribution knows them, else one by one.
+r"""Gibbs sampling of discrete sites: in blocks where the distribution has them, else one by one.
 
 A Gibbs step draws some variables anew from their distribution given all others, and so leaves the
 target exactly invariant: nothing is rejected, nothing is tuned. Two kinds:
@@ -15,21 +15,20 @@ Reference:
     of images. Smolensky (1986), Information processing in dynamical systems.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from pyro_ebm.mcmc.engine.engine import JitCompile
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.accept import accept_valid
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
+from pyro_ebm.mcmc.kernels.transition import GraphSettings, TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 
 
-class GibbsKernel(Kernel):
+class GibbsKernel(TransitionKernel):
     """One sweep over all discrete variables, each drawn given the others.
 
     A model that is one Boltzmann machine (RBM, Ising, Potts) and nothing else, or such a
@@ -39,11 +38,9 @@ class GibbsKernel(Kernel):
 
     Args:
         model: a Pyro model, or a distribution.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"`` (:mod:`pyro_ebm.mcmc.engine.engine`);
-            what runs as a graph is a sweep of blocks, or the draw of one variable.
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where continuous sites start; discrete ones start at a draw of their prior.
+        **kwargs: ``jit_compile`` (of a sweep of blocks, or of the draw of one variable),
+            ``ignore_jit_warnings``, ``max_plate_nesting`` and ``init_strategy`` of
+            :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     Raises:
         ValueError: (when run) if the model has continuous sites too: use a
@@ -63,32 +60,18 @@ class GibbsKernel(Kernel):
 
     needs_grad = False
     discrete = True
+    _columns: Sequence[tuple[Tensor, Tensor]] = ()
 
-    def __init__(
-        self,
-        model: Callable[..., Any] | None = None,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
-    ):
-        super().__init__(
-            model=model,
-            adapt_step_size=False,
-            adapt_mass_matrix=False,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
-        )
+    def __init__(self, model: Callable[..., Any] | None = None, **kwargs: Unpack[GraphSettings]):
+        super().__init__(model, adapt_step_size=False, adapt_mass_matrix=False, **kwargs)
 
     def check(self, potential: Potential) -> None:
-        """A distribution with blocks of its own may be continuous (a Gaussian-Bernoulli RBM)."""
+        """Raises a ValueError for continuous sites, but those of a distribution with blocks."""
         if potential.blocks is None:
             super().check(potential)
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel."""
+        """Takes a potential, see :meth:`Kernel.bind`."""
         super().bind(potential, warmup_steps)
         if potential.blocks is None:
             like = torch.empty(0, dtype=potential.dtype, device=potential.device)
@@ -101,7 +84,7 @@ class GibbsKernel(Kernel):
         diverging = torch.zeros_like(state.potential, dtype=torch.bool)
         for columns, support_values in self._columns:
             noise = gumbel((len(support_values), state.z.shape[0]), state.z)
-            state, info = self._engine(state, columns, support_values, noise)
+            state, info = self.run_fn(state, columns, support_values, noise)
             diverging = diverging | info.diverging
         return state, Info(torch.ones_like(state.potential), diverging)
 
@@ -113,10 +96,8 @@ class GibbsKernel(Kernel):
         """A sweep of blocks, or the draw of one variable."""
         if self.potential.blocks is None:
             return self._draw_variable(state, *draws)
-        new = self.evaluate(self.potential.gibbs_sweep(state.z, draws))
-        # a sweep leads to states of positive probability alone, unless a parameter is no number
-        valid = new.potential.isfinite()
-        return self.choose(valid, new, state), Info(valid.to(state.potential.dtype), ~valid)
+        # a sweep leads to states of positive probability alone, unless a parameter is NaN
+        return accept_valid(state, self.evaluate(self.potential.gibbs_sweep(state.z, draws)))
 
     def _draw_variable(
         self, state: State, columns: Tensor, support_values: Tensor, noise: Tensor
@@ -138,10 +119,3 @@ class GibbsKernel(Kernel):
         diverging = ~(potential > -torch.inf).all(0)
         accept_prob = torch.ones_like(state.potential)
         return State(new, potential.gather(0, chosen)[0], None), Info(accept_prob, diverging)
-
-    def _release(self) -> None:
-        super()._release()
-        self._columns: list[tuple[Tensor, Tensor]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_columns": []}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
-from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal
+from pyro_ebm.mcmc.kernels.gradient_free.proposals import Proposal
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.ops.arguments import check_count
 

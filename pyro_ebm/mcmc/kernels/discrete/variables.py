@@ -3,9 +3,8 @@ r"""The discrete variables of a position, and the moves that change one of them.
 A flat position :math:`z` of discrete sites is a row of *variables*, each of which holds one of the
 support values of its site (:mod:`pyro_ebm.distributions.core.discrete`). A *move* gives one
 variable another support value. All moves of a position, of all its variables and support values,
-are laid side by
-side: ``(chains, moves)``, where a site of :math:`n` variables with :math:`K` support values has
-    :math:`n K`.
+are laid side by side: ``(chains, moves)``, where a site of :math:`n` variables with :math:`K`
+support values has :math:`n K`.
 """
 
 from collections.abc import Sequence
@@ -33,13 +32,14 @@ class Variables:
 
     Args:
         sites: the sites, in the order of the flat position, all discrete.
-        like: a tensor that tells dtype and device of positions.
+        like: a tensor of the dtype and device of positions.
 
     Example:
         >>> from torch.distributions.transforms import identity_transform
         >>> support_values = torch.tensor([[0.0], [1.0], [2.0]])
         >>> site = Site("k", torch.Size([2]), torch.float32, identity_transform,
-        support_values=support_values) >>> variables = Variables([site], torch.empty(()))
+        ...     support_values=support_values)
+        >>> variables = Variables([site], torch.empty(()))
         >>> z = torch.tensor([[0.0, 2.0]])
         >>> variables.moves(z, torch.tensor([[1.0, -1.0]])).distance
         tensor([[0., 1., 4., 4., 1., 0.]])

@@ -26,24 +26,21 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
-from pyro_ebm.mcmc.engine.engine import JitCompile
-from pyro_ebm.mcmc.kernels.base import Kernel
-from pyro_ebm.mcmc.kernels.gradient.langevin import MAX_ENERGY_ERROR
+from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept
+from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKernel
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_number
-from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+from pyro_ebm.ops.steps.metropolis import log_uniform
 from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
 
 
-class BarkerKernel(Kernel):
+class BarkerKernel(TransitionKernel):
     r"""Metropolis-Hastings with the Barker proposal: the robust relative of Langevin.
 
     It moves on where :class:`~pyro_ebm.LangevinKernel` rejects everything: the step size is too
@@ -58,18 +55,12 @@ class BarkerKernel(Kernel):
             jump: the first one when it is adapted.
         spread: :math:`s` in (0, 1], of the lengths of the jumps; 1 is Gaussian noise, the most
             robust. With 0.1 it is as efficient as MALA, and less robust.
-        adapt_step_size: whether warmup adapts :math:`\varepsilon`.
-        adapt_mass_matrix: whether warmup adapts the covariance :math:`\Sigma = L L^\top`; jumps
-            are then of the coordinates of :math:`L^{-1} z`.
-        full_mass: whether :math:`\Sigma` is dense or diagonal.
         target_accept_prob: mean acceptance probability to adapt to; 0.574 is optimal in high
             dimension.
-        transforms: from the supports to the reals, where they should not be Pyro's.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
-            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`).
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where chains start, as in Pyro's kernels.
+        **kwargs: ``adapt_step_size``, ``adapt_mass_matrix``, ``full_mass``, ``jit_compile``,
+            ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting`` and ``init_strategy`` of
+            :class:`~pyro_ebm.mcmc.TransitionKernel`. With an adapted covariance
+            :math:`\Sigma = L L^\top`, jumps are of the coordinates of :math:`L^{-1} z`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -92,37 +83,19 @@ class BarkerKernel(Kernel):
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float = 0.1,
         spread: float = 1.0,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-        full_mass: bool = False,
         target_accept_prob: float = 0.574,
-        transforms: dict[str, Transform] | None = None,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        **kwargs: Unpack[AdaptationSettings],
     ):
         check_number("spread", spread)
         if not 0 < spread <= 1:
             raise ValueError(f"spread must lie in (0, 1], got {spread}: 1 is Gaussian noise")
         super().__init__(
-            model=model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            target_accept_prob=target_accept_prob,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
+            model, potential_fn, step_size, target_accept_prob=target_accept_prob, **kwargs
         )
         self.spread = float(spread)
 
     def draw(self, state: State) -> tuple[Any, ...]:
-        """The jumps, the factor, the uniforms of their signs and that of the acceptance."""
+        """The jumps, the inverse mass matrix, and the uniforms of signs and of the acceptance."""
         length = (1 - self.spread**2) ** 0.5 + self.spread * torch.randn_like(state.z)
         return (
             (2 * self.step_size_of(state)).sqrt() * length,
@@ -136,9 +109,8 @@ class BarkerKernel(Kernel):
     ) -> tuple[State, Info]:
         """One jump of every coordinate, and its acceptance or rejection."""
         assert state.grad is not None
-        slope = -precondition_transposed(
-            inverse_mass_sqrt, state.grad
-        )  # of log p, in whitened coordinates
+        # the slope of log p, in whitened coordinates
+        slope = -precondition_transposed(inverse_mass_sqrt, state.grad)
         jump = torch.where(u < (jump * slope).sigmoid(), jump, -jump)
         new = self.evaluate(state.z + precondition(inverse_mass_sqrt, jump))
         assert new.grad is not None
@@ -148,7 +120,4 @@ class BarkerKernel(Kernel):
         #   p(z)  q(z' | z)     exp(-U(z) )         1 + exp(jump_i slope'_i)
         log_q_ratio = (softplus(-jump * slope) - softplus(jump * new_slope)).sum(-1)
         log_ratio = state.potential - new.potential + log_q_ratio
-        valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
-        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
-        return self.choose(accepted, new, state), Info(accept_prob, diverging)
+        return accept(state, new, log_ratio, log_u, MAX_ENERGY_ERROR)

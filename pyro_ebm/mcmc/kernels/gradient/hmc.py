@@ -16,25 +16,23 @@ Reference:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
 from pyro_ebm.mcmc.adaptation.chees import TrajectoryAdaptation, van_der_corput
-from pyro_ebm.mcmc.engine.engine import JitCompile
-from pyro_ebm.mcmc.kernels.base import Kernel, check_positive
-from pyro_ebm.mcmc.kernels.gradient.langevin import MAX_ENERGY_ERROR
+from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, choose, decide
+from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKernel, check_positive
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
-from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+from pyro_ebm.ops.steps.metropolis import log_uniform
 
 
-class ChEESKernel(Kernel):
+class ChEESKernel(TransitionKernel):
     r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
 
     The step size adapts to ``target_accept_prob``, the mass matrix to the covariance of the draws,
@@ -53,19 +51,12 @@ class ChEESKernel(Kernel):
         trajectory_length: the longest time :math:`T` of a trajectory, in units of :math:`L`; when
             adapted, it starts from two steps, and goes on from this once :math:`L` is known. 2 is
             about the best on a standard normal.
-        adapt_step_size: whether warmup adapts :math:`h`.
         adapt_trajectory_length: whether warmup adapts :math:`T`.
-        adapt_mass_matrix: whether warmup adapts the inverse mass matrix
-            :math:`\Sigma = L L^\top`; else it is the identity.
-        full_mass: whether :math:`\Sigma` is dense or diagonal.
         target_accept_prob: mean acceptance probability to adapt to.
-        transforms: from the supports to the reals, where they should not be Pyro's.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run leapfrog steps as
-            a graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling
-            takes seconds, and pays in long runs.
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where chains start, as in Pyro's kernels.
+        max_steps: the most leapfrog steps of one trajectory.
+        **kwargs: ``adapt_step_size``, ``adapt_mass_matrix``, ``full_mass``, ``jit_compile`` (of a
+            leapfrog step), ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting`` and
+            ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -84,9 +75,11 @@ class ChEESKernel(Kernel):
         True
     """
 
-    has_momentum = True
-    max_steps = 1000
-    """The most leapfrog steps of one trajectory."""
+    saved = (*TransitionKernel.saved, "_trajectory", "_knows_units", "_most_steps")
+    _trajectory: TrajectoryAdaptation | None = None
+    _most_steps: list[float] | None = None
+    _num_steps: Tensor | None = None
+    _knows_units = False
 
     def __init__(
         self,
@@ -94,39 +87,23 @@ class ChEESKernel(Kernel):
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float = 0.1,
         trajectory_length: float = 2.0,
-        adapt_step_size: bool = True,
         adapt_trajectory_length: bool = True,
-        adapt_mass_matrix: bool = True,
-        full_mass: bool = False,
         target_accept_prob: float = 0.8,
-        transforms: dict[str, Transform] | None = None,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        max_steps: int = 1000,
+        **kwargs: Unpack[AdaptationSettings],
     ):
         check_positive("trajectory_length", trajectory_length)
         super().__init__(
-            model=model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            target_accept_prob=target_accept_prob,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
+            model, potential_fn, step_size, target_accept_prob=target_accept_prob, **kwargs
         )
-        self._init_trajectory_length = float(trajectory_length)
+        self.first_trajectory_length = float(trajectory_length)
         self.adapt_trajectory_length = adapt_trajectory_length
+        self.max_steps = check_count("max_steps", max_steps)
 
     # -- the mathematics -----------------------------------------------------------------------
 
     def draw(self, state: State) -> tuple[Any, ...]:
-        """The step size, the factor, the momentum, the uniform and each group's number of steps."""
+        """Step size, inverse mass matrix, momentum, uniform, and each target's number of steps."""
         return (
             self.step_size_of(state),
             self.inverse_mass_sqrt,
@@ -144,11 +121,11 @@ class ChEESKernel(Kernel):
         log_u: Tensor,
         num_steps: Sequence[int],
     ) -> tuple[State, Info]:
-        """A trajectory, and the verdict."""
+        """A trajectory, and the acceptance or rejection of its end."""
         end, _, accepted, info = self.trajectory(
             state, step_size, inverse_mass_sqrt, momentum, log_u, num_steps
         )
-        return self.choose(accepted, end, state), info
+        return choose(accepted, end, state), info
 
     def trajectory(
         self,
@@ -159,25 +136,28 @@ class ChEESKernel(Kernel):
         log_u: Tensor,
         num_steps: Sequence[int],
     ) -> tuple[State, Tensor, Tensor, Info]:
-        r"""Where a trajectory ends, with what momentum, and the verdict on it.
+        r"""Follows a trajectory, and decides whether its end is accepted.
 
         Args:
             state: where it starts.
             step_size: :math:`h`, shape ``(chains, 1)``.
-            inverse_mass_sqrt: the factor of the inverse mass matrix.
+            inverse_mass_sqrt: :math:`L` of the inverse mass matrix.
             momentum: the momentum that it starts with, shape ``(chains, dim)``.
-            log_u: :math:`\log u` of the verdict, shape ``(chains,)``.
-            num_steps: how many leapfrog steps the chains of each group make.
+            log_u: :math:`\log u` of the acceptance, shape ``(chains,)``.
+            num_steps: how many leapfrog steps the chains of each target make.
+
+        Returns:
+            The state and the momentum at the end, whether it is accepted, and its statistics.
         """
         most, end = max(num_steps), (state, momentum)
         fixed = inverse_mass_sqrt, state.potential, momentum, log_u
-        if min(num_steps) == most:
+        if min(num_steps) == most and self._engine is not None:
             return self._engine.iterate(most, end, step_size, *fixed)
         counts = _of_chains(num_steps, state)[:, None]
         found: Any = None
         for i in range(most):
             # a step of size 0 stands still, as chains do that have arrived before the others
-            found = self._engine(*end, torch.where(i < counts, step_size, 0.0), *fixed)
+            found = self.run_fn(*end, torch.where(i < counts, step_size, 0.0), *fixed)
             end = found[:2]
         return found
 
@@ -191,16 +171,16 @@ class ChEESKernel(Kernel):
         first_momentum: Tensor,
         log_u: Tensor,
     ) -> tuple[State, Tensor, Tensor, Info]:
-        """A leapfrog step, and the verdict on the trajectory if it ends there.
+        """A leapfrog step, and the acceptance or rejection of the trajectory if it ends there.
 
-        One graph holds both, and the verdict, a few numbers for each chain, costs little; a graph
-        of its own would have to be compiled too.
+        One graph holds both. The acceptance is a few numbers for each chain and costs little; a
+        graph of its own would have to be compiled too.
 
         Args:
             state: where the step starts.
-            momentum: with what momentum.
+            momentum: the momentum there.
             step_size: as for :meth:`trajectory`.
-            inverse_mass_sqrt: see there.
+            inverse_mass_sqrt: as for :meth:`trajectory`.
             first_potential: the potential where the trajectory started, shape ``(chains,)``.
             first_momentum: the momentum there, shape ``(chains, dim)``.
             log_u: as for :meth:`trajectory`.
@@ -211,22 +191,17 @@ class ChEESKernel(Kernel):
         assert state.grad is not None
         momentum = kick(momentum, state.grad, step_size / 2, inverse_mass_sqrt)
         change = energy_change(first_potential, first_momentum, state.potential, momentum)
-        accepted, info = self.accept(-change, log_u)
-        return state, momentum, accepted, info
-
-    def accept(self, log_ratio: Tensor, log_u: Tensor) -> tuple[Tensor, Info]:
-        """Which trajectories are accepted, and with what probability."""
         #   p(z') N(p')     exp(-U(z') - |p'|^2 / 2)
         #   -----------  =  ------------------------
         #   p(z)  N(p)      exp(-U(z)  - |p|^2  / 2)
-        valid = log_ratio.isfinite()  # where a gradient is not, neither is the momentum
-        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
-        return accepted, Info(accept_prob, diverging)
+        # where a gradient is not finite, neither are the momentum and the ratio
+        end = state._replace(grad=None)
+        accepted, info = decide(end, -change, log_u, MAX_ENERGY_ERROR)
+        return state, momentum, accepted, info
 
     @property
     def compiled_fn(self) -> Callable[..., Any]:
-        """One leapfrog step, however many a transition makes, with the verdict."""
+        """One leapfrog step with its acceptance, however many a transition makes."""
         return self.leap
 
     # -- what warmup learns ----------------------------------------------------------------------
@@ -235,7 +210,7 @@ class ChEESKernel(Kernel):
     def trajectory_length(self) -> Tensor | float:
         """The longest time :math:`T`, shape ``(targets,)``; before setup, the first."""
         if self._trajectory is None:
-            return self._init_trajectory_length
+            return self.first_trajectory_length
         return self._trajectory.length
 
     @property
@@ -244,37 +219,29 @@ class ChEESKernel(Kernel):
         return {} if self._num_steps is None else {"n_steps": self._num_steps}
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """As every kernel."""
+        """Takes a potential and starts the adaptation, see :meth:`Kernel.bind`."""
         super().bind(potential, warmup_steps)
         like = self.adaptation.step_size
-        length = torch.full_like(like, self._init_trajectory_length)
+        length = torch.full_like(like, self.first_trajectory_length)
         self._trajectory = TrajectoryAdaptation(length, potential.dim)
 
     def init(self, z: Tensor) -> State:
-        """As every kernel; a length that is learned starts from two steps."""
+        """The state at the first positions; a length that is learned starts from two steps."""
         state = super().init(z)
         if self._learns:
-            self._learner.start(2 * self._typical_step_size())
+            self._learner.start(2 * self.adaptation.typical_step_size())
         self._most_steps = None  # it was counted in steps of the first size
         return state
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
-        active, learns, inverse_mass_sqrt = (
-            self.adaptation.active,
-            self._learns,
-            self.inverse_mass_sqrt,
-        )
+        active, learns, old = self.adaptation.active, self._learns, self.inverse_mass_sqrt
         state, info = super().step(state)
-        if (
-            learns
-            and inverse_mass_sqrt is not None
-            and self.inverse_mass_sqrt is not None
-            and self.inverse_mass_sqrt is not inverse_mass_sqrt
-        ):
-            usual = self._init_trajectory_length
+        new = self.inverse_mass_sqrt
+        if learns and old is not None and new is not None and new is not old:
+            usual = self.first_trajectory_length
             if self._knows_units:
-                self._learner.remeasure(inverse_mass_sqrt, self.inverse_mass_sqrt, usual)
+                self._learner.remeasure(old, new, usual)
             else:
                 self._learner.start(torch.full_like(self._learner.length, usual))
             self._knows_units = True
@@ -293,16 +260,24 @@ class ChEESKernel(Kernel):
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
-            most = self.max_steps * self._typical_step_size()
+            most = self.max_steps * self.adaptation.typical_step_size()
             weight = info.accept_prob
             self._learner.update(state, end, end_momentum, time, weight, inverse_mass_sqrt, most)
-        return self.choose(accepted, end, state), info
+        return choose(accepted, end, state), info
 
     def trial(self, state: State) -> tuple[State, Info]:
         """A trajectory of one step, to find a first step size."""
         step_size, inverse_mass_sqrt, momentum, log_u, num_steps = self.draw(state)
         one = [1] * len(num_steps)
         return self.transition(state, step_size, inverse_mass_sqrt, momentum, log_u, one)
+
+    @property
+    def learned(self) -> list[str]:
+        """The step size, the kind of the mass matrix and the trajectory length."""
+        found = super().learned
+        if found and self.adapt_trajectory_length:
+            found.append(f"trajectory_length={float(self._learner.length.mean()):.3g}")
+        return found
 
     @property
     def _learner(self) -> TrajectoryAdaptation:
@@ -314,45 +289,17 @@ class ChEESKernel(Kernel):
     def _learns(self) -> bool:
         return self.adapt_trajectory_length and self.adaptation.active
 
-    def _typical_step_size(self) -> Tensor:
-        """Of each group, ``(targets,)``; during warmup chains have step sizes of their own."""
-        return self.adaptation.typical_step_size()
-
     def _draw_num_steps(self) -> list[int]:
         most = self._most_steps
-        if most is None:  # a look at numbers on the device: in each warmup step, and once after
-            ratio = self._learner.length / self._typical_step_size()
+        if most is None:  # reads numbers from the device: in each warmup step, and once after
+            ratio = self._learner.length / self.adaptation.typical_step_size()
             most = self._most_steps = ratio.clamp(max=self.max_steps).tolist()
         fraction = van_der_corput(self._steps + 1)
         return [max(1, math.ceil(fraction * m)) for m in most]
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every kernel's, with the trajectory length."""
-        own = {"trajectory": self._learner.state_dict(), "knows_units": self._knows_units}
-        return {**super().state_dict(), **own, "most_steps": self._most_steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As every kernel."""
-        super().load_state_dict(state)
-        self._learner.load_state_dict(state["trajectory"])
-        self._knows_units, self._most_steps = state["knows_units"], state["most_steps"]
-
-    # -- state that comes and goes ---------------------------------------------------------------
-
-    def _release(self) -> None:
-        super()._release()
-        self._trajectory: TrajectoryAdaptation | None = None
-        self._most_steps: list[float] | None = None
-        self._num_steps: Tensor | None = None
-        self._knows_units = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        gone = {"_trajectory": None, "_num_steps": None}
-        return {**super().__getstate__(), **gone}
-
 
 def _of_chains(num_steps: Sequence[int], state: State) -> Tensor:
-    """The numbers of steps of groups as those of chains, shape ``(chains,)``."""
+    """The number of steps of each chain, shape ``(chains,)``, given that of each target."""
     chains, device = state.z.shape[0], state.z.device
     if len(num_steps) == 1:  # filled on the device, where a list would be copied to it
         return torch.full((chains,), num_steps[0], device=device)

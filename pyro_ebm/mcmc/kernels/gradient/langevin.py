@@ -9,38 +9,19 @@ algorithm (ULA), whose stationary distribution is off by :math:`O(\varepsilon)`:
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
-from pyro_ebm.mcmc.engine.engine import JitCompile
-from pyro_ebm.mcmc.kernels.base import Kernel, check_positive
+from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSettings, check_positive
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
-from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
-
-MAX_ENERGY_ERROR = 1000.0  # a log ratio below minus this is a divergence, as in NUTS
+from pyro_ebm.ops.steps.metropolis import log_uniform
 
 
-def refuse_temperature(kernel: Kernel, why: str) -> None:
-    """Refuses a kernel that samples at another temperature than 1, or holds one.
-
-    Args:
-        kernel: any kernel.
-        why: what cannot be with it.
-
-    Raises:
-        ValueError: names the kernel, its temperature, and the reason.
-    """
-    for part in (kernel, *getattr(kernel, "kernels", ())):
-        if (temperature := getattr(part, "temperature", 1.0)) != 1:
-            raise ValueError(f"{part!r} has temperature={temperature}, but {why}: leave it at 1")
-
-
-class LangevinKernel(Kernel):
+class LangevinKernel(TransitionKernel):
     r"""MALA (``adjusted=True``) or the unadjusted Langevin algorithm, for any number of chains.
 
     .. math:: z' = z - \varepsilon\, \Sigma\, \nabla U(z) + \sqrt{2 \varepsilon T}\, L \xi,
@@ -67,13 +48,8 @@ class LangevinKernel(Kernel):
         full_mass: whether :math:`\Sigma` is dense or diagonal.
         target_accept_prob: mean acceptance probability to adapt to; 0.574 is optimal in high
             dimension.
-        transforms: from the supports to the reals, where they should not be Pyro's.
-        max_plate_nesting: as in Pyro's kernels.
-        jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
-            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling takes
-            seconds, and pays in long runs.
-        ignore_jit_warnings: whether to silence warnings of the capture.
-        init_strategy: where chains start, as in Pyro's kernels.
+        **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
+            and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
     Raises:
         ValueError: for an argument out of its range, or a step-size adaptation without
@@ -97,6 +73,8 @@ class LangevinKernel(Kernel):
         (True, True)
     """
 
+    _temperature: tuple[float, Tensor] | None = None  # a number, and its tensor
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -108,11 +86,7 @@ class LangevinKernel(Kernel):
         adapt_mass_matrix: bool | None = None,
         full_mass: bool = False,
         target_accept_prob: float = 0.574,
-        transforms: dict[str, Transform] | None = None,
-        max_plate_nesting: int | None = None,
-        jit_compile: JitCompile = False,
-        ignore_jit_warnings: bool = False,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        **kwargs: Unpack[TransitionSettings],
     ):
         schedule = step_size if callable(step_size) else None
         if schedule is not None and (adapt_step_size or (adjusted and adapt_step_size is None)):
@@ -127,23 +101,19 @@ class LangevinKernel(Kernel):
             )
         check_positive("temperature", temperature)
         super().__init__(
-            model=model,
-            potential_fn=potential_fn,
-            step_size=_scheduled(schedule, 0) if callable(step_size) else step_size,
+            model,
+            potential_fn,
+            step_size=_scheduled(step_size, 0) if callable(step_size) else step_size,
             adapt_step_size=adjusted if adapt_step_size is None else adapt_step_size,
             adapt_mass_matrix=adjusted if adapt_mass_matrix is None else adapt_mass_matrix,
             full_mass=full_mass,
             target_accept_prob=target_accept_prob,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            ignore_jit_warnings=ignore_jit_warnings,
-            init_strategy=init_strategy,
+            **kwargs,
         )
         self.adjusted, self.temperature, self.schedule = adjusted, float(temperature), schedule
 
     def draw(self, state: State) -> tuple[Any, ...]:
-        """The step size, factor, temperature, noise, and the uniform if one decides."""
+        """Step size, inverse mass matrix, temperature, noise, and the uniform if ``adjusted``."""
         if self.schedule is not None:
             now = _scheduled(self.schedule, self._steps)
             self.adaptation.step_size = torch.full_like(self.adaptation.step_size, now)
@@ -166,10 +136,9 @@ class LangevinKernel(Kernel):
         assert state.grad is not None
         z = langevin_proposal(state.z, state.grad, step_size, inverse_mass_sqrt, temperature, noise)
         new = self.evaluate(z)
-        assert new.grad is not None
-        valid = new.potential.isfinite() & new.grad.isfinite().all(-1)
         if log_u is None:
-            return self.choose(valid, new, state), Info(valid.to(z.dtype), ~valid)
+            return accept_valid(state, new)
+        assert new.grad is not None
         #   p(z') q(z | z')     exp(-U(z') / T)   exp(-|xi'|^2 / 2)
         #   ---------------  =  --------------- * -----------------
         #   p(z)  q(z' | z)     exp(-U(z)  / T)   exp(-|xi|^2  / 2)
@@ -183,20 +152,10 @@ class LangevinKernel(Kernel):
             temperature,
             noise,
         )
-        accept_prob, accepted = metropolis_accept(log_ratio, valid, log_u)
-        diverging = ~(valid & (log_ratio >= -MAX_ENERGY_ERROR))  # NaN diverges too
-        return self.choose(accepted, new, state), Info(accept_prob, diverging)
-
-    def _release(self) -> None:
-        super()._release()
-        self._temperature: tuple[float, Tensor] | None = None  # a number, and its tensor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_temperature": None}
+        return accept(state, new, log_ratio, log_u, MAX_ENERGY_ERROR)
 
 
-def _scheduled(schedule: Callable[[int], float] | None, t: int) -> float:
-    assert schedule is not None
+def _scheduled(schedule: Callable[[int], float], t: int) -> float:
     step_size = float(schedule(t))
     if not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"the step_size schedule gave {step_size} at step {t}: it must be > 0")

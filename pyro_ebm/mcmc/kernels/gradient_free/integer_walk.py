@@ -12,15 +12,13 @@ accepted.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.kernels.gradient_free.metropolis import Proposal, RandomWalk, optimal_scale
+from pyro_ebm.mcmc.kernels.gradient_free.proposals import Proposal, RandomWalk, optimal_scale
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.models.sites.site import Site
-from pyro_ebm.ops.steps.precondition import precondition
 
 _LARGEST = 1e6
 
@@ -77,14 +75,14 @@ class IntegerWalk(RandomWalk):
         )
         return new
 
-    def scale_of(self, z: Tensor) -> Any:
+    def scale_of(self, z: Tensor) -> Tensor | float:
         """The scale of a jump."""
         scale, default = super().scale_of(z), optimal_scale(z.shape[-1])
         return scale.clamp(default / 5, _LARGEST) if isinstance(scale, Tensor) else scale
 
     def sample(self, z: Tensor) -> Tensor:
         """Positions a jump of whole numbers away."""
-        w = self.scale_of(z) * precondition(self._factor, torch.randn_like(z))
+        w = self.jump(z)
         one = torch.randint(z.shape[1], (z.shape[0], 1), device=z.device)
         alone = (w.sign() * (1 + w.abs().floor())).gather(1, one)
         jump = torch.zeros_like(z).scatter(1, one, alone)
