@@ -1,4 +1,4 @@
-"""Chains on two ranks adapt as one population: to one step size, mass matrix and length."""
+"""Chains on two ranks adapt together, to one step size, mass matrix and length."""
 
 import pytest
 import torch
