@@ -12,7 +12,15 @@ from pyro.nn import PyroModule, PyroSample
 from torch.nn.parallel import DistributedDataParallel
 
 import pyro_ebm
-from pyro_ebm.internals import compilers, data_parallel, functorch, pyro_runtime, recurrent, tracing
+from pyro_ebm.internals import (
+    compilers,
+    data_parallel,
+    functorch,
+    pyro_runtime,
+    pyro_state,
+    recurrent,
+    tracing,
+)
 from pyro_ebm.internals.lookup import internal
 
 PACKAGE = Path(pyro_ebm.__file__).parent
@@ -50,6 +58,21 @@ def test_a_version_that_lacks_it_is_told_in_a_sentence(ours, module, name, monke
         wanted = f"{library} {re.escape(version.__version__)} has no {module}.{name}, which"
         with pytest.raises(ImportError, match=f"{wanted} pyro_ebm uses to .*: install a version"):
             exec(compile(Path(ours.__file__).read_text(), ours.__file__, "exec"), {})
+
+
+def test_what_pyros_runner_and_optimisers_keep():
+    def model(mean, sd):
+        pyro.sample("x", pyro.distributions.Normal(mean, sd))
+
+    mcmc = pyro.infer.MCMC(pyro.infer.NUTS(model), 2, 2, disable_progbar=True)
+    assert not pyro_state.has_run(mcmc)
+    mcmc.run(torch.tensor(0.0), sd=torch.tensor(1.0))
+    assert pyro_state.has_run(mcmc)
+    assert pyro_state.arguments_of_run(mcmc) == ((torch.tensor(0.0),), {"sd": torch.tensor(1.0)})
+    assert list(pyro_state.reported_by_chains(mcmc)[0]) == ["divergences", "acceptance rate"]
+    state, optim = {"w": {"state": {}, "param_groups": []}}, pyro.optim.Adam({"lr": 0.1})
+    optim.set_state(state)
+    assert pyro_state.waiting_states(optim) == state
 
 
 def test_what_is_imported_late():

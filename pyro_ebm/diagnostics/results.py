@@ -12,6 +12,8 @@ from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.internals.pyro_state import arguments_of_run, has_run, reported_by_chains
+
 Values = Mapping[str, Tensor]
 
 
@@ -68,16 +70,16 @@ class Results:
                 "to_arviz wants a pyro_ebm.MCMC or pyro.infer.MCMC, which keep their draws, got"
                 f" {type(mcmc).__name__}"
             )
-        # Pyro has no public names for what its runner was called with
-        if mcmc._samples is None:
+        if not has_run(mcmc):
             raise RuntimeError("there are no draws yet: call run first")
+        args, kwargs = arguments_of_run(mcmc)
         return cls.of_chains(
             mcmc.get_samples(group_by_chain=True) or {},
-            mcmc._diagnostics,  # in the order of the chains
+            reported_by_chains(mcmc),
             mcmc.num_samples,
             model=getattr(mcmc.kernel, "model", None),
-            args=mcmc._args or (),
-            kwargs=mcmc._kwargs or {},
+            args=args,
+            kwargs=kwargs,
             requested=(mcmc.num_chains, mcmc.num_samples),
         )
 

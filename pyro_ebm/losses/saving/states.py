@@ -10,6 +10,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_ebm.internals.pyro_state import waiting_states
 from pyro_ebm.losses.base import EnergyLoss
 
 
@@ -40,7 +41,7 @@ def state_of(piece: Piece) -> Any:
     if isinstance(piece, EnergyLoss):
         return {"loss": piece.state_dict(), "steps_taken": piece.steps_taken}
     if isinstance(piece, PyroOptim):
-        state = {**piece._state_waiting_to_be_consumed, **piece.get_state()}
+        state = {**waiting_states(piece), **piece.get_state()}
         return {name: s for name, s in state.items() if name is not None}  # of no parameter now
     return piece.state_dict()
 
@@ -130,10 +131,11 @@ def _restore_pyro_optim(optim: PyroOptim, state: Mapping[str, Any]) -> None:
     store = pyro.get_param_store()
     named = dict(store.named_parameters())
     parameters = {name: named[name] for name in state if name in named}
-    waiting = {name: state[name] for name in state.keys() - named.keys()}
     optim.optim_objs.clear()
     optim.grad_clip.clear()
-    optim._state_waiting_to_be_consumed = waiting
+    waiting = waiting_states(optim)
+    waiting.clear()
+    waiting.update({name: state[name] for name in state.keys() - named.keys()})
     grads = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
