@@ -19,7 +19,7 @@ from pyro_ebm.internals.lookup import internal
 def compile_unguarded(graph: GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
     """A graph as machine code, for inputs that lie in memory as these do.
 
-    No call looks at its arguments' layouts: the caller has.
+    Calls do not check how their arguments lie in memory: the caller has.
     """
     compiler = internal("torch._inductor", "compile", "to compile a graph")
     return compiler(graph, arguments, {"size_asserts": False})
@@ -30,7 +30,7 @@ def as_written() -> Iterator[None]:
     """Lets what is under ``torch.compile`` run as it was written: the same values, no compiler.
 
     For evaluations that the compiler has no code for (second derivatives, ``vmap``, a capture), and
-    for those that look at what a function does, whose means it would take for a part of that.
+    for those that record what a function does, whose own operations it would compile too.
 
     Example:
         >>> square = torch.compile(torch.square)

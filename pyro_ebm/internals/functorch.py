@@ -1,8 +1,8 @@
 """Tensors inside the transforms of ``torch.func``: ``vmap``, ``grad``.
 
-Relies on ``is_functorch_wrapped_tensor``, which tells a tensor that stands for many from a plain
-one; on ``_are_functorch_transforms_active``; on the getter of ``Tensor.data``, which a function
-mode sees in place of a name; and on the key of a tensor's memory.
+Relies on ``is_functorch_wrapped_tensor``, which is true of tensors that stand for many; on
+``_are_functorch_transforms_active``; on the getter of ``Tensor.data``, which a function mode gets
+in place of a name; and on the key of a tensor's memory.
 """
 
 from typing import Any

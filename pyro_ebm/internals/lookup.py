@@ -1,4 +1,4 @@
-"""Looks up an internal of torch or Pyro, or says what is missing and why it matters."""
+"""Internals of torch and Pyro by name, with an error that names what a version lacks."""
 
 import importlib
 from typing import Any

@@ -1,7 +1,7 @@
 """Pyro while a model runs: its handlers, its random weights, its sums in logarithms.
 
 Relies on the stack of handlers (``pyro.poutine.runtime._PYRO_STACK``) and ``param_only`` of
-``TraceMessenger``, by which ``SVI.step`` is told apart; on ``PyroModule._pyro_context``; on
+``TraceMessenger``, by which ``SVI.step`` is recognized; on ``PyroModule._pyro_context``; on
 ``pyro.ops.special._SafeLog``; on ``ProvenanceTensor._provenance``; and on the parameter store's
 ``_params``.
 """

@@ -1,5 +1,7 @@
-"""A Pyro model as a density of its latent sites.
+"""Pyro models, run and examined before they are sampled.
 
-Which sites there are and where they start, which tensors depend on which latents, how all chains
-are evaluated at once, and checks that the model is one fixed density.
+``runs`` holds a model with its arguments and runs it; ``provenance`` follows which latents tensors
+come from; ``batched`` and ``over_chains`` evaluate a function of one chain for many at once;
+``masks`` and ``transforms`` prepare the latents. In ``sites`` are the latents' supports and starts,
+in ``checks`` the conditions that a model must fulfil. No kernel is imported here.
 """

@@ -127,7 +127,7 @@ class _ForAllChains(TorchFunctionMode):
         kwargs = kwargs or {}
         self.place += 1
         name = getattr(func, "__name__", "")
-        if name in _READ:
+        if name in READS:
             args = tree_map(self._common, args)
         elif name in _TEXTS:
             args = tree_map(self._common_choice, args)
@@ -265,9 +265,10 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.masked_scatter: _masked_scatter,
     Tensor.masked_scatter: _masked_scatter,
 }
-_READ = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
+READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
     f"__{name}__" for name in ("array", "bool", "complex", "contains", "float", "index", "int")
 }
+"""The names of functions by which values leave the tensors."""
 _TEXTS = {"__format__", "__repr__"}
 
 

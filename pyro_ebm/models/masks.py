@@ -37,7 +37,7 @@ PotentialFn = Callable[[dict[str, Tensor]], Tensor]
 class FillMasked(Messenger):
     """Puts points of the support where observed values are NaN and masked.
 
-    The first run of the model finds the sites; later ones fill these, without a look at the values.
+    The first run of the model finds the sites; later ones fill these without reading their values.
 
     Example:
         >>> y = torch.tensor([1.0, torch.nan])

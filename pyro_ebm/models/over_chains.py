@@ -33,8 +33,8 @@ class OverChains:
     Args:
         function: maps tensors of one chain, or nested tuples and dicts of them, to the same.
         agrees: whether a candidate, called as this object is, gives the plain values at some of a
-            call's arguments; None if these tell nothing. By default the first and the last chain
-            are compared.
+            call's arguments; None if they cannot be compared there. By default it compares the
+            first and the last chain.
         on_loop: called once, with the reason and the arguments, when the way becomes ``"loop"``.
         ways: which to try.
         chunk_size: how many chains to evaluate at once; None is all.

@@ -4,7 +4,7 @@ In a run of a model in which every latent is one of Pyro's provenance tensors, e
 the names of the latents that had a part in it. That is a suspicion: a tensor may come from a latent
 and be constant all the same. Three things make it sharper.
 
-*What looks at no value has no source.* ``torch.zeros_like(mu)`` takes shape and dtype from
+*What reads no value has no source.* ``torch.zeros_like(mu)`` takes shape and dtype from
 ``mu``, as do ``new_full``, ``x.to(mu)`` and ``x.expand_as(mu)``; a tensor that is overwritten, as
 by ``fill_``, has lost what it was; and ``mu * 0`` and ``mu - mu`` are 0 whatever ``mu`` is. These
 leave no trace of ``mu``.
@@ -14,8 +14,8 @@ so is the sum of ``ones_like(mu[mu > 0])``. Operations whose shape follows from 
 reads, as ``mu.item()`` does.
 
 *What leaves the tensors is noted.* Behind a read, or where a latent is written into a tensor that
-was made without one, nothing is tracked: only further runs at other latents tell, which compare
-values.
+was made without one, nothing is tracked: only further runs at other latents, which
+compare values, show a dependence.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.internals.pyro_runtime import set_provenance
+from pyro_ebm.models.batched import READS
 from pyro_ebm.models.runs import BoundModel
 
 
@@ -93,7 +94,7 @@ def _reads(name: str, args: tuple[Any, ...]) -> bool:
         return len(args) == 1
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):  # in place
         return bool(args) and not isinstance(args[0], ProvenanceTensor)
-    return name in _READS
+    return name in READS or name in _SHAPED
 
 
 class OnlyValuesCount(TorchFunctionMode):
@@ -122,11 +123,9 @@ def _is_zero(name: str, args: tuple[Any, ...]) -> bool:
     return name in _MINUS and len(args) == 2 and args[0] is args[1]
 
 
-_READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
-_READS |= {f"__{n}__" for n in ("array", "bool", "complex", "contains", "float", "index", "int")}
 # whose shapes follow from values
-_READS |= {"argwhere", "bincount", "masked_select", "nonzero", "repeat_interleave"}
-_READS |= {"one_hot", "unique", "unique_consecutive"}
+_SHAPED = {"argwhere", "bincount", "masked_select", "nonzero", "one_hot", "repeat_interleave"}
+_SHAPED |= {"unique", "unique_consecutive"}
 
 # `new` too, of which torch makes noise: tracking would hand it a shape as a tuple, which it takes
 # for values

@@ -39,7 +39,7 @@ def eval_mode(found: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def called_in_eval_mode() -> Iterator[list[nn.Module]]:
-    """Holds every module that is called within in evaluation mode, and tells which they were.
+    """Holds every module that is called within in evaluation mode, and lists them.
 
     It also finds those that a function reads from anywhere, and those inside of them, which a
     compiled or scripted module does not call by itself. It looks at the calls of this thread, and
@@ -77,7 +77,7 @@ def called_in_eval_mode() -> Iterator[list[nn.Module]]:
 
 @contextlib.contextmanager
 def _on_call(function: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Tells a function of each module that this thread calls, before it runs."""
+    """Calls a function with each module that this thread calls, before it runs."""
     before: Any = sys.getprofile()
 
     def watch(frame: FrameType, event: str, arg: Any) -> None:

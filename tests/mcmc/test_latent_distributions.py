@@ -159,7 +159,7 @@ REFUSED = {
     "GammaPoisson": (lambda: dist.GammaPoisson(2.0, 2.0), DISCRETE),
     "GaussianScaleMixture": (
         lambda: dist.GaussianScaleMixture(ones(2), ones(2), ones(2)),
-        "does not tell its support",
+        "has no support",
     ),
     "Geometric": (lambda: dist.Geometric(0.5), DISCRETE),
     "LinearHMM": (

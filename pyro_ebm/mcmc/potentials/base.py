@@ -153,7 +153,7 @@ class Potential(ABC):
             if not bad.any():
                 self._check_repeats(z[: NUM_REPEATED * self.targets])
                 return z
-            # draws come with one chain of each group: ask for those that hold a bad chain
+            # draws come with one chain of each group: those that hold a bad chain are drawn again
             rows = bad.reshape(-1, self.targets).any(-1)
             again = rows.repeat_interleave(self.targets).nonzero().flatten()
             z[again] = torch.where(bad[again, None], self._draw(len(again)), z[again])

@@ -71,7 +71,7 @@ class EnergyPotential(Potential):
 
     def _value(self, z: Tensor) -> Tensor:
         unconstrained = self._grouped(z)
-        if unconstrained.shape[0] == 1:  # one chain per row: the energy sees the rows themselves
+        if unconstrained.shape[0] == 1:  # one chain per row: the energy is called at the rows
             unconstrained = unconstrained[0]
         x = self.bijection(unconstrained).to(self.sites[0].dtype)  # whole numbers may be indices
         # an energy may be made of distributions, which would raise at a far-out proposal

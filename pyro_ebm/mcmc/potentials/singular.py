@@ -33,7 +33,7 @@ def nan_where_singular(
         if is_capturing():  # a graph is being captured, and would split for ever
             raise
         rows = z.shape[0] // targets
-        if rows <= 1:  # a potential, and a gradient for those who ask for one
+        if rows <= 1:  # a potential, and a gradient where one is wanted
             return z.new_full(z.shape[:1], torch.nan), torch.full_like(z, torch.nan)
     halves = z.split((rows + 1) // 2 * targets)
     parts = [nan_where_singular(function, half, targets) for half in halves]

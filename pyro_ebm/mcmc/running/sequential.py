@@ -16,6 +16,7 @@ from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.running.options import Runner
 from pyro_ebm.mcmc.running.progress import Bar, cut_short
 from pyro_ebm.models.checks.checked_model import CheckedModel
+from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.site import to_support
 
 Params = dict[str, Tensor]
@@ -148,7 +149,7 @@ def checked_model(runner: Runner) -> Iterator[None]:
         yield
         return
     rejects = runner.options.disable_validation is True
-    kernel.model = CheckedModel(model, runner.args, runner.kwargs, rejects=rejects)
+    kernel.model = CheckedModel(BoundModel(model, runner.args, runner.kwargs), rejects)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
-"""Checks of a model before it is sampled.
+"""Conditions that a model must fulfil to be sampled, each in a file of its own.
 
-No latent moves an unknown log Z, the density is a function of the latents, and supports and
-arguments are valid.
+It is one fixed density, the supports of its latents stay, no unknown log Z depends on a latent, and
+states at which one of its distributions does not exist have no density. What breaks one of them is
+refused before the first transition, with an error that names the site.
 """

@@ -1,6 +1,5 @@
 """A model as Pyro's own kernels evaluate it, with the checks that this package makes of its own."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -17,9 +16,7 @@ class CheckedModel:
     """A model that raises where its latents come and go, and has no density where it is invalid.
 
     Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        bound: the model, with the arguments that it will be run with.
         rejects: whether invalid states have no density; else Pyro's validation may raise.
 
     Raises:
@@ -30,22 +27,15 @@ class CheckedModel:
         ...     a = pyro.sample("a", dist.Normal(1.0, 1.0))
         ...     pyro.sample("y", dist.Gamma(a, 1.0), obs=torch.tensor(0.5))
         >>> a = {"a": torch.tensor(-0.5)}
-        >>> checked = poutine.condition(CheckedModel(model, (), {}, True), a)
+        >>> checked = poutine.condition(CheckedModel(BoundModel(model), True), a)
         >>> with pyro.validation_enabled(False):
         ...     poutine.trace(checked).get_trace().log_prob_sum()
         tensor(-inf)
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        rejects: bool,
-    ):
-        self.model = model
+    def __init__(self, bound: BoundModel, rejects: bool):
+        self.model = model = bound.model
         self.__name__ = getattr(model, "__name__", type(model).__name__)
-        bound = BoundModel(model, args, kwargs)
         with side_runs():
             try:
                 validated = bound.trace()

@@ -123,7 +123,7 @@ def check_repeats(
 
     Args:
         values: the function, a potential and its gradient at a fixed position.
-        which: says what of it is random, if it is.
+        which: what of it is random, in words, if it is.
         draws: whether it is known to draw random numbers.
 
     Example:

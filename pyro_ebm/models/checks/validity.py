@@ -46,7 +46,7 @@ class Checked(NamedTuple):
 
 
 class Unvalidated(Messenger):
-    """Lets every site see what validation forbids, and gives it no density.
+    """Turns validation off at every site, and gives what it forbids no density.
 
     Args:
         checked: of each site that needs it, what to check.
@@ -66,7 +66,7 @@ class Unvalidated(Messenger):
         self.checked = {} if checked is None else checked
 
     def _pyro_sample(self, msg: Any) -> None:
-        # a part of a distribution may have been made, and told to validate, outside the model
+        # a part of a distribution may have been made outside the model, with validation on
         if not isinstance(msg["fn"], Distribution):
             return
         fn = unvalidated(msg["fn"])
@@ -83,8 +83,8 @@ def what_to_check(
 
     Args:
         tracked: a run of the model in which tensors carry the latents that they come from.
-        validated: a run under the user's own validation: a distribution that was told not to
-            validate is not checked.
+        validated: a run under the user's own validation: a distribution that was made
+            with ``validate_args=False`` is not checked.
         reads: the latents whose values left the tensors; where there are any, all is checked.
     """
     found = {}
@@ -226,7 +226,7 @@ _SHOW = (constraints.real, constraints.real_vector, constraints.positive_definit
 
 
 def _is_within(support: Any, constraint: Any) -> bool:
-    """Whether a constraint holds on all of a support, as far as their bounds tell."""
+    """Whether a constraint holds on all of a support, as far as their bounds show."""
     parts = [elementwise(part) for part in (plain_support(support), constraint)]
     if constraints.simplex in parts:
         return parts[0] is parts[1]

@@ -1,5 +1,4 @@
-"""The latent sites of a model.
+"""The latent sites of a model: supports, transforms to the reals, discrete values, and starts.
 
-Their shapes and supports, the transforms to unconstrained coordinates, their starting values, and
-which of them are discrete.
+``site`` is how a kernel's position holds a latent; the other files find what is in it.
 """

@@ -2,9 +2,9 @@ r"""Does a transform that a user gave map the support of a site onto the reals?
 
 A chain moves on all of :math:`\mathbb{R}^n`, and :math:`x = T^{-1}(z)` must be a bijection onto the
 support: where it leaves the support, states without a density are visited; where it reaches a part
-of it only, the posterior is cut off, and every diagnostic is content. What a transform declares of
-itself tells a part of this (``codomain``, ``domain``, and not at all for one that is composed or
-written by a user); points tell the rest. Points of the reals must come to lie in the support and
+of it only, the posterior is cut off, and no diagnostic shows it. A transform may declare its
+``codomain`` and ``domain``, but one that is composed or written by a user need not; so points are
+tried too. Points of the reals must come to lie in the support and
 return, and so must points of the support that another bijection has reached. The logarithm of the
 Jacobian's determinant, which is a part of the density of :math:`z`, is compared with automatic
 differentiation.
@@ -33,7 +33,7 @@ def check_transform(name: str, transform: Transform, support: Any, x: Tensor) ->
         name: of the site.
         transform: from its support to the reals.
         support: its support.
-        x: a value of the site, which tells its shape.
+        x: a value of the site, of its shape and dtype.
 
     Example:
         >>> from torch.distributions.transforms import ExpTransform, SigmoidTransform
@@ -68,7 +68,7 @@ def check_from_reals(name: str, transform: Transform, z: Tensor) -> None:
     Args:
         name: of a site whose support is not known.
         transform: from there to the reals.
-        z: an unconstrained value of the site, which tells its shape.
+        z: an unconstrained value of the site, of its shape and dtype.
     """
     check_codomain(name, transform)
     inverse: Any = transform.inv
@@ -80,7 +80,7 @@ def check_from_reals(name: str, transform: Transform, z: Tensor) -> None:
 
 
 def check_codomain(name: str, transform: Transform) -> None:
-    """Raises a ValueError if a transform says that it does not lead to the reals.
+    """Raises a ValueError if the codomain that a transform declares is not the reals.
 
     Args:
         name: of a site.

@@ -71,7 +71,7 @@ def transform_of(name: str, fn: Any) -> Transform:
         reparam = f"poutine.reparam(model, {{{name!r}: ProjectedNormalReparam()}})"
         way = reparam if isinstance(kind, ProjectedNormal) else "sites on other supports"
         raise ValueError(
-            "torch.distributions.biject_to knows no bijection from the reals onto the support"
+            "torch.distributions.biject_to has no bijection from the reals onto the support"
             f" {type(support).__name__.lstrip('_')} of site {name!r} ({type(kind).__name__}):"
             f" write the model as {way}, or give the kernel transforms={{{name!r}: ...}}, a"
             " Transform from the support to the reals (with init_strategy=init_to_value(...), if"
