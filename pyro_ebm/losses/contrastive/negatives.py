@@ -126,7 +126,7 @@ class NegativeSampler:
             otherwise = "use persistent=True, whose chains do not start at the data"
         z = potential.inner_position(start, what, otherwise).contiguous()
         if loss.looks_closely:
-            potential._check_repeats(z)
+            potential.check_repeats(z)
         state = kernel.init(z)
         rates = []
         for _ in range(self.num_steps):

@@ -151,7 +151,7 @@ class Potential(ABC):
         bad = self._not_finite(z)
         for _ in range(MAX_INIT_TRIES):
             if not bad.any():
-                self._check_repeats(z[: NUM_REPEATED * self.targets])
+                self.check_repeats(z[: NUM_REPEATED * self.targets])
                 return z
             # draws come with one chain of each group: those that hold a bad chain are drawn again
             rows = bad.reshape(-1, self.targets).any(-1)
@@ -193,7 +193,7 @@ class Potential(ABC):
                 f"initial_params of chain {int(bad.nonzero()[0])} are no start:"
                 f" {self.blame(z[bad][0])}"
             )
-        self._check_repeats(z[: NUM_REPEATED * self.targets])
+        self.check_repeats(z[: NUM_REPEATED * self.targets])
         return z
 
     def _draw(self, num_chains: int) -> Tensor:
@@ -214,7 +214,7 @@ class Potential(ABC):
         value, grad = self.value_and_grad(z)
         return value, self._of_reals(grad)
 
-    def _check_repeats(self, z: Tensor, draws: bool = False) -> None:
+    def check_repeats(self, z: Tensor, draws: bool = False) -> None:
         """Raises a ValueError if the potential at some chains' positions is random."""
         check_repeats(lambda: self._evaluated(z), lambda: self.random_part(z), draws)
 

@@ -87,7 +87,7 @@ class FunctionPotential(Potential):
         values = self.chains(z)
         if not torch.equal(before, torch.get_rng_state()):
             self._draws = True
-            self._check_repeats(z.detach(), draws=True)
+            self.check_repeats(z.detach(), draws=True)
         return values
 
     def _one(self, z: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class FunctionPotential(Potential):
         return value, self._of_reals(grad)
 
     def _on_loop(self, reason: str, z: Tensor) -> None:
-        self._check_repeats(z[:2].detach(), draws="randomness" in reason)
+        self.check_repeats(z[:2].detach(), draws="randomness" in reason)
         warnings.warn(
             "the model cannot be vectorized over chains, so they are evaluated one after"
             f" another, which is slower ({reason})",
