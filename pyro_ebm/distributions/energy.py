@@ -93,7 +93,7 @@ class UnnormalizedEnergy(NormalizableDensity):
         >>> p.sample((1000,)).shape
         torch.Size([1000, 2])
 
-    **A distribution of your own** is a subclass that overrides :meth:`_energy`, the energy of
+    **A distribution of your own** is a subclass that overrides ``_energy``, the energy of
     points ``(*sample, *batch, *event)`` as a tensor ``(*sample, *batch)``, and hands the shapes and
     the support to this class, with ``None`` for the energy. Parameters are attributes, with the
     batch in front. Everything else comes with it; override what there is a better way for:

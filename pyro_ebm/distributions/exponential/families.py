@@ -28,6 +28,7 @@ from torch import distributions as td
 
 from pyro_ebm.distributions.checks.arguments import checked_shape
 from pyro_ebm.distributions.core.discrete import support_values_of
+from pyro_ebm.distributions.core.introspection import name_of_function
 from pyro_ebm.distributions.core.supports import lift_support, same_support
 from pyro_ebm.distributions.exponential.formulas import FORMULAS, Formula
 from pyro_ebm.distributions.exponential.quadrature import (
@@ -327,8 +328,7 @@ class OwnFamily(Family):
         return support_values_of(self.support, self.event_shape)
 
     def __repr__(self) -> str:
-        name = getattr(self._statistic, "__name__", type(self._statistic).__name__)
-        return name.replace("<lambda>", "lambda")
+        return name_of_function(self._statistic)
 
 
 def family_of(d: td.Distribution) -> tuple[Family, Tensor]:
