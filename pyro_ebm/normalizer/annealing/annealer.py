@@ -35,8 +35,8 @@ class Leap(NamedTuple):
     """The parts of the potential where the chains are now, where they are remembered."""
     fall: Tensor
     """By how much the potential fell when the temperature changed, shape ``(chains,)``."""
-    unsure: Tensor
-    """Whether ``known`` is not true of all chains, shape ``()``."""
+    unsure: Tensor | None
+    """Whether ``known`` is not true of all chains, shape ``()``; None if it is."""
 
 
 class Annealer:
@@ -126,7 +126,7 @@ class Annealer:
             old = state if again else state._replace(grad=None)
             state, known, fall, unsure = self.engine(old, known, again, draws)
             falls.append(fall)
-            if unsure:
+            if known is None or (unsure is not None and unsure):
                 known = self._look(state.z)
         return state, known, falls[0]
 
@@ -151,19 +151,20 @@ class Annealer:
         path.last = None
         new, _ = self.single.transition(here, *draws) if self.single else kernel.step(here)
         fall, last = state.potential - here.potential, path.last
-        no = torch.zeros((), dtype=torch.bool, device=z.device)
-        if known is None:
-            return Leap(new, None, fall, no)
+        if known is None or last is None or last.z.shape != z.shape:
+            return Leap(new, None, fall, None)
+        if len(last.parts.grads) < len(known.grads):
+            return Leap(new, None, fall, None)
         # a chain is where the path was evaluated last, or, rejected, where it was before
-        if last is None or last.z.shape != z.shape or len(last.parts.grads) < len(known.grads):
-            return Leap(new, known, fall, ~no)
         moved = (new.z == last.z).all(-1)
-        stayed = (new.z == z).all(-1)
+        if not self.engine.jit_compile and moved.all():  # no branch for a graph
+            return Leap(new, last.parts, fall, None)
+        unsure = ~(moved | (new.z == z).all(-1)).all()
         parts = (
             tuple(select(moved, *pair) for pair in zip(after, before, strict=True))
             for after, before in zip(last.parts, known, strict=True)
         )
-        return Leap(new, Parts(*parts), fall, ~(moved | stayed).all())
+        return Leap(new, Parts(*parts), fall, unsure)
 
     def _look(self, z: Tensor) -> Parts | None:
         """The parts of the potential at positions, with gradients where the kernel needs them."""
