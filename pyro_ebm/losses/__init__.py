@@ -1,4 +1,8 @@
-"""How you fit: losses for ``SVI`` in which energy sites need no log Z."""
+"""Losses for ``SVI`` in which energy sites need no log Z.
+
+``base`` has the recipe for a new loss, ``sites`` the energy site of a trace. Each family of losses
+has a module or a folder, and ``saving`` writes a training to one file.
+"""
 
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence

@@ -1,6 +1,8 @@
-"""How you sample: kernels on flat batches of chains, and their runner.
+"""Kernels on flat batches of chains, and the runner that moves them.
 
-Pyro's own ``HMC`` and ``NUTS`` stand beside this package's kernels.
+A kernel moves positions ``(chains, dim)`` on a potential and sees nothing else. ``potentials``
+makes one of a model or an energy, ``running`` has the public :class:`MCMC`. Pyro's own ``HMC`` and
+``NUTS`` stand beside this package's kernels.
 """
 
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
