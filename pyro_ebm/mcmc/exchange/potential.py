@@ -342,7 +342,8 @@ class ExchangePotential(ModelPotential):
         """What inner chains have learned, and whether draws are vectorized."""
         chains = {name: chain.state_dict() for name, chain in self.inner_chains.items()}
         ways = [self._draw_ways.get(tuning) for tuning in (False, True)]
-        return {"inner_chains": chains, "draws_vectorize": ways}
+        vectorize = [None if way is None else way == "vmap" for way in ways]
+        return {"inner_chains": chains, "draws_vectorize": vectorize}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where another one was, after :meth:`bind_auxiliaries`."""
