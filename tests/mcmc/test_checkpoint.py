@@ -150,9 +150,9 @@ def sampler(kernel, path, num_samples=20, warmup_steps=25, chains=3, **settings)
 
 
 def learned(kernel):
-    """All numbers that a kernel has learned and counted."""
+    """All numbers that a kernel has learned and counted, and words as numbers."""
     leaves, _ = tree_flatten(kernel.state_dict())
-    return [x for x in leaves if x is not None]
+    return [list(x.encode()) if isinstance(x, str) else x for x in leaves if x is not None]
 
 
 def everything(mcmc):
