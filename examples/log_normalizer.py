@@ -36,7 +36,7 @@ from pyro_ebm.normalizer import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LADDERS = [5, 10, 20, 50, 100, 200, 500, 1000, 2000]
+TEMPERATURES = [5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 
 
 def split_digits():
@@ -62,13 +62,13 @@ def estimate(machine, method="ais", **kwargs):
 # ---- the report --------------------------------------------------------------------------------
 
 
-def squeeze(machine, exact, draws, data, ladders):
+def squeeze(machine, exact, draws, data, counts):
     """Both directions at more and more temperatures, from draws of the machine and from data."""
     print(f"{'':12}{'one chain, mean':^20}{'all chains':^20}")
     print(f"{'temperatures':12}", *(f"{name:>9}" for name in ["lower", "upper"] * 2), end="")
     print(f"{'error':>8}{'ESS':>6}{'from data':>11}{'s':>7}")
     rows = []
-    for num in ladders:
+    for num in counts:
         start = time.perf_counter()
         forward, warned = estimate(machine, num_chains=len(draws), num_temperatures=num)
         reverse, also = estimate(machine, "reverse_ais", samples=draws, num_temperatures=num)
@@ -141,8 +141,8 @@ def main():
     )
     draws = machine.exact_sample((args.num_chains,))
     data = train[: args.num_chains]
-    ladders = [num for num in LADDERS if num <= args.max_temperatures]
-    rows = squeeze(machine, exact, draws, data, ladders)
+    counts = [num for num in TEMPERATURES if num <= args.max_temperatures]
+    rows = squeeze(machine, exact, draws, data, counts)
     picture(rows, exact, args.output)
 
     print("\nmean log-likelihood of the test digits, nats a digit")

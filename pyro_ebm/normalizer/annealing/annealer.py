@@ -94,7 +94,9 @@ class Annealer:
         """
         path, kernel = self.path, self.kernel
         betas = self.schedule.betas[::-1] if reverse else self.schedule.betas
-        self._check_repeats(z)
+        with torch.no_grad():
+            some = z[: NUM_REPEATED * path.targets]
+            check_repeats(lambda: (path.at(1.0)(some),), lambda: "the energy")
         path.at(betas[0])
         kernel.init(z)
         z = z.contiguous()
@@ -179,12 +181,6 @@ class Annealer:
     def _potential(self, z: Tensor, known: Parts | None) -> Tensor:
         with torch.no_grad():
             return self.path(z) if known is None else self.path.combine(*known.values)
-
-    def _check_repeats(self, z: Tensor) -> None:
-        path = self.path.at(1.0)
-        some = z[: NUM_REPEATED * path.targets]
-        with torch.no_grad():
-            check_repeats(lambda: (path(some),), lambda: "the energy")
 
 
 def _moves_once(kernel: Kernel, path: AnnealingPath) -> TypeGuard[TransitionKernel]:
