@@ -7,12 +7,11 @@ from torch import Tensor
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.kernels.base import Kernel, refuse_temperature
+from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
-from pyro_ebm.ops.arguments import shown
 
 MAX_STEPS = 30  # of a trajectory; 15 in the mean
 
@@ -23,12 +22,7 @@ def own_kernel(energy: UnnormalizedEnergy) -> Kernel | None:
     Raises:
         TypeError: if it is no kernel of this package.
     """
-    kernel = energy.kernel
-    if kernel is None or isinstance(kernel, Kernel):
-        return kernel
-    raise TypeError(
-        f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
-    )
+    return None if energy.kernel is None else checked_kernel(energy.kernel)
 
 
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:

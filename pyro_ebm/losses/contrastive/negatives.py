@@ -18,10 +18,10 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.kept_kernels import KeptKernels
 from pyro_ebm.losses.sites import EnergySite
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.short_run import default_kernel, own_kernel
-from pyro_ebm.ops.arguments import check_count, check_number, shown
+from pyro_ebm.ops.arguments import check_count, check_number
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.leaves import leaves
 
@@ -62,11 +62,8 @@ class NegativeSampler:
         num_chains: int | None = None,
         restart_prob: float = 0.0,
     ):
-        if kernel is not None and not isinstance(kernel, Kernel):
-            raise TypeError(
-                f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(),"
-                f" got {shown(kernel)}"
-            )
+        if kernel is not None:
+            checked_kernel(kernel)
         check_number("restart_prob", restart_prob)
         if not 0 <= restart_prob <= 1:
             raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")

@@ -11,6 +11,7 @@ from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State, to_device
+from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.settings import HasSettings
 
 
@@ -154,6 +155,15 @@ class Kernel(HasSettings, ABC):
     def __repr__(self) -> str:
         learned = f" [learned {', '.join(self.learned)}]" if self.learned else ""
         return super().__repr__() + learned
+
+
+def checked_kernel(value: object) -> Kernel:
+    """The value, if it is a kernel of this package; else raises a TypeError."""
+    if isinstance(value, Kernel):
+        return value
+    raise TypeError(
+        f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(value)}"
+    )
 
 
 def refuse_temperature(kernel: Kernel, why: str) -> None:

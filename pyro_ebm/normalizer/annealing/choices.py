@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.core.supports import same_support, support_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
@@ -103,10 +103,7 @@ def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: AnnealingPath)
     if kernel is None:
         discrete = path.blocks is not None or path.sites[0].support_values is not None
         kernel = GibbsKernel() if discrete else LangevinKernel()
-    if not isinstance(kernel, Kernel):
-        raise TypeError(
-            f"kernel must be a pyro_ebm.mcmc.Kernel, such as LangevinKernel(), got {shown(kernel)}"
-        )
+    checked_kernel(kernel)
     if (objection := _objection(kernel, path)) is not None:
         raise ValueError(objection)
     return kernel.copy()
