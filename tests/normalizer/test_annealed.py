@@ -18,8 +18,8 @@ from pyro_ebm.mcmc import (
     GibbsKernel,
     GibbsWithGradientsKernel,
     Info,
-    Kernel,
     TemperingKernel,
+    TransitionKernel,
 )
 from pyro_ebm.normalizer import AnnealingPath, UnreliableEstimateWarning, estimate_log_normalizer
 from pyro_ebm.normalizer.annealing.choices import kernel_of, path_of
@@ -34,7 +34,7 @@ def ais(p, method="ais", **kwargs):
 # -- the law of its bias, N(0, 1) -> N(0, 1 / 100) in 50 dimensions, exact draws at each level ---
 
 
-class Independent(Kernel):
+class Independent(TransitionKernel):
     """Draws anew from N(0, 1 / (1 + 99 beta)), the density at each temperature."""
 
     needs_grad = False
