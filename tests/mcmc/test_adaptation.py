@@ -15,7 +15,7 @@ from tests.statistics import assert_moments, run_kernel
 
 def adaptation(warmup_steps, **changes):
     settings = {
-        "groups": 1,
+        "targets": 1,
         "dim": 2,
         "step_size": 1.0,
         "like": torch.empty(0),

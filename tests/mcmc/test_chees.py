@@ -11,7 +11,9 @@ from pyro.ops.stats import split_gelman_rubin
 from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel, TemperingKernel
 from pyro_ebm.mcmc.adaptation.chees import TrajectoryAdaptation, slopes, van_der_corput
+from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, decide
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.mcmc.state import State
 from tests.mcmc.test_posteriors import assert_same_posterior, breast_cancer, draw, eight_schools
 from tests.statistics import assert_mean, assert_moments, normal_scores, run_kernel
 
@@ -319,7 +321,8 @@ def test_one_bad_chain_touches_no_other():
 def test_an_energy_error_of_a_thousand_is_a_divergence():
     log_ratio = torch.tensor([-990.0, -1010.0, math.nan, 5000.0, -math.inf, math.inf])
     log_u = torch.full((6,), -2000.0)  # accepts what can be accepted
-    accepted, info = ChEESKernel().accept(log_ratio, log_u)
+    end = State(torch.zeros(6, 1), -log_ratio, None)
+    accepted, info = decide(end, log_ratio, log_u, MAX_ENERGY_ERROR)
     assert info.diverging.tolist() == [False, True, True, False, True, True]
     assert accepted.tolist() == [True, True, False, True, False, False]
     assert info.accept_prob.tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
