@@ -102,7 +102,7 @@ def test_nothing_to_integrate_over(event, batch):
 
 def test_denoising_with_a_sigma_as_precise_as_the_data():
     """sigma = 0.2 was kept in single precision, 1.5e-8 off."""
-    assert DenoisingScoreMatching(sigma=0.2).sigma.double().item() == 0.2
+    assert DenoisingScoreMatching(sigma=0.2)._sigmas.double().item() == 0.2
 
 
 def model():
@@ -129,7 +129,7 @@ def model():
         (lambda: UnnormalizedEnergy(torch.square, (-1,)), "event_shape must be a tuple of sizes"),
         (lambda: UnnormalizedEnergy(torch.square, log_normalizer="x"), "log_normalizer must be a"),
         (lambda: fisher_divergence(abs, abs, torch.ones(2), 3), "event_dim must be an integer"),
-        (lambda: estimate_log_normalizer(3), "p must be an energy"),
+        (lambda: estimate_log_normalizer(3), "p must be an UnnormalizedEnergy"),
         (lambda: estimate_log_normalizer(UnnormalizedEnergy(torch.square), 3), "method must be"),
     ],
 )

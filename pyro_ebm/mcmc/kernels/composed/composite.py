@@ -21,7 +21,7 @@ from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.kernels.pyro_contract import ModelSettings, PyroKernel
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
-from pyro_ebm.mcmc.state import Info, State, nothing_moved, to_device
+from pyro_ebm.mcmc.state import Info, State, to_device
 from pyro_ebm.ops.arguments import shown
 
 
@@ -39,10 +39,9 @@ class BlockPotential(Potential):
     def __init__(self, whole: Potential, names: Sequence[str]):
         super().__init__([site for site in whole.sites if site.name in names], whole.targets)
         self.dtype, self.device, self.whole = whole.dtype, whole.device, whole
-        columns = torch.arange(whole.dim, device=whole.device).split(whole.sizes)
-        self.columns = torch.cat(
-            [part for site, part in zip(whole.sites, columns, strict=True) if site.name in names]
-        )
+        columns = torch.arange(whole.dim, device=whole.device)
+        parts = zip(whole.names, columns.split(whole.sizes), strict=True)
+        self.columns = torch.cat([columns[:0], *(part for name, part in parts if name in names)])
         self.rest = torch.empty(0, whole.dim)
         self.modules = whole.modules
 
@@ -197,11 +196,15 @@ class CompositeKernel(PyroKernel):
         ]
 
     def bind(self, potential: Potential, warmup_steps: int) -> None:
-        """Binds a copy of each kernel to the block of sites that it moves."""
+        """Binds a copy of each kernel to the block of sites that it moves.
+
+        Of a model without latents the last kernel has all sites, which are none.
+        """
         super().bind(potential, warmup_steps)
         self._bound = bound = []
         for kernel in self.kernels:
-            if names := self._names(potential, kernel):
+            names = self._names(potential, kernel)
+            if names or (kernel is self.kernels[-1] and not potential.sites):
                 kernel, block = kernel.copy(), BlockPotential(potential, names)
                 kernel.bind(block, warmup_steps)
                 bound.append((kernel, block))
@@ -216,7 +219,7 @@ class CompositeKernel(PyroKernel):
 
     def move(self, state: State) -> tuple[State, Info]:
         """A transition of each kernel in turn."""
-        info = None if self._bound else nothing_moved(state)
+        info = None
         for kernel, block in self._bound:
             block.hold(state.z)
             z = state.z[:, block.columns]
