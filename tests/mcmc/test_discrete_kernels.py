@@ -589,7 +589,7 @@ def test_seeds_pickles_and_names(name):
 
 @pytest.mark.parametrize("name", ["gibbs", "gwg", "dmala", "flip"])
 @pytest.mark.parametrize("of", ["interval", "one-hot"])
-def test_initial_params_must_be_codewords(name, of):
+def test_initial_params_must_be_support_values(name, of):
     kernel, p = KERNELS[name](), target(of)
     kernel.model = p
     good = p.starting_points((2,))

@@ -220,7 +220,7 @@ def test_a_gradient_that_is_nowhere_finite_does_not_slow_gibbs_down():
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_site_codes(fn, codes):
+def test_site_support_values(fn, codes):
     got = site_support_values("x", fn)
     assert (got is None) if codes is None else (got.tolist() == codes)
 

@@ -24,7 +24,7 @@ ONE_HOT = torch.eye(3, dtype=torch.float64)
 
 @pytest.mark.parametrize("support_values", [BITS, SPINS, ONE_HOT])
 @pytest.mark.parametrize("variables", [1, 4])
-def test_states_are_the_product_of_the_codewords(support_values, variables):
+def test_states_are_the_product_of_the_support_values(support_values, variables):
     want = [torch.cat(row) for row in itertools.product(support_values, repeat=variables)]
     assert_close(states(support_values, variables), torch.stack(want), rtol=0, atol=0)
     assert_close(states(support_values, variables, 1, 2), torch.stack(want[1:2]), rtol=0, atol=0)
