@@ -17,7 +17,7 @@ from pyro_ebm.internals.pyro_state import arguments_of_run, has_run, reported_by
 Values = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The draws of a run, and what its model was called with.
 
@@ -53,6 +53,11 @@ class Results:
         for value in (*self.samples.values(), *self.fields.values()):
             return value.shape[0], value.shape[1]
         return self.requested
+
+    def __repr__(self) -> str:
+        chains, draws = self.shape
+        what = f"of {[*self.samples]}" if self.store is None else f"in {self.store}"
+        return f"Results({chains} chains of {draws} draws {what})"
 
     @classmethod
     def of(cls, mcmc: Any) -> "Results":

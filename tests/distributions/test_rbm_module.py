@@ -85,6 +85,12 @@ def test_a_machine_is_refreshed():
 # -- the start -----------------------------------------------------------------------------------
 
 
+def test_repr():
+    assert repr(RBMModule(4, 3)) == "RBMModule(visible=4, hidden=3)"
+    centered = GaussianRBMModule(4, 3, centered=True)
+    assert repr(centered) == "GaussianRBMModule(visible=4, hidden=3, centered=True)"
+
+
 def test_start():
     data = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     net = RBMModule(3, 1000, data)

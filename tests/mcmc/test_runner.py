@@ -383,6 +383,7 @@ def test_results_hold_what_a_run_returned():
     assert mcmc.results.args == (3.0,)
     assert mcmc.results.model is normal
     assert torch.equal(mcmc.results.samples["x"], mcmc.get_samples(group_by_chain=True)["x"])
+    assert repr(mcmc.results) == "Results(2 chains of 5 draws of ['x'])"
 
 
 def test_the_callers_handlers_see_nothing():

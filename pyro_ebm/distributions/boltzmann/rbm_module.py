@@ -111,6 +111,11 @@ class RBMModule(nn.Module):
         """
         return RBM(*self.plain_parameters(), **kwargs)
 
+    def extra_repr(self) -> str:
+        """How many units there are, and whether the parameters are centered."""
+        visible, hidden = self.weights.shape
+        return f"visible={visible}, hidden={hidden}" + ", centered=True" * self.centered
+
     def plain_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         r"""Weights and biases without offsets, :math:`(W,\, b - W \lambda,\, c - W^\top \mu)`."""
         return (
