@@ -96,7 +96,8 @@ class UnnormalizedEnergy(NormalizableDensity):
     **A distribution of your own** is a subclass that overrides ``_energy``, the energy of
     points ``(*sample, *batch, *event)`` as a tensor ``(*sample, *batch)``, and hands the shapes and
     the support to this class, with ``None`` for the energy. Parameters are attributes, with the
-    batch in front. Everything else comes with it; override what there is a better way for:
+    batch in front; ``self.like`` is a tensor of their dtype and device. Everything else comes with
+    it; override what there is a better way for:
 
     * ``sample(sample_shape)``: exact draws ``(*sample_shape, *batch_shape, *event_shape)``;
     * ``starting_points(sample_shape)``: where chains start, of the same shape;

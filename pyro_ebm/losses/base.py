@@ -64,6 +64,20 @@ class EnergyLoss(Trace_ELBO):
         >>> round(pyro.param("mean").item(), 3)
         2.0
 
+    The term is written with an :class:`~pyro_ebm.losses.EnergySite`: ``site.energy``, the
+    distribution, and ``site.x``, its values, shape ``(*batch, *event)``.
+
+    * A gradient in the points is taken in ``x = self.points(site.x)``, by ``score(site.energy, x,
+      create_graph=True)`` of :mod:`pyro_ebm.ops`. (The energy's own ``score`` is detached: a loss
+      of it trains nothing.)
+    * ``self.record(site, name=site.mean(...))`` puts a number of the step into :attr:`diagnostics`.
+    * An argument of the constructor is kept as the attribute of its name, where ``repr`` and
+      :attr:`settings` find it, and ``**kwargs`` are passed on.
+    * With ``needs_noise = True`` on the class, the guide must have a distribution at the site, and
+      ``site.guide_fn`` and ``site.guide_value`` are it and its draw.
+    * What a loss remembers from step to step is in ``state_dict`` and ``load_state_dict``; while
+      ``self.evaluating``, it stays as it is.
+
     Args:
         num_particles: draws from the guide for each gradient.
         max_plate_nesting: as in Pyro's ELBOs.
@@ -76,6 +90,7 @@ class EnergyLoss(Trace_ELBO):
     """
 
     needs_noise = False
+    """Whether the guide must have a distribution, the noise, at the observed energy sites."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A loss; a model and a guide are arguments of the loss, and not of its class."""

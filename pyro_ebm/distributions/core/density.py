@@ -150,7 +150,8 @@ class EnergyDensity(TorchDistribution):
             x: points, shape ``(*sample, *batch, *event)``.
 
         Returns:
-            The shape of ``x`` (broadcast against the batch).
+            The shape of ``x`` (broadcast against the batch), detached; for one that can be
+            differentiated again see :func:`pyro_ebm.score`.
         """
         return score(self.unnormalized_log_prob, self.broadcast(x))
 

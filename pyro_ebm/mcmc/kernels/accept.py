@@ -30,7 +30,8 @@ def accept(
         new: the proposals.
         log_ratio: :math:`\log r`, shape ``(chains,)``; NaN counts as :math:`r = 0`.
         log_u: :math:`\log u` with :math:`u` uniform on (0, 1), shape ``(chains,)``.
-        max_energy_error: a log ratio below minus this is a divergence.
+        max_energy_error: a log ratio below minus this is a divergence. Steps along the gradient
+            give ``MAX_ENERGY_ERROR`` of this function's module, 1000 as in NUTS.
         discrete: whether the space is discrete, where a state of probability 0 is no divergence.
 
     Returns:

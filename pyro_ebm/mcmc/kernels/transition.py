@@ -67,6 +67,9 @@ class TransitionKernel(PyroKernel):
         True
 
     A constructor of its own passes on what it does not name: ``super().__init__(model, **kwargs)``.
+    Without ``needs_grad = False`` on the class, ``state.grad`` holds the gradient of the potential.
+    The transition may run as a graph: the step size, the mass matrix and all else that changes
+    between steps come to it from ``draw``, as arguments; settings it may read off ``self``.
 
     Args:
         model: a Pyro model, or a distribution.
