@@ -87,7 +87,7 @@ def _a_point(fn: Any, x: Tensor) -> Tensor | None:
 
 
 def masked_elements(run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Of latents with an unbounded support, the elements that are masked whatever the latents are.
+    """The masked elements of latents on unbounded supports, masked whatever the latents are.
 
     Args:
         run: makes a trace of the model whose tensors carry the latents that they come from.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MIN_WEIGHTS = 25
-"""Of fewer importance weights the tail is too short to be fitted."""
+"""The tail of fewer importance weights is too short to be fitted."""
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _multivariate_parameters(theta: Tensor) -> dict[str, Tensor]:
 
 
 def _wishart(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Of |X|^((df - n - 1) / 2) exp(-tr(P X) / 2): df and P."""
+    """The df and P of the density |X|^((df - n - 1) / 2) exp(-tr(P X) / 2)."""
     n = math.isqrt(theta.shape[-1])
     half = theta[..., 1:].unflatten(-1, (n, n))
     return 2 * theta[..., 0] + n + 1, -(half + half.mT)

@@ -146,7 +146,7 @@ class FlowNCE(NCE):
         return Noise(*map(reverse, noise))
 
     def classify(self, site: EnergySite, noise: Noise) -> Tensor:
-        """As in :class:`NCE`; on the flow's turn without a gradient for the energy."""
+        """As :meth:`NCE.classify`; on the flow's turn, without a gradient for the energy."""
         if self.turn != "flow":
             return super().classify(site, noise)
         # The flow's turn: the energy is a fixed function, expanded near the noise by its gradient,

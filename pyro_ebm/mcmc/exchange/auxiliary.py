@@ -43,7 +43,7 @@ MAX_EXACT_UNITS = 10
 """A distribution whose exact draws enumerate more than 2^10 states is swept instead."""
 
 CUTS = (1.0, 1.0, 1.0, 0.1)
-"""Of an adapted step size, in turn, in an inner chain whose kernel is not robust to long steps."""
+"""Factors of the step size, in turn, in inner chains of kernels not robust to long steps."""
 
 STANDS_STILL = 0.01
 """An inner chain whose mean acceptance is below this has not moved."""

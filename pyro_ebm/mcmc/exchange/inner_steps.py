@@ -26,7 +26,7 @@ class InnerStepsReport:
     """What longer inner chains changed: element by element, each a dict from site to tensor."""
 
     num_steps: dict[str, tuple[int, int]]
-    """Of each energy site that has an inner chain or sweeps, their number before and after."""
+    """The numbers of inner steps or sweeps before and after, for each energy site with some."""
     shift: dict[str, Tensor]
     """The posterior mean after minus that before, in posterior standard deviations."""
     shift_error: dict[str, Tensor]

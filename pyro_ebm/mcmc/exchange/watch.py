@@ -10,9 +10,9 @@ from torch import Tensor
 ENOUGH, FEW = 10, 4
 """Fewer moves than this prove nothing, or only if they are most of all."""
 MAX_STILL, MAX_STILL_OF_ONE = 0.02, 0.5
-"""Of the accepted moves of all chains together, and of those of one."""
+"""The largest share of accepted moves that may stand still: of all chains, of one chain."""
 MAX_LOST = 0.01
-"""Of all moves."""
+"""The largest share of all moves that rounding may decide."""
 
 
 class Watch:

@@ -128,7 +128,7 @@ class PyroKernel(Kernel, MCMCKernel):
 
     @property
     def transforms(self) -> dict[str, Transform] | None:
-        """From the supports to the reals: those of the potential, or before setup those given."""
+        """The maps from the supports to the reals: the potential's, or before setup those given."""
         return self.given_transforms if self._potential is None else self._potential.transforms
 
     def initial_position(self, potential: Potential, num_chains: int) -> Tensor:

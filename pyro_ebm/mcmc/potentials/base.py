@@ -113,7 +113,7 @@ class Potential(ABC):
 
     @property
     def transforms(self) -> dict[str, Transform]:
-        """From each site's support to the reals."""
+        """The map from each site's support to the reals."""
         return {site.name: site.transform for site in self.sites}
 
     def ravel(self, params: Mapping[str, Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ class VectorizedRun:
         self._collect_from(self.kernel.init(z))
 
     def extend(self, num_samples: int) -> None:
-        """As many transitions more, without a warmup; the draws so far were read."""
+        """Makes as many transitions more, without a warmup; the draws so far were read."""
         before = self.records["draws"]
         self.goal += num_samples
         draws = self._new_draws(before.count)

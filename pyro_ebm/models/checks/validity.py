@@ -79,7 +79,7 @@ class Unvalidated(Messenger):
 def what_to_check(
     tracked: poutine.Trace, validated: poutine.Trace, reads: frozenset[str]
 ) -> dict[str, Checked]:
-    """Of each site what may become invalid as latents move.
+    """The arguments and values of each site that may become invalid as latents move.
 
     Args:
         tracked: a run of the model in which tensors carry the latents that they come from.

@@ -18,10 +18,10 @@ class Site(NamedTuple):
     """Unconstrained shape of one chain's value."""
     dtype: torch.dtype
     transform: Transform
-    """From the support to the reals, as in Pyro's ``kernel.transforms``."""
+    """The map from the support to the reals, as in Pyro's ``kernel.transforms``."""
     device: torch.device = torch.device("cpu")
     support_values: Tensor | None = None
-    """Of a discrete site, the values ``(K, b)`` of each of its variables of ``b`` numbers; none,
+    """The values ``(K, b)`` of each variable of ``b`` numbers of a discrete site; none,
     ``(0, 1)``, where they are whole numbers without fixed bounds."""
 
     @property

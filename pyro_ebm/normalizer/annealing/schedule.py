@@ -42,7 +42,7 @@ class SchedulePoint(NamedTuple):
     step_size: Tensor
     """Shape ``(targets,)``."""
     inverse_mass_sqrt: Tensor | None
-    """Of the preconditioner, shape ``(targets, dim)`` or ``(targets, dim, dim)``."""
+    """The root of the inverse mass matrix, shape ``(targets, dim)`` or ``(targets, dim, dim)``."""
 
 
 class TemperatureSchedule:

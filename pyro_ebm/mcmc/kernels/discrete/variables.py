@@ -120,7 +120,7 @@ class Variables:
         return torch.cat([part.flatten(1) for part in by_variable], -1)
 
     def columns(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each variable in turn its columns ``(b,)`` of the position, and its support values.
+        """The columns ``(b,)`` of the position and the support values of each variable.
 
         Variables with a single support value, which nothing can move, are left out.
         """

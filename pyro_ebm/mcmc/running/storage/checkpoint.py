@@ -36,7 +36,7 @@ from pyro_ebm.ops.rank_files import load_common
 Every = int | datetime.timedelta
 KIND, KIND_OF_DRAWS = "an MCMC run", "draws of an MCMC run"
 FORMAT = 2
-"""Of what a state file holds: 1 had other names of settings and of what kernels keep."""
+"""The layout of a state file; in layout 1 the settings and the state of kernels had other names."""
 
 
 def refuse_to_replace(path: files.PathLike) -> None:
