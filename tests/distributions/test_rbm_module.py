@@ -51,7 +51,7 @@ def ascend(net, data, steps, lr=1.0, recenter=0.0):
 
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("family", [RBMModule, GaussianRBMModule])
-def test_the_contrast_is_that_of_autograd(family, centered):
+def test_the_cd_gradient_is_that_of_autograd(family, centered):
     torch.manual_seed(0)
     x, negatives = torch.randn(30, 5).double(), 2 * torch.randn(41, 5).double()
     if family is RBMModule:
@@ -255,7 +255,8 @@ def test_flipped_data_are_learned_the_same_way_when_centered(recenter):
 
 def test_flipped_data_are_learned_differently_when_not_centered():
     data = bars()
-    net = RBMModule(6, 3, data, weight_scale=0.5)
+    # one start, whatever the seed: from some, both climb as far
+    net = RBMModule(6, 3, data, weight_scale=0.5, generator=torch.Generator().manual_seed(0))
     flipped = RBMModule(6, 3, 1 - data)
     with torch.no_grad():
         # x' W z = -(1 - x)' W z + 1' W z
@@ -297,7 +298,8 @@ def test_trains_in_a_model_by_exact_likelihood(centered):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_trains_by_contrastive_divergence(persistent):
-    w, b, c = (torch.randn(shape).double() for shape in [(4, 2), (4,), (2,)])
+    source = torch.Generator().manual_seed(0)  # the truth is one machine, whatever the seed
+    w, b, c = (torch.randn(shape, generator=source).double() for shape in [(4, 2), (4,), (2,)])
     truth = RBM(2 * w, b - w.sum(1), c - w.sum(0))
     truth = truth.normalized(truth.exact_log_normalizer())
     data, every = truth.exact_sample((2000,)), all_bits(4)
