@@ -1,10 +1,12 @@
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_ebm.distributions import UnnormalizedEnergy
-from pyro_ebm.mcmc import EnergyPotential, LangevinKernel
+from pyro_ebm.mcmc import MCMC, EnergyPotential, LangevinKernel
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from tests.statistics import assert_mean, assert_moments, run_kernel
 
@@ -275,3 +277,20 @@ def test_adapts_the_mass_matrix_only_when_adjusted_unless_asked():
         kernel.bind(normal(2), 100)
         assert isinstance(kernel.adaptation, Adaptation)
         assert (kernel.inverse_mass_sqrt is not None) == adapts
+
+
+@pytest.mark.parametrize("chains", [1, 20])
+def test_unadjusted_steps_that_miss_a_part_of_the_density_are_noticed(chains):
+    def model(detached):
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        y = x.detach() if detached else x
+        pyro.factor("pull", -(y - 3).square().sum())
+
+    def draws(detached, **settings):
+        kernel = LangevinKernel(model, **settings)
+        MCMC(kernel, 5, 5, num_chains=chains, disable_progbar=True).run(detached)
+
+    with pytest.warns(UserWarning, match=r"gradient of the log density of \['x'\]"):
+        draws(True, adjusted=False)
+    draws(False, adjusted=False)  # no warning
+    draws(True)  # slow, and right

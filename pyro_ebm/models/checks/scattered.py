@@ -26,7 +26,7 @@ from pyro_ebm.models.sites.discrete_sites import site_support_values
 from pyro_ebm.models.sites.site import Site
 
 # what arithmetic, indices and a user's own assertions may raise at values that no chain has
-_FAR_OUT = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
+FAR_OUT = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 
 
 def scattered_trace(bound: BoundModel, i: int) -> poutine.Trace | None:
@@ -42,7 +42,7 @@ def scattered_trace(bound: BoundModel, i: int) -> poutine.Trace | None:
     with pyro.validation_enabled(False), poutine.block(), starting_points_only():
         try:
             return poutine.trace(scattered).get_trace(*bound.args, **bound.kwargs)
-        except _FAR_OUT:
+        except FAR_OUT:
             return None
 
 
@@ -50,9 +50,9 @@ def _scattered(i: int) -> Callable[..., Any]:
     scale, side = 10 ** (4 * torch.rand(()) - 1), (i % 3 - 1) * 2.0
 
     def start(site: Any) -> Any:
-        name, fn = site["name"], site["fn"]
+        fn = site["fn"]
         if fn.support.is_discrete:
-            return _init_uniform_discrete(name, fn)
+            return init_uniform_discrete(site)
         if i % 4 == 0:
             return init_to_uniform(site)
         if i % 4 == 1:
@@ -68,7 +68,15 @@ def _scattered(i: int) -> Callable[..., Any]:
     return start
 
 
-def _init_uniform_discrete(name: str, fn: Any) -> Tensor | None:
+def init_uniform_discrete(site: Any) -> Tensor | None:
+    """A uniform draw of the values of a discrete site, so that rare ones have their turn.
+
+    Returns:
+        The draw, or None for a continuous site and where the draw is impossible.
+    """
+    name, fn = site["name"], site["fn"]
+    if not fn.support.is_discrete:
+        return None
     try:
         support_values = site_support_values(name, fn)
     except ValueError:  # without a finite set of values
@@ -77,5 +85,6 @@ def _init_uniform_discrete(name: str, fn: Any) -> Tensor | None:
     if not len(support_values):
         return fn()
     dtype, device = support_values.dtype, support_values.device
-    site = Site(name, fn.shape(), dtype, identity_transform, device, support_values)
-    return site.start(1, dtype).reshape(fn.shape())
+    whole = Site(name, fn.shape(), dtype, identity_transform, device, support_values)
+    value = whole.start(1, dtype).reshape(fn.shape())
+    return value if fn.log_prob(value).isfinite().all() else None

@@ -8,6 +8,7 @@ algorithm (ULA), whose stationary distribution is off by :math:`O(\varepsilon)`:
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -17,8 +18,12 @@ from torch import Tensor
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSettings, check_positive
 from pyro_ebm.mcmc.state import Info, State
+from pyro_ebm.ops.integration.line_integral import gradient_tells_all
 from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
 from pyro_ebm.ops.steps.metropolis import log_uniform
+
+NUM_COMPARED = 16
+"""The least number of lines on which the gradient is compared with the change of U."""
 
 
 class LangevinKernel(TransitionKernel):
@@ -111,6 +116,27 @@ class LangevinKernel(TransitionKernel):
             **kwargs,
         )
         self.adjusted, self.temperature, self.schedule = adjusted, float(temperature), schedule
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions; unadjusted, the gradient must tell of all the density.
+
+        Warns:
+            UserWarning: if it does not, as where a part of the energy is detached or jumps.
+        """
+        state = super().init(z)
+        if self.adjusted or not self.checks_potential or not self.potential.dim:
+            return state
+        starts = z.repeat(-(-NUM_COMPARED // len(z)), 1)
+        ends = starts + torch.linspace(0.1, 1.0, len(starts)).to(z)[:, None]
+        if not gradient_tells_all(self.potential.value_and_grad, starts, ends):
+            warnings.warn(
+                f"the gradient of the log density of {self.potential.names} does not account for"
+                " its changes (a part of it is detached, or jumps), and adjusted=False sees"
+                " nothing but gradients, so that the draws follow another density: use"
+                " adjusted=True, or repair the energy",
+                stacklevel=2,
+            )
+        return state
 
     def draw(self, state: State) -> tuple[Any, ...]:
         """Step size, inverse mass matrix, temperature, noise, and the uniform if ``adjusted``."""
