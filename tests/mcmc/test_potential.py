@@ -279,7 +279,7 @@ def test_init_to_value():
     torch.testing.assert_close(start["s"], torch.full((40,), 3.0))
     torch.testing.assert_close(start["x"], value["x"].expand(40, 2))
     partly = starts(init_to_value(values={"s": torch.tensor(3.0)}))
-    assert partly["x"].unique().numel() == 80  # the others start apart
+    assert partly["x"].unique().numel() > 75  # the others start apart
 
 
 def test_init_to_value_of_another_shape():
@@ -293,7 +293,7 @@ def test_init_to_sample():
     # the prior's moments, within 5 standard errors
     assert ((start["x"].mean(0) - torch.tensor([10.0, 20.0])).abs() < 5 / math.sqrt(300)).all()
     assert (start["s"].log().mean().abs()) < 5 * 0.5 / math.sqrt(300)
-    assert start["s"].unique().numel() == 300
+    assert start["s"].unique().numel() > 290  # two may round to one number
 
 
 def test_init_to_median_and_mean():
