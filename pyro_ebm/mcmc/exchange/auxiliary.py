@@ -197,6 +197,7 @@ class InnerChain(Auxiliary):
     ) -> AuxiliaryDraw:
         """A draw by a chain of the adapted kernel; arguments as for :class:`Auxiliary`."""
         potential, kernel = _RowsPotential(energy, x), self.kernel.copy()
+        kernel.checks_potential = False  # once for each draw, and within vmap
         kernel.bind(potential, warmup_steps=0)
         if self.adaptation is not None:
             kernel.adaptation.step_size = self.adaptation.step_size.clone()
