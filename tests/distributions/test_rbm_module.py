@@ -317,11 +317,12 @@ def test_trains_by_contrastive_divergence(persistent):
             pyro.sample("x", rbm(), obs=x)
 
     start = divergence()
-    loss = ContrastiveDivergence(num_steps=1 if persistent else 5, persistent=persistent)
-    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.03}), loss)
-    for _ in range(400):
-        svi.step(data)
-        net.recenter(data)
+    loss = ContrastiveDivergence(num_steps=5, persistent=persistent)
+    for lr in (0.03, 0.003):
+        svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": lr}), loss)
+        for _ in range(300):
+            svi.step(data)
+            net.recenter(data)
     # 15 free probabilities learned from 2000 draws: 2 * 2000 * divergence is chi-square of 15,
     # which is below 52 at 4.5 sigmas
     assert start > 0.1

@@ -85,6 +85,7 @@ def init_uniform_discrete(site: Any) -> Tensor | None:
     if not len(support_values):
         return fn()
     dtype, device = support_values.dtype, support_values.device
-    whole = Site(name, fn.shape(), dtype, identity_transform, device, support_values)
-    value = whole.start(1, dtype).reshape(fn.shape())
+    shape = torch.Size(fn.shape())
+    whole = Site(name, shape, dtype, identity_transform, device, support_values)
+    value = whole.start(1, dtype).reshape(shape)
     return value if fn.log_prob(value).isfinite().all() else None

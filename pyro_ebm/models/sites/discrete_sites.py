@@ -37,7 +37,8 @@ def site_support_values(name: str, fn: Any) -> Tensor | None:
         try:
             if isinstance(fn, UnnormalizedEnergy):
                 return support_values_of(fn.support, fn.event_shape)
-            return fn.enumerate_support(expand=False).reshape(-1, max(fn.event_shape.numel(), 1))
+            size = torch.Size(fn.event_shape).numel()  # a tuple, of a SpanningTree
+            return fn.enumerate_support(expand=False).reshape(-1, max(size, 1))
         except (NotImplementedError, ValueError) as raised:
             error = raised
     if is_integer(fn.support):
