@@ -389,3 +389,13 @@ def test_the_way_out_has_the_right_posterior():
     torch.testing.assert_close(
         (weights * x).sum() / weights.sum(), torch.tensor(0.736), atol=3e-3, rtol=0
     )
+
+
+def test_a_latent_that_a_rare_value_brings_in_is_noticed():
+    def model():
+        if pyro.sample("rare", dist.Bernoulli(1e-4)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", UnnormalizedEnergy(torch.square), obs=torch.zeros(3))
+
+    with pytest.raises(ValueError, match="'z'"):
+        check_normalizers(model)

@@ -36,6 +36,10 @@ from pyro_ebm.ops.rows import random_state_put_back
 NUM_REPEATS, NUM_REPEATS_AFTER_DRAWS = 2, 64
 
 
+class NotFixedError(ValueError):
+    """A model whose latents, or their supports, are not the same in all of its runs."""
+
+
 class FixedLatents(Messenger):
     """Compares the latents of each run of a model with those of its first run.
 
@@ -76,7 +80,7 @@ class FixedLatents(Messenger):
         if self._known is None:
             self._known = self._seen
         for name in self._known.keys() - self._seen.keys():
-            raise ValueError(_comes_and_goes(name))
+            raise NotFixedError(_comes_and_goes(name))
 
     def _pyro_sample(self, msg: Any) -> None:
         # handlers around the model, which condition it on latents, have not had their turn yet
@@ -92,17 +96,17 @@ class FixedLatents(Messenger):
         if self._known is None:
             return
         if name not in self._known:
-            raise ValueError(_comes_and_goes(name))
+            raise NotFixedError(_comes_and_goes(name))
         wanted, first = self._known[name]
         trailing = shape[len(shape) - len(wanted) :] if self.enumerates else shape
         if trailing != wanted:
-            raise ValueError(
+            raise NotFixedError(
                 f"latent site {name!r} has shape {wanted} for some values of the other latents and"
                 f" {shape} for others, so the model is not one density: give it the largest shape"
                 " that it can have, and use a part of it"
             )
         if support is not first:  # that bounds move is found by moving_supports
-            raise ValueError(moving_support(name, "the values of other latents"))
+            raise NotFixedError(moving_support(name, "the values of other latents"))
 
 
 def moving_support(name: str, latents: str) -> str:

@@ -35,7 +35,11 @@ from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ebm.distributions.checks.elbo_guard import register_posterior_check
-from pyro_ebm.models.checks.fixed_density import FixedLatents, check_model_repeats
+from pyro_ebm.models.checks.fixed_density import (
+    FixedLatents,
+    NotFixedError,
+    check_model_repeats,
+)
 from pyro_ebm.models.checks.scattered import FAR_OUT, init_uniform_discrete
 from pyro_ebm.models.checks.suspects import Key, Suspect, same_values, suspects_at, suspects_of
 from pyro_ebm.models.provenance import HostReads, OnlyValuesCount, trace_latents
@@ -154,9 +158,9 @@ def moving_normalizers(bound: BoundModel) -> list[MovingNormalizer]:
                 others = suspects_of(
                     bound.with_model(rare if i % 2 else same_data).unvalidated_trace()
                 )
-            except FAR_OUT:
-                if i % 2:  # values that are impossible together
-                    continue
+            except FAR_OUT as error:
+                if i % 2 and not isinstance(error, NotFixedError):
+                    continue  # values that are impossible together
                 raise
             seen = {**others, **seen}
             for key in suspects.keys() ^ others.keys():
