@@ -9,6 +9,8 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
+from pyro.infer.mcmc.util import initialize_model
 
 from tests.benchmarks import harness, report
 from tests.benchmarks.__main__ import NAMES
@@ -16,6 +18,7 @@ from tests.benchmarks.harness import Options
 from tests.benchmarks.judge import agreement, judge, quantities
 from tests.benchmarks.models import POSTERIORS
 from tests.benchmarks.posteriors import QUESTION, converged, settings, tables
+from tests.benchmarks.real.posteriors import REAL
 from tests.benchmarks.torch_samplers import Stopwatch
 from tests.benchmarks.workers import OverBudget, Worker
 
@@ -169,3 +172,82 @@ def test_a_worker_answers_or_is_stopped():
         worker.run(time.sleep, 60, seconds=0.2)
     assert worker.run(double, 1, seconds=120) == 2
     worker.stop()
+
+
+def published_sites(name):
+    """The published means of all sites of a posterior, and standard deviations of most."""
+    mean, sd = {}, {}
+    for quantity, known in REAL[name].reference.items():
+        site, _, index = quantity.partition("[")
+        for found, number in ((mean, known["mean"]), (sd, known["sd"])):
+            found[site] = [*found.get(site, []), number] if index else number
+    if name == "hmm_example":
+        first, second = mean.pop("mu")
+        mean |= {"theta": [mean.pop("theta1"), mean.pop("theta2")]}
+        mean |= {"mu_1": first, "gap": second - first}
+        sd = {"mu_1": sd["mu"][0]}
+    return {k: torch.tensor(x) for k, x in mean.items()}, sd
+
+
+INCOMPLETE = ("gp_pois_regr", "stochastic_volatility", "hierarchy")  # not of every site
+
+
+@pytest.mark.parametrize("name", [name for name in REAL if name not in INCOMPLETE])
+def test_published_answers_are_those_of_the_model(name):
+    """By Laplace's approximation around the published means, in the unconstrained space."""
+    torch.set_default_dtype(torch.float64)
+    posterior = REAL[name]
+    _, potential, transforms, _ = initialize_model(posterior.model, posterior.tensors())
+    mean, sd = published_sites(name)
+    z = {site: transforms[site](x) if site in transforms else x for site, x in mean.items()}
+    sizes = [x.numel() for x in z.values()]
+    flat = torch.cat([x.reshape(-1) for x in z.values()]).requires_grad_()
+    assert len(flat) == posterior.dim
+
+    def energy(flat):
+        return potential({s: x.reshape(z[s].shape) for s, x in zip(z, flat.split(sizes))})
+
+    gradient = torch.autograd.functional.jacobian(energy, flat)
+    covariance = torch.linalg.inv(torch.autograd.functional.hessian(energy, flat))
+    scale = covariance.diagonal().sqrt()
+    # a posterior mean is within a standard deviation or so of the mode, and as wide as this
+    assert (covariance @ gradient / scale).abs().max() < 1.2
+    scales = dict(zip(z, scale.split(sizes)))
+    for site, known in sd.items():
+        x = z[site].clone().requires_grad_()
+        value = transforms[site].inv(x) if site in transforms else x * 1
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        ratio = scales[site] * slope.reshape(-1) / torch.tensor(known).reshape(-1)
+        assert ratio.min() > 0.8
+        assert ratio.max() < 1.25
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_quantities_are_those_of_the_reference(name):
+    posterior = REAL[name]
+    torch.set_default_dtype(torch.float64)
+    start, potential, _, trace = initialize_model(posterior.model, posterior.tensors())
+    assert sum(x.numel() for x in start.values()) == posterior.dim
+    assert torch.isfinite(potential(start))
+    draw = {k: v["value"].numpy()[None, None] for k, v in trace.nodes.items() if k in start}
+    assert posterior.quantities(draw).shape == (1, 1, len(posterior.reference))
+
+
+def test_the_answers_of_the_hierarchy_agree_with_importance_sampling():
+    posterior, rng = REAL["hierarchy"], np.random.default_rng(0)
+    (y,), known = posterior.arrays(), posterior.reference
+    # a Gaussian proposal, twice as wide as the posterior of the two shared parameters
+    names = ("mu", "tau")
+    x = {k: known[k]["mean"] + 2 * known[k]["sd"] * rng.standard_normal(2_000) for k in names}
+    x["tau"] = x["tau"].clip(1e-3)
+    log_weight = sum(((x[k] - known[k]["mean"]) / known[k]["sd"] / 2) ** 2 / 2 for k in names)
+    log_weight -= ((x["mu"] / 5) ** 2 + (x["tau"] / 2) ** 2) / 2
+    variance = (1 + x["tau"] ** 2)[:, None]
+    log_weight -= (np.log(variance) + (y - x["mu"][:, None]) ** 2 / variance).sum(1) / 2
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    x["eta[1]"] = x["tau"] * (y[0] - x["mu"]) / variance[:, 0]
+    for quantity, draws in x.items():
+        mean = weight @ draws
+        error = np.sqrt((weight**2) @ (draws - mean) ** 2)
+        assert abs(mean - known[quantity]["mean"]) < 4 * error
