@@ -7,26 +7,18 @@ modules, and equal numbers. It follows closures, defaults, attributes, and the g
 reads. Where there is something that it cannot follow, a value has no identity.
 """
 
-import dis
 import functools
-import sys
 import types
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.ops.code import SCALARS, globals_read, is_library
 from pyro_ebm.ops.settings import HasSettings
 
-LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "pyro_ebm", "numpy", "zuko"}
-"""Code of these packages does not change while a program runs."""
-
-SCALARS = frozenset(
-    (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-)
 IGNORED = {"_unexpanded", "_modules", "kernel", "num_steps", "_validate_args"}
 """Attributes of an energy that its density does not depend on."""
 
@@ -120,7 +112,7 @@ class CodeIdentity:
         elif isinstance(value, type):
             self._class(value)
         elif kind is types.ModuleType:
-            if not _is_library(value.__name__):
+            if not is_library(value.__name__):
                 raise _UnsureError(f"it reads the module {value.__name__!r}")
             self._same(value)
         elif kind is types.BuiltinFunctionType:
@@ -156,7 +148,7 @@ class CodeIdentity:
                 self._add(value)
 
     def _function(self, function: types.FunctionType) -> None:
-        names = () if _is_library(function.__module__) else _globals_read(function.__code__)
+        names = () if is_library(function.__module__) else globals_read(function.__code__)
         if names is None:
             raise _UnsureError(f"{function.__qualname__} imports a module")
         self._same(function.__code__)
@@ -189,27 +181,4 @@ class CodeIdentity:
 @functools.lru_cache(maxsize=1024)
 def _own_bases(kind: type) -> tuple[type, ...]:
     """The class and its bases, but for those of libraries."""
-    return tuple(base for base in kind.__mro__ if not _is_library(base.__module__))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_library(name: str | None) -> bool:
-    return name is not None and name.partition(".")[0] in LIBRARIES
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_read(code: types.CodeType) -> tuple[str, ...] | None:
-    """The global names that code reads, its inner functions' included; None if it imports more."""
-    names: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "IMPORT_NAME" and not _is_library(instruction.argval):
-            return None
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.append(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = _globals_read(constant)
-            if inner is None:
-                return None
-            names.extend(inner)
-    return tuple(dict.fromkeys(names))
+    return tuple(base for base in kind.__mro__ if not is_library(base.__module__))

@@ -19,18 +19,19 @@ them change in place. It is captured anew when shapes, strides, dtypes or device
 change, when a parameter, a buffer or a module of a network is replaced, or when one changes between
 training and evaluation. A function that cannot be written down, because it branches on a value,
 reads one on the host or makes tensors whose shapes depend on values, is run as it is, after one
-warning that names the line. For the rest, the second call of a graph is made with the function too,
-and where they differ the graph is given up.
+warning that names the line.
 
-What nothing can see is a Python number, or a tensor or network in a closure or a global variable,
-that is *rebound* to another one later. Change tensors in place, or build the kernel anew.
+What no graph can see is a Python number, or a tensor in a closure or a global variable, that is
+*rebound* to another one. So the function is called beside its graph at the second call, where a
+graph that gives other values is given up, and at the 10th, 100th, 1,000th, ..., before each
+checkpoint and at the end of a run, where one that gives other values is a :class:`GraphError`.
 """
 
 import contextlib
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,13 +39,19 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.engine.agreement import agree
 from pyro_ebm.mcmc.engine.graph import FxGraph, SolvesTogether, describe, tensors_of
+from pyro_ebm.mcmc.engine.readings import Readings
 from pyro_ebm.ops.arguments import first_line
 
 JitCompile = bool | Literal["capture", "auto"]
 MAX_GRAPHS = 8  # kept at a time, of one function
 MAX_SINGULAR = 8  # calls in which a matrix is singular, before capturing is given up
 WORTH_CAPTURING, WORTH_COMPILING = 500, 20_000  # planned calls
+
+
+class GraphError(RuntimeError):
+    """A model has become another one in a way that the graph which runs for it cannot see."""
 
 
 class Engine:
@@ -60,6 +67,7 @@ class Engine:
 
     Raises:
         ValueError: for another ``jit_compile``.
+        GraphError: by a call, if the graph gives other values than the function by now.
 
     Example:
         >>> weight = torch.tensor(2.0)
@@ -87,7 +95,7 @@ class Engine:
         self.function, self.state = function, state
         self.jit_compile: JitCompile = jit_compile
         self.ignore_jit_warnings = ignore_jit_warnings
-        self._graphs: dict[Hashable, FxGraph] = {}
+        self._graphs: dict[tuple[Any, ...], FxGraph] = {}
         self._singular = 0
         self._warned: list[str] = []
 
@@ -111,11 +119,12 @@ class Engine:
             (tensor(5), tensor(8))
         """
         inputs = (*carried, *fixed)
-        graph, tensors = self._find(inputs)
+        graph, tensors = self._find(inputs, n)
         if graph is not None and graph.checked:
             with contextlib.suppress(torch.linalg.LinAlgError):
                 found = graph.iterate(n, tensors, len(tensors_of(carried)))
                 if found is not None:
+                    graph.calls, graph.last = graph.calls + n, inputs
                     return found
         found = self._run(graph, tensors, inputs)
         for _ in range(n - 1):
@@ -125,11 +134,24 @@ class Engine:
     def _run(self, graph: "FxGraph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
         if graph is not None:
             with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
-                return graph(tensors)
+                found = graph(tensors)
+                graph.calls, graph.last = graph.calls + 1, inputs
+                return found
         return self.function(*inputs)
 
-    def _find(self, inputs: tuple[Any, ...]) -> "tuple[FxGraph | None, list[Tensor]]":
-        """The graph for such inputs, if they can have one, and the tensors in them."""
+    def check(self) -> None:
+        """Compares the graphs in use with the function, where each was called last.
+
+        Raises:
+            GraphError: if one gives other values.
+        """
+        now = None if self.state is None else self.state()
+        for (state, *_), graph in self._graphs.items():
+            if graph.calls > graph.compared_at and state == now and not graph.is_stale():
+                self._compare(graph, graph.last, tensors_of(graph.last))
+
+    def _find(self, inputs: tuple[Any, ...], n: int = 1) -> "tuple[FxGraph | None, list[Tensor]]":
+        """The graph for ``n`` calls from such inputs on, if there can be one, and their tensors."""
         if not self.jit_compile:
             return None, []
         described: list[Any] = [None if self.state is None else self.state()]
@@ -140,11 +162,16 @@ class Engine:
         graph = self._graphs.get(key)
         if graph is None or graph.is_stale():
             graph = self._add_graph(key, inputs, tensors)
-        elif not graph.checked and not self._agrees(graph, inputs, tensors):
-            graph = None
+        elif not graph.checked:
+            if not self._is_right(graph, inputs, tensors):
+                graph = None
+        elif graph.calls + n >= graph.compare_at:
+            self._compare(graph, inputs, tensors, n)
         return graph, tensors
 
-    def _add_graph(self, key: Hashable, inputs: Any, tensors: list[Tensor]) -> "FxGraph | None":
+    def _add_graph(
+        self, key: tuple[Any, ...], inputs: Any, tensors: list[Tensor]
+    ) -> "FxGraph | None":
         self.function(*inputs)  # an error of the model itself is raised as it is
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -159,6 +186,7 @@ class Engine:
         except _FAILURES as error:
             self._give_up(f"{first_line(error)}{_place(error)}")
             return None
+        graph.readings = Readings(self.function, [self])
         if self.jit_compile is True:
             self._compile(graph, tensors)
         self._graphs[key] = graph
@@ -181,31 +209,57 @@ class Engine:
             self.jit_compile = "capture"
             self._warn(f"the model is captured as a graph, not compiled: {why}")
 
-    def _agrees(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool:
+    def _is_right(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool:
         """Whether the graph gives the function's value at other inputs than it was captured at."""
+        agrees = self._agrees(graph, inputs, tensors)
+        if agrees is False:
+            self._give_up(f"the graph gives other values than the model, {self._why(graph)}")
+            return False
+        if agrees and not all(map(torch.equal, tensors, graph.captured_at)):
+            graph.checked, graph.captured_at, graph.compare_at = True, [], 10
+        return True
+
+    def _compare(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor], n: int = 0) -> None:
+        """Raises a GraphError if the graph does not give the function's value any more.
+
+        Before ``n`` calls of it, from these inputs on.
+        """
+        agrees = self._agrees(graph, inputs, tensors)
+        if agrees is False:
+            graph.compare_at = 1  # and at each call that may follow
+            raise GraphError(
+                f"the model gives other values than the graph that was captured of it,"
+                f" {self._why(graph)}. They were last compared {graph.calls - graph.compared_at}"
+                f" calls ago, of {graph.calls}: draws that were made since are in doubt. Run again"
+                " with a tensor that changes in place (x.fill_(2.0)), or with jit_compile=False"
+            )
+        if agrees:
+            graph.compared_at = graph.calls
+            while graph.compare_at <= graph.calls + n:
+                graph.compare_at *= 10
+
+    def _agrees(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool | None:
+        """Whether the graph gives the function's value; None where a matrix is singular.
+
+        The graph as it was captured: a compiled one rounds otherwise.
+        """
         try:
             found = graph.captured_value(tensors)
-            agrees = self._gives(found, inputs)
+            wanted = tensors_of([self.function(*inputs)])
+            agrees = agree(found, wanted, graph.captured_value, tensors)
             if not agrees and graph.solves:  # an ill-conditioned matrix makes much of rounding
                 with SolvesTogether():
-                    agrees = self._gives(found, inputs)
+                    wanted = tensors_of([self.function(*inputs)])
+                agrees = agree(found, wanted, graph.captured_value, tensors)
         except torch.linalg.LinAlgError:  # at a later call then
-            return True
-        if agrees:
-            graph.checked = not all(map(torch.equal, tensors, graph.captured_at))
-            if graph.checked:
-                graph.captured_at = []
-            return True
-        self._give_up(
-            "the graph gives other values than the model, which reads something that changes and"
-            " that no graph can see"
-        )
-        return False
+            return None
+        return agrees
 
-    def _gives(self, found: Sequence[Tensor], inputs: Any) -> bool:
-        """Whether the function's value is this one."""
-        wanted = tensors_of([self.function(*inputs)])
-        return all(_close(*pair) for pair in zip(found, wanted, strict=True))
+    def _why(self, graph: "FxGraph") -> str:
+        """What the function reads from elsewhere, and has changed since the capture."""
+        changes = graph.readings.changes(Readings(self.function, [self])) if graph.readings else []
+        listed = f": {'; '.join(changes[:3])}" if changes else ""
+        return f"which reads something that changes and that no graph can see{listed}"
 
     def _give_up(self, why: str) -> None:
         self.jit_compile = False
@@ -248,18 +302,6 @@ def check_jit_compile(value: Any) -> None:
     """Raises a ValueError unless ``value`` is a way to run a function."""
     if not isinstance(value, bool) and value not in ("capture", "auto"):
         raise ValueError(f'jit_compile must be False, "capture", True or "auto", got {value!r}')
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding."""
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return False
-    if not found.is_floating_point():
-        return torch.equal(found, wanted)
-    finite = wanted[wanted.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    tolerance = 100 * torch.finfo(wanted.dtype).eps * scale
-    return torch.allclose(found, wanted, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 _LIBRARIES = tuple(

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.internals.compilers import as_written, compile_unguarded
 from pyro_ebm.internals.tracing import capture, is_followed, namespace
+from pyro_ebm.mcmc.engine.readings import Readings
 
 
 class FxGraph:
@@ -32,12 +33,20 @@ class FxGraph:
         constants: what else it reads, parameters for example: further inputs of the graph.
         checked: whether it was found to agree with the function at other inputs.
         captured_at: the inputs, until then.
+        calls: how often it was called.
+        last: the function's arguments when it was called last.
+        compared_at: the number of calls when it was last compared with the function.
+        compare_at: the number of calls at which it is to be compared again.
+        readings: what the function read from elsewhere when it was captured.
 
     Raises:
         RuntimeError: if the function does something that a graph cannot hold.
     """
 
     checked = False
+    calls = compared_at = compare_at = 0
+    last: tuple[Any, ...] = ()
+    readings: Readings | None = None
     _returns_alike: bool | None = None  # once it is known
 
     def __init__(self, function: Callable[..., Any], inputs: Any, tensors: list[Tensor]):

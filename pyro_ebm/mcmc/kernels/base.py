@@ -127,6 +127,15 @@ class Kernel(HasSettings, ABC):
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
 
+    def check_graphs(self) -> None:
+        """Compares the graphs that run for the model with the model as it is.
+
+        Raises:
+            GraphError: if they give other values, since the model reads something that has changed.
+        """
+        if self._engine is not None:
+            self._engine.check()
+
     def state_dict(self) -> dict[str, Any]:
         """What was learned and counted since :meth:`bind`, for :meth:`load_state_dict`.
 

@@ -212,7 +212,12 @@ class PyroKernel(Kernel, MCMCKernel):
         }
 
     def cleanup(self) -> None:
-        """Drops the chain; the transforms and the learned adaptation stay to be read."""
+        """Drops the chain; the transforms and the learned adaptation stay to be read.
+
+        Raises:
+            GraphError: if draws are in doubt, see :meth:`Kernel.check_graphs`.
+        """
+        self.check_graphs()
         self._state = None
 
     @property

@@ -147,7 +147,11 @@ class VectorizedRun:
         """Everything that the coming transitions depend on, the random state included.
 
         Draws in memory are not in it, those that a store does not have yet are.
+
+        Raises:
+            GraphError: if draws are in doubt, which are better not saved.
         """
+        self.kernel.check_graphs()
         potential, records = self.potential, {}
         for name, record in self.records.items():
             in_memory = isinstance(record.store, Memory)

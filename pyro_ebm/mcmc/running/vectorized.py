@@ -155,6 +155,8 @@ class VectorizedRunner(Runner):
             if draws.count == 0 or ranks.size > 1:  # where each rank was at another transition
                 raise
             cut_short(draws.count, (chains.goal - options.warmup_steps) // options.thinning)
+        with ranks.fail_together("the end of the run"):
+            self.kernel.check_graphs()
         results = self._collect(chains)
         self.chains, self.results = chains, results
         if checkpoint is None or checkpoint.has_all(chains):

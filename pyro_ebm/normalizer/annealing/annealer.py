@@ -116,6 +116,7 @@ class Annealer:
                 # log w += log p~_{t}(z) - log p~_{t-1}(z) = U_{t-1}(z) - U_t(z),
                 # and a weight of 0 stays 0, wherever the chain goes
                 log_w = torch.where(log_w == -torch.inf, log_w, log_w + fall)
+        self.engine.check()
         path.here = path.last = None
         return log_w
 

@@ -237,6 +237,11 @@ class CompositeKernel(PyroKernel):
         self._steps += 1
         return state, info
 
+    def check_graphs(self) -> None:
+        """Compares the graphs of each kernel, see :meth:`Kernel.check_graphs`."""
+        for kernel, _ in self._bound:
+            kernel.check_graphs()
+
     def state_dict(self) -> dict[str, Any]:
         """What each kernel has learned, and the positions that it saw last."""
         parts = [{"kernel": k.state_dict(), "rest": block.rest.clone()} for k, block in self._bound]

@@ -194,6 +194,11 @@ class TemperingKernel(PyroKernel):
         diverging = self._rows(info.diverging).any(1).reshape(-1)  # of any replica
         return self._outward(replicas), Info(accept_prob, diverging)
 
+    def check_graphs(self) -> None:
+        """Compares the graphs of the inner kernel, see :meth:`Kernel.check_graphs`."""
+        if self._inner is not None:
+            self._inner.check_graphs()
+
     def _exchange(self, state: State) -> State:
         _, tempered = self._parts
         betas, r = tempered.betas, len(tempered.betas)
