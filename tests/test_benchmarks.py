@@ -14,6 +14,13 @@ from pyro.infer.mcmc.util import initialize_model
 
 from tests.benchmarks import harness, report
 from tests.benchmarks.__main__ import NAMES
+from tests.benchmarks.defaults import score as score_of_runs
+from tests.benchmarks.defaults.contestants import SAMPLERS
+from tests.benchmarks.defaults.contestants import settings as everyone
+from tests.benchmarks.defaults.runs import RunFile, of_more_chains
+from tests.benchmarks.defaults.score import score, seconds_to_enough
+from tests.benchmarks.defaults.tables import ratio
+from tests.benchmarks.defaults.tables import tables as shown
 from tests.benchmarks.harness import Options
 from tests.benchmarks.judge import agreement, judge, quantities
 from tests.benchmarks.models import POSTERIORS
@@ -23,7 +30,7 @@ from tests.benchmarks.torch_samplers import Stopwatch
 from tests.benchmarks.workers import OverBudget, Worker
 
 
-@pytest.mark.parametrize("module", [harness, report])
+@pytest.mark.parametrize("module", [harness, report, score_of_runs])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -251,3 +258,94 @@ def test_the_answers_of_the_hierarchy_agree_with_importance_sampling():
         mean = weight @ draws
         error = np.sqrt((weight**2) @ (draws - mean) ** 2)
         assert abs(mean - known[quantity]["mean"]) < 4 * error
+
+
+# ---- defaults on real posteriors ---------------------------------------------------------------
+
+
+def test_the_score_is_that_of_the_worst_quantity():
+    rng = np.random.default_rng(3)
+    slow = autoregression(rng, 0.9)
+    x = np.stack([rng.standard_normal(slow.shape), 2.0 + 3.0 * slow], -1)
+    known = {"mean": 0.0, "sd": 1.0, "mcse_mean": 0.01}
+    found = score(x, {"a": known, "b": {**known, "mean": 2.0}})
+    # of an autoregression the mean's effective size is n (1 - rho) / (1 + rho)
+    assert found["bulk"] == pytest.approx(16_000 * 0.1 / 1.9, rel=0.35)
+    assert found["ess"] == min(found["bulk"], found["tail"], found["squares"])
+    assert found["right"]
+    off = score(x, {"a": {**known, "mean": 0.2}, "b": known})
+    assert off["z"] > 4.5
+    assert not off["right"]
+
+
+def test_trajectories_of_a_shared_length_are_not_flattered():
+    rng = np.random.default_rng(4)
+    swing = np.resize([1.0, -1.0], 1000) * np.abs(rng.standard_normal((4, 1)))  # of a fixed size
+    x = (swing + 0.01 * rng.standard_normal((4, 1000)))[..., None]
+    found = score(x, {"a": {"mean": 0.0, "sd": 1.0, "mcse_mean": 0.01}})
+    assert found["bulk"] > 4000  # the mean of each two is exact
+    assert found["squares"] < 50  # and no chain's size is ever left
+    assert found["ess"] == min(found["tail"], found["squares"])
+
+
+def test_chains_that_stand_still_have_no_effective_draws():
+    found = score(np.ones((4, 100, 1)), {"a": {"mean": 1.0, "sd": 1.0, "mcse_mean": 0.01}})
+    assert not found["right"]
+    assert found["ess"] == pytest.approx(0.0, abs=0.01)
+    assert seconds_to_enough(1.0, 1.0, found["ess"]) > 1e5
+
+
+def some_run(sampler, seconds, **other):
+    row = {"posterior": "nes", "chains": 16, "seed": 0, "round": 0, "sampler": sampler}
+    row |= {"asked": "None + 500", "versions": "1", "code": "", "limit": 60.0, "right": True}
+    return {**row, "seconds": seconds, "before": 1.0, **other}
+
+
+def test_runs_are_kept_and_one_that_was_stopped_is_tried_again_for_longer(tmp_path):
+    file = RunFile(tmp_path / "runs.jsonl")
+    done, stopped = some_run("nutpie", 3.0), some_run("NumPyro NUTS", 0.0, over_limit="stopped")
+    file.add(done)
+    file.add(stopped)
+    again = RunFile(file.path)
+    assert again.find(done) == done
+    assert again.find(stopped) == stopped
+    assert again.find({**stopped, "limit": 90.0}) is None
+    for change in ({"seed": 1}, {"code": "other"}, {"chains": 4}, {"asked": "1 + 1"}):
+        assert again.find({**done, **change}) is None
+    again.clear()
+    assert RunFile(file.path).find(done) is None
+
+
+def test_ours_are_compared_with_the_best_peer_that_is_right():
+    rows = [
+        some_run("pyro_ebm ChEES", 4.0),
+        some_run("pyro_ebm Langevin", 1.0, right=False),
+        some_run("pyro_ebm ChEES, tuned", 2.0),
+        some_run("nutpie", 8.0),
+        some_run("BlackJAX ChEES", 0.5, right=False),
+        some_run("NumPyro NUTS", 3.0, over_limit="70 s"),
+    ]
+    assert ratio(rows, tuned=False) == (0.5, True)
+    assert ratio(rows, tuned=True) == (0.25, True)
+    assert ratio(rows[1:2] + rows[3:], tuned=False) == (0.125, False)
+    assert np.isnan(ratio(rows[:3], tuned=False)[0])
+    told = shown(rows)
+    assert "(0.5)" in told
+    assert "0.125" not in told
+
+
+def test_chains_one_after_another_each_have_a_warmup():
+    four = some_run("Pyro NUTS, jit", 10.0, chains=4, before=8.0)
+    assert of_more_chains(four, 16)["seconds"] == 8.0 * 4 + 2.0
+    assert of_more_chains({"chains": 4, "over_limit": "stopped"}, 16)["chains"] == 16
+
+
+def test_every_contestant_has_its_lengths():
+    found = list(everyone(["hierarchy", "nes"], list(SAMPLERS), [4, 16, 64], quick=False))
+    dense = [s for s in found if s.sampler.name == "NumPyro NUTS, dense"]
+    assert {s.posterior for s in dense} == {"nes"}  # not a matrix of 1,000 dimensions
+    assert {s.posterior for s in found if s.sampler.only} == {"hierarchy"}
+    assert [s.chains for s in found if s.sampler.alone] == [4, 4]
+    assert all(s.draws > 200 for s in found)
+    peers = {s.sampler.name for s in found if s.sampler.name.startswith(("nutpie", "Pyro "))}
+    assert all(s.warmup is None for s in found if s.sampler.name in peers)  # theirs

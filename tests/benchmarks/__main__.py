@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.benchmarks.harness import Options, Question, require
 
 NAMES = (
+    "defaults",
     "posteriors",
     "transitions",
     "energies",
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the page whose sections are rewritten")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
 
-    require(("numpyro", "blackjax", "jax", "torchebm", "scikit-learn"))
+    require(("numpyro", "blackjax", "nutpie", "jax", "torchebm", "scikit-learn"))
     start = time.monotonic()
     for name in NAMES:
         question: Question = import_module(f"tests.benchmarks.{name}").QUESTION

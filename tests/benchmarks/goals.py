@@ -4,11 +4,15 @@ python -m tests.benchmarks.goals
 """
 
 import json
+import math
 import operator
 from collections.abc import Iterator
+from statistics import median
 
 from tests.benchmarks import report
+from tests.benchmarks.defaults.tables import ratio, right, warmup_gradients
 from tests.benchmarks.harness import Options, Question, Row
+from tests.benchmarks.real.posteriors import REAL
 
 PREFACE = """
 Ratios that the package wants to reach on two cores, and those of the tables below, from the latest
@@ -21,7 +25,7 @@ Found = dict[str, list[Row]]
 def load(options: Options) -> Found:
     """The rows of each question that has been asked."""
     found = {}
-    for name in ("posteriors", "transitions", "energies", "training"):
+    for name in ("defaults", "posteriors", "transitions", "energies", "training"):
         path = options.output / f"{name}.json"
         if path.exists():
             found[name] = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -35,25 +39,20 @@ def pick(rows: list[Row], **wanted: object) -> list[Row]:
 
 def goals(found: Found) -> Iterator[tuple[str, str, float, float]]:
     """What is measured, how it must compare, the goal, and the ratio."""
+    yield from of_defaults(found.get("defaults", []))
     rows = found.get("posteriors", [])
     for posterior in ("schools", "logistic"):
-        own = pick(rows, posterior=posterior, sampler="pyro_ebm ChEES")
-        peer = pick(rows, posterior=posterior, sampler="NumPyro NUTS")
-        for chains, when, goal in (
-            (64, "warm", 8),
-            (64, "whole", 3),
-            (4, "warm", 3),
-            (4, "whole", 1),
-        ):
-            ratio = report.paired(
-                pick(own, chains=chains), pick(peer, chains=chains), f"ess_per_second_{when}"
-            )
-            measure = f"{posterior}, {chains} chains, ESS/s {when}: ChEES to NumPyro NUTS"
-            yield measure, ">=", goal, ratio
+        own = pick(rows, posterior=posterior, sampler="pyro_ebm ChEES", chains=64)
         pyro = pick(rows, posterior=posterior, sampler="Pyro NUTS, jit")
         for when in ("warm", "whole"):
-            ratio = report.paired(pick(own, chains=64), pyro, f"ess_per_second_{when}")
+            ratio = report.paired(own, pyro, f"ess_per_second_{when}")
             yield f"{posterior}, 64 chains, ESS/s {when}: ChEES to Pyro NUTS, jit", ">=", 50, ratio
+    own, peer = (
+        pick(rows, posterior="schools", sampler=f"{name} ChEES", chains=64)
+        for name in ("pyro_ebm", "BlackJAX")
+    )
+    ratio = report.paired(own, peer, "ess_per_second_warm")
+    yield "schools, 64 chains, ESS/s warm: ChEES to BlackJAX ChEES", ">=", 0.5, ratio
     rows = found.get("transitions", [])
     for case in ("schools", "logistic"):
         for chains, goal in ((1, 0.25), (100, 1.2), (1000, 1.5)):
@@ -92,6 +91,34 @@ def goals(found: Found) -> Iterator[tuple[str, str, float, float]]:
         )
         ratio = report.paired(own, peer, "seconds")
         yield f"time to {target} nats of an RBM, to scikit-learn", "<=", 0.5, ratio
+
+
+def of_defaults(rows: list[Row]) -> Iterator[tuple[str, str, float, float]]:
+    """Goals on the real posteriors, with default settings."""
+    few = [row for row in rows if REAL[row["posterior"]].dim <= 50]
+    for sampler in ("Langevin", "ChEES"):
+        groups = report.grouped(pick(few, sampler=f"pyro_ebm {sampler}"), "posterior", "chains")
+        share = sum(map(right, groups.values())) / len(groups) if groups else math.nan
+        yield f"share of posteriors right by default, at most 50-d, {sampler}", ">=", 1, share
+    for chains, most in ((16, 0.5), (64, 0.5), (4, 1.0)):
+        cases = report.grouped(pick(rows, chains=chains), "posterior").values()
+        ratios = [value for value, fine in (ratio(same, False) for same in cases) if fine]
+        count = sum(value <= most for value in ratios) if cases else math.nan
+        what = f"{chains} chains: posteriors on which our default takes at most"
+        yield f"{what} {most:g} of the best peer's time to 1,000 draws", ">=", 12, count
+    gradients = [own / peer for _, own, peer in warmup_gradients(rows)]
+    middle = median(gradients) if gradients else math.nan
+    yield "gradients in warmup, one of 16 chains to one of nutpie, low rank", "<=", 0.5, middle
+    own, peer = (
+        [
+            {**row, "step": row["sampling"] / row["draw_gradients"]}
+            for row in pick(rows, posterior="hierarchy", chains=64, sampler=f"pyro_ebm {name}")
+            if "sampling" in row
+        ]
+        for name in ("ChEES", "ChEES, diagonal")
+    )
+    step = report.paired(own, peer, "step")
+    yield "hierarchy, 64 chains, a default step of ChEES to one with a diagonal", "<=", 1.2, step
 
 
 def measure(options: Options) -> list[Row]:

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -78,6 +79,8 @@ class Question:
     rounds: int = 3
     minutes: float = 5.0
     devices: tuple[str, ...] = ("cpu",)
+    illustrated: bool = False
+    """Whether ``<path>.png`` stands in the section of the page too, from ``_static`` beside it."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Arguments of its own, which ``measure`` takes by name."""
 
@@ -113,9 +116,19 @@ class Question:
         print(f"\n{title}\n\n{told}\n", flush=True)
         if options.markdown is not None:
             command = self.command(options, own)
-            section = f"## {title}\n\n{self.preface.strip()}\n\n{told}\nCommand: `{command}`."
+            shown = self._show(options, name) if self.illustrated else ""
+            preface = f"{self.preface.strip()}\n\n{shown}"
+            section = f"## {title}\n\n{preface}{told}\nCommand: `{command}`."
             write_section(options.markdown, name, section)
         return rows
+
+    def _show(self, options: Options, name: str) -> str:
+        """Copies the picture beside the page, and returns what shows it there."""
+        assert options.markdown is not None
+        folder = options.markdown.parent / "_static"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(options.output / f"{name}.png", folder / f"{name}.png")
+        return f"![{self.title}](_static/{name}.png)\n\n"
 
     def command(self, options: Options, own: dict[str, Any]) -> str:
         """What repeats the measurement: the options that are not the usual ones."""

@@ -105,13 +105,19 @@ def _numpyro_nuts(posterior: Posterior, chains: int, warmup: int, draws: int, se
     return run
 
 
-class _Target:
-    """A NumPyro model as BlackJAX sees it: a log density, starts, and the way to the supports."""
+class Target:
+    """A NumPyro model as BlackJAX sees it: a log density, starts, and the way to the supports.
 
-    def __init__(self, posterior: Posterior, chains: int, seed: int):
+    Args:
+        model: the model.
+        data: its arguments.
+        chains: how many starts are needed.
+        seed: of the starts, and of ``key``.
+    """
+
+    def __init__(self, model: Callable[..., Any], data: Any, chains: int, seed: int):
         self.key, start = jax.random.split(jax.random.PRNGKey(seed))
-        data = tuple(jnp.asarray(x) for x in posterior.data())
-        model = MODELS[posterior.name]
+        data = tuple(jnp.asarray(x) for x in data)
         info = numpyro.infer.util.initialize_model(
             jax.random.split(start, chains), model, model_args=data
         )
@@ -122,7 +128,7 @@ class _Target:
         return -self.potential(position)
 
 
-def _loop(
+def loop(
     step: Callable[..., Any], constrain: Callable[..., Any], draws: int, chains: int
 ) -> Callable[..., Any]:
     """A compiled loop of transitions of all chains that collects the draws."""
@@ -142,7 +148,7 @@ def _loop(
 def _blackjax_nuts(posterior: Posterior, chains: int, warmup: int, draws: int, seed: int) -> Run:
     import blackjax
 
-    target = _Target(posterior, chains, seed)
+    target = Target(MODELS[posterior.name], posterior.data(), chains, seed)
     adaptation = blackjax.window_adaptation(
         blackjax.nuts,
         target.log_density,
@@ -162,7 +168,7 @@ def _blackjax_nuts(posterior: Posterior, chains: int, warmup: int, draws: int, s
         )
 
     adapt_all = jax.jit(jax.vmap(adapt))
-    sample = _loop(step, target.constrain, draws, chains)
+    sample = loop(step, target.constrain, draws, chains)
 
     def run() -> Any:
         first, second = jax.random.split(target.key)
@@ -176,7 +182,7 @@ def _blackjax_chees(posterior: Posterior, chains: int, warmup: int, draws: int, 
     import blackjax
     import optax
 
-    target = _Target(posterior, chains, seed)
+    target = Target(MODELS[posterior.name], posterior.data(), chains, seed)
     adaptation = blackjax.chees_adaptation(
         target.log_density,
         chains,
@@ -197,7 +203,7 @@ def _blackjax_chees(posterior: Posterior, chains: int, warmup: int, draws: int, 
         return jax.vmap(lambda k, s: kernel(k, s, target.log_density, *parameters)[0])(keys, states)
 
     adapt_all = jax.jit(adapt)
-    sample = _loop(step, target.constrain, draws, chains)
+    sample = loop(step, target.constrain, draws, chains)
 
     def run() -> Any:
         first, second = jax.random.split(target.key)
@@ -211,7 +217,7 @@ def _blackjax_mala(posterior: Posterior, chains: int, warmup: int, draws: int, s
     import blackjax
     from blackjax.optimizers.dual_averaging import dual_averaging
 
-    target = _Target(posterior, chains, seed)
+    target = Target(MODELS[posterior.name], posterior.data(), chains, seed)
     kernel = blackjax.mala.build_kernel()
     start, update, final = dual_averaging()
 
@@ -232,7 +238,7 @@ def _blackjax_mala(posterior: Posterior, chains: int, warmup: int, draws: int, s
         return states, final(tuning)
 
     adapt_all = jax.jit(adapt)
-    sample = _loop(lambda k, s, p: transition(k, s, p)[0], target.constrain, draws, chains)
+    sample = loop(lambda k, s, p: transition(k, s, p)[0], target.constrain, draws, chains)
 
     def run() -> Any:
         first, second = jax.random.split(target.key)

@@ -18,6 +18,7 @@ COLOURS = {
     "Pyro": "#e59866",
     "NumPyro": "#2471a3",
     "BlackJAX": "#1e8449",
+    "nutpie": "#6c3483",
     "TorchEBM": "#7d3c98",
     "scikit-learn": "#b7950b",
     "bare": "#707b7c",
