@@ -169,7 +169,10 @@ class InnerChain(Auxiliary):
 
     def __init__(self, kernel: Kernel, num_steps: int):
         # no graph of its own: all its steps are part of one batched run of the model
-        self.kernel = kernel.copy(jit_compile=False) if kernel.jit_compile else kernel
+        changes: dict[str, Any] = {"jit_compile": False} if kernel.jit_compile else {}
+        if kernel.needs_grad and kernel.full_mass == "auto":  # no gradients to learn a matrix from
+            changes["full_mass"] = False
+        self.kernel = kernel.copy(**changes)
         self.num_steps = num_steps
         self._forget()
 
@@ -184,6 +187,7 @@ class InnerChain(Auxiliary):
         """Starts the adaptation anew; the next ``warmup_steps`` draws may adapt."""
         self._forget()
         kernel = self.kernel.copy()
+        kernel.learns_from_gradients = False  # draws bring positions alone
         kernel.bind(_RowsPotential(energy, x), warmup_steps)
         self.adaptation = kernel.adaptation
 

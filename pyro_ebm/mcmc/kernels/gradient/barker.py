@@ -37,7 +37,7 @@ from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKerne
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.steps.metropolis import log_uniform
-from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.steps.precondition import Factor, precondition, precondition_transposed
 
 
 class BarkerKernel(TransitionKernel):
@@ -105,7 +105,7 @@ class BarkerKernel(TransitionKernel):
         )
 
     def transition(
-        self, state: State, jump: Tensor, inverse_mass_sqrt: Tensor | None, u: Tensor, log_u: Tensor
+        self, state: State, jump: Tensor, inverse_mass_sqrt: Factor | None, u: Tensor, log_u: Tensor
     ) -> tuple[State, Info]:
         """One jump of every coordinate, and its acceptance or rejection."""
         assert state.grad is not None

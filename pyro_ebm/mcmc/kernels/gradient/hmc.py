@@ -30,6 +30,7 @@ from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
 from pyro_ebm.ops.steps.metropolis import log_uniform
+from pyro_ebm.ops.steps.precondition import Factor
 
 
 class ChEESKernel(TransitionKernel):
@@ -116,7 +117,7 @@ class ChEESKernel(TransitionKernel):
         self,
         state: State,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
@@ -131,7 +132,7 @@ class ChEESKernel(TransitionKernel):
         self,
         state: State,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
@@ -166,7 +167,7 @@ class ChEESKernel(TransitionKernel):
         state: State,
         momentum: Tensor,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         first_potential: Tensor,
         first_momentum: Tensor,
         log_u: Tensor,
@@ -262,7 +263,10 @@ class ChEESKernel(TransitionKernel):
             time = self._num_steps * step_size[:, 0]
             most = self.max_steps * self.adaptation.typical_step_size()
             weight = info.accept_prob
-            self._learner.update(state, end, end_momentum, time, weight, inverse_mass_sqrt, most)
+            population = self.adaptation.population
+            self._learner.update(
+                state, end, end_momentum, time, weight, inverse_mass_sqrt, most, population
+            )
         return choose(accepted, end, state), info
 
     def trial(self, state: State) -> tuple[State, Info]:
