@@ -188,6 +188,7 @@ class TrajectoryAdaptation:
         inverse_mass_sqrt: Factor | None,
         most: Tensor,
         population: Population,
+        exploring: bool,
     ) -> None:
         """Takes a step up the slope that the trajectories of one transition have.
 
@@ -199,12 +200,14 @@ class TrajectoryAdaptation:
             weight: as for :func:`slopes`.
             inverse_mass_sqrt: as for :func:`slopes`.
             most: as for :func:`ascend`.
-            population: of chains; those that are out tell nothing.
+            population: tells which chains are out.
+            exploring: whether these count too, so that long trajectories bring them in.
         """
         learned, ranks = self.learned, self.ranks
         z = by_target(start.z, len(learned.length))
         center = updated_center(learned, population.mean(z, ranks))
-        weight = weight * population.inside(start.z)
+        if not exploring:
+            weight = weight * population.inside(start.z)
         slope, total = slopes(center, start, end, momentum, time, weight, inverse_mass_sqrt)
         if ranks.size > 1:
             slope, total = ranks.total(torch.stack([slope, total]))

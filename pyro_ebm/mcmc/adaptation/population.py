@@ -25,11 +25,13 @@ class Population:
 
     Attributes:
         out: whether a chain is out, boolean, shape ``(chains,)``; None before the first look.
+        some_out: whether any is, of those of all ranks.
     """
 
     def __init__(self, targets: int):
         self.targets = targets
         self.out: Tensor | None = None
+        self.some_out = False
         self._count = 0
         self._mean: Tensor | None = None
         self._moment: Tensor | None = None
@@ -57,6 +59,7 @@ class Population:
         spread = torch.maximum(between, deviation.median(0).values)
         farthest = (center + FAR * spread).nan_to_num(torch.inf)
         self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
+        self.some_out = ranks.any(self.out)
         self._count, self._mean, self._moment = 0, None, None
 
     def inside(self, z: Tensor) -> Tensor:
@@ -75,11 +78,17 @@ class Population:
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, for :meth:`load_state_dict`."""
-        return {"out": self.out, "count": self._count, "mean": self._mean, "moment": self._moment}
+        return {
+            "out": self.out,
+            "some_out": self.some_out,
+            "count": self._count,
+            "mean": self._mean,
+            "moment": self._moment,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from where another one was."""
-        self._count = state["count"]
+        self._count, self.some_out = state["count"], state["some_out"]
         self.out, self._mean, self._moment = (
             to_device(state[name], device) for name in ("out", "mean", "moment")
         )

@@ -126,6 +126,13 @@ class Adaptation:
         windows = self._schedule(self.warmup_steps)
         return windows[-1][1] if windows else self.warmup_steps // 2
 
+    @property
+    def exploring(self) -> bool:
+        """Whether chains are still on their way to the others, in the first half of the warmup."""
+        return 2 * self.t < self.warmup_steps and (
+            self.population.out is None or self.population.some_out
+        )
+
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""
         sharing = accept_prob.reshape(-1, self.step_size.shape[0])
@@ -177,7 +184,6 @@ class Adaptation:
             now, average = self._averaging.get_state()
             self.step_size = now.exp()
             if self.t + 1 == self.settling_step:
-                self.population.look(self.ranks)
                 self.restart(self._median(average.exp()))
                 self._own = False
         renewed = self._learn_mass_matrix(z, grad)
@@ -191,13 +197,14 @@ class Adaptation:
         if self._window is None or self.t < self._windows[0][0]:
             return False
         start, end = self._windows[0]
-        if self.t == start:  # a chain is judged by the steps before those that it may add to
+        if self.population.out is None:  # judged by the steps before those that a chain may add to
             self.population.look(self.ranks)
         self._window.add(z, grad, self.population.inside(z))
         if self.t + 1 < end:
             return False
         assert self.inverse_mass_sqrt is not None
         self.inverse_mass_sqrt = self._window.factor(self.inverse_mass_sqrt, self.ranks)
+        self.population.look(self.ranks)
         self._windows.pop(0)
         self._open_window()
         return True

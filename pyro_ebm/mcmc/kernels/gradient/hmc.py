@@ -76,11 +76,10 @@ class ChEESKernel(TransitionKernel):
         True
     """
 
-    saved = (*TransitionKernel.saved, "_trajectory", "_knows_units", "_most_steps")
+    saved = (*TransitionKernel.saved, "_trajectory", "_most_steps")
     _trajectory: TrajectoryAdaptation | None = None
     _most_steps: list[float] | None = None
     _num_steps: Tensor | None = None
-    _knows_units = False
 
     def __init__(
         self,
@@ -239,13 +238,12 @@ class ChEESKernel(TransitionKernel):
         active, learns, old = self.adaptation.active, self._learns, self.inverse_mass_sqrt
         state, info = super().step(state)
         new = self.inverse_mass_sqrt
-        if learns and old is not None and new is not None and new is not old:
+        if learns and new is not old:
             usual = self.first_trajectory_length
-            if self._knows_units:
+            if self.adaptation.exploring and old is not None and new is not None:
                 self._learner.remeasure(old, new, usual)
             else:
                 self._learner.start(torch.full_like(self._learner.length, usual))
-            self._knows_units = True
         if learns and not self.adaptation.active:
             self._learner.finish()
         if active:
@@ -263,9 +261,16 @@ class ChEESKernel(TransitionKernel):
             time = self._num_steps * step_size[:, 0]
             most = self.max_steps * self.adaptation.typical_step_size()
             weight = info.accept_prob
-            population = self.adaptation.population
             self._learner.update(
-                state, end, end_momentum, time, weight, inverse_mass_sqrt, most, population
+                state,
+                end,
+                end_momentum,
+                time,
+                weight,
+                inverse_mass_sqrt,
+                most,
+                self.adaptation.population,
+                self.adaptation.exploring,
             )
         return choose(accepted, end, state), info
 
