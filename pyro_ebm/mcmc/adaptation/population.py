@@ -10,6 +10,7 @@ from pyro_ebm.mcmc.ranks import ProcessGroup
 from pyro_ebm.mcmc.state import to_device
 
 FAR = 5.0  # deviations
+WIDE = 3.0  # times the deviation of the potential of a Gaussian
 
 
 class Population:
@@ -22,16 +23,17 @@ class Population:
 
     Args:
         targets: number of targets.
+        dim: dimension of a position.
 
     Attributes:
         out: whether a chain is out, boolean, shape ``(chains,)``; None before the first look.
-        some_out: whether any is, of those of all ranks.
+        settled: whether no chain of any rank is out, and potentials differ as they do in a Gaussian.
     """
 
-    def __init__(self, targets: int):
-        self.targets = targets
+    def __init__(self, targets: int, dim: int):
+        self.targets, self.dim = targets, dim
         self.out: Tensor | None = None
-        self.some_out = False
+        self.settled = False
         self._count = 0
         self._mean: Tensor | None = None
         self._moment: Tensor | None = None
@@ -59,7 +61,8 @@ class Population:
         spread = torch.maximum(between, deviation.median(0).values)
         farthest = (center + FAR * spread).nan_to_num(torch.inf)
         self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
-        self.some_out = ranks.any(self.out)
+        usual = max(1.0, self.dim / 2) ** 0.5  # the deviation of a Gaussian's potential
+        self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
         self._count, self._mean, self._moment = 0, None, None
 
     def inside(self, z: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class Population:
         """What was seen so far, for :meth:`load_state_dict`."""
         return {
             "out": self.out,
-            "some_out": self.some_out,
+            "settled": self.settled,
             "count": self._count,
             "mean": self._mean,
             "moment": self._moment,
@@ -88,7 +91,7 @@ class Population:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from where another one was."""
-        self._count, self.some_out = state["count"], state["some_out"]
+        self._count, self.settled = state["count"], state["settled"]
         self.out, self._mean, self._moment = (
             to_device(state[name], device) for name in ("out", "mean", "moment")
         )

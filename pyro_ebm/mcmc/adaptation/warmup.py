@@ -90,7 +90,7 @@ class Adaptation:
             self.inverse_mass_sqrt = first_factor(kind, ones)
             self._open_window()
         self.ranks = current()
-        self.population = Population(targets)
+        self.population = Population(targets, dim)
         self._typical = torch.empty(0), torch.empty(0)  # of which step sizes, and the median
         self._own = False  # whether each chain has a step size of its own
         self.restart(self.step_size)
@@ -129,9 +129,7 @@ class Adaptation:
     @property
     def exploring(self) -> bool:
         """Whether chains are still on their way to the others, in the first half of the warmup."""
-        return 2 * self.t < self.warmup_steps and (
-            self.population.out is None or self.population.some_out
-        )
+        return 2 * self.t < self.warmup_steps and not self.population.settled
 
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""

@@ -156,7 +156,7 @@ class Kernel(HasSettings, ABC):
         """
         for name in self.saved:
             value, saved = getattr(self, name), state[name.removeprefix("_")]
-            if hasattr(value, "load_state_dict"):
+            if hasattr(value, "load_state_dict") and saved is not None:
                 value.load_state_dict(saved)
             else:
                 setattr(self, name, to_device(saved, self.potential.device))

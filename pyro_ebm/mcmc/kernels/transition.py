@@ -226,6 +226,11 @@ class TransitionKernel(PyroKernel):
             self.planned_steps,
         )
 
+    def share(self, adaptation: Adaptation) -> None:
+        """Adapts, with the target of this kernel, what is another's."""
+        adaptation.target_accept_prob = self.target_accept_prob
+        self._adaptation = adaptation
+
     def init(self, z: Tensor) -> State:
         """The state at the first positions, shape ``(chains, dim)``; finds a first step size."""
         state = self.evaluate(z)

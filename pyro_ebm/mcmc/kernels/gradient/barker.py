@@ -33,14 +33,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept
-from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKernel
+from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
+from pyro_ebm.mcmc.kernels.transition import AdaptationSettings
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.steps.metropolis import log_uniform
 from pyro_ebm.ops.steps.precondition import Factor, precondition, precondition_transposed
 
 
-class BarkerKernel(TransitionKernel):
+class BarkerKernel(LocalKernel):
     r"""Metropolis-Hastings with the Barker proposal: the robust relative of Langevin.
 
     It moves on where :class:`~pyro_ebm.LangevinKernel` rejects everything: the step size is too

@@ -33,6 +33,10 @@ from pyro_ebm.ops.steps.metropolis import log_uniform
 from pyro_ebm.ops.steps.precondition import Factor
 
 
+MAX_EXPLORING = 256
+"""The most leapfrog steps of a trajectory that brings chains in."""
+
+
 class ChEESKernel(TransitionKernel):
     r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
 
@@ -76,9 +80,10 @@ class ChEESKernel(TransitionKernel):
         True
     """
 
-    saved = (*TransitionKernel.saved, "_trajectory", "_most_steps")
+    saved = (*TransitionKernel.saved, "_trajectory", "_most_steps", "_explores")
     _trajectory: TrajectoryAdaptation | None = None
     _most_steps: list[float] | None = None
+    _explores: bool | None = None
     _num_steps: Tensor | None = None
 
     def __init__(
@@ -240,10 +245,11 @@ class ChEESKernel(TransitionKernel):
         new = self.inverse_mass_sqrt
         if learns and new is not old:
             usual = self.first_trajectory_length
-            if self.adaptation.exploring and old is not None and new is not None:
-                self._learner.remeasure(old, new, usual)
-            else:
+            explored, self._explores = self._explores, self.adaptation.exploring
+            if old is None or new is None or explored is None or (explored and not self._explores):
                 self._learner.start(torch.full_like(self._learner.length, usual))
+            else:
+                self._learner.remeasure(old, new, usual)
         if learns and not self.adaptation.active:
             self._learner.finish()
         if active:
@@ -259,7 +265,9 @@ class ChEESKernel(TransitionKernel):
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
             time = self._num_steps * step_size[:, 0]
-            most = self.max_steps * self.adaptation.typical_step_size()
+            exploring = self.adaptation.exploring
+            max_steps = min(self.max_steps, MAX_EXPLORING) if exploring else self.max_steps
+            most = max_steps * self.adaptation.typical_step_size()
             weight = info.accept_prob
             self._learner.update(
                 state,
@@ -270,7 +278,7 @@ class ChEESKernel(TransitionKernel):
                 inverse_mass_sqrt,
                 most,
                 self.adaptation.population,
-                self.adaptation.exploring,
+                exploring,
             )
         return choose(accepted, end, state), info
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
-from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSettings, check_positive
+from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionSettings, check_positive
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.integration.line_integral import gradient_tells_all
 from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
@@ -28,7 +29,7 @@ NUM_COMPARED = 16
 """The least number of lines on which the gradient is compared with the change of U."""
 
 
-class LangevinKernel(TransitionKernel):
+class LangevinKernel(LocalKernel):
     r"""MALA (``adjusted=True``) or the unadjusted Langevin algorithm, for any number of chains.
 
     .. math:: z' = z - \varepsilon\, \Sigma\, \nabla U(z) + \sqrt{2 \varepsilon T}\, L \xi,
