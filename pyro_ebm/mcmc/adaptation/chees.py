@@ -244,4 +244,3 @@ class TrajectoryAdaptation:
         """Goes on from where another one was."""
         device = self.length.device
         self.learned = Learned(**{name: to_device(x, device) for name, x in state.items()})
-

@@ -29,8 +29,9 @@ UNLIKE_ONE = 2.0  # variances within this factor of 1 are not worth a direction
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    r"""The geometric mean of :math:`A` and :math:`B^{-1}`, the positive solution of
-    :math:`\Sigma B\, \Sigma = A`.
+    r"""The geometric mean of :math:`A` and :math:`B^{-1}`.
+
+    It is the positive solution of :math:`\Sigma B\, \Sigma = A`,
 
     .. math:: \Sigma = A^{1/2} \big( A^{1/2} B A^{1/2} \big)^{-1/2} A^{1/2}
 
@@ -96,7 +97,7 @@ def low_rank_factor(z: Tensor, grad: Tensor, rank: int) -> LowRank:
     Returns:
         The factor of one target.
     """
-    n, dim = z.shape
+    dim = z.shape[1]
     scale = diagonal_scales(z.square().sum(0), grad.square().sum(0))
     z, grad = z / scale, grad * scale
     spanning = torch.cat([_leading(z, rank), _leading(grad, rank)], -1)

@@ -118,7 +118,7 @@ class MetricWindow(ABC):
 
     @abstractmethod
     def add(self, z: Tensor, grad: Tensor | None, weight: Tensor) -> None:
-        """Adds one transition's positions, gradients ``(chains, dim)`` and weights ``(chains,)``."""
+        """Adds the positions and gradients ``(chains, dim)`` of one transition, with weights."""
 
     @abstractmethod
     def factor(self, old: Factor, ranks: ProcessGroup) -> Factor:
@@ -231,10 +231,14 @@ class Rows(MetricWindow):
         weight = weight.double().unflatten(0, (-1, self.targets))
         if bool((weight.sum(0) < 2).any()):
             return old
-        z, grad = (_centered(x.double().unflatten(0, (-1, self.targets)), weight) for x in (z, grad))
+        z, grad = (
+            _centered(x.double().unflatten(0, (-1, self.targets)), weight) for x in (z, grad)
+        )
         rank = old.stretch.shape[-1]
         factors = [low_rank_factor(z[:, g], grad[:, g], rank) for g in range(self.targets)]
-        new = LowRank(*(torch.cat(parts).to(old.diagonal.dtype) for parts in zip(*factors, strict=True)))
+        new = LowRank(
+            *(torch.cat(parts).to(old.diagonal.dtype) for parts in zip(*factors, strict=True))
+        )
         return new if all(bool(part.isfinite().all()) for part in new) else old
 
     def state_dict(self) -> dict[str, Any]:

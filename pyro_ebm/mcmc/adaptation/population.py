@@ -27,7 +27,7 @@ class Population:
 
     Attributes:
         out: whether a chain is out, boolean, shape ``(chains,)``; None before the first look.
-        settled: whether no chain of any rank is out, and potentials differ as they do in a Gaussian.
+        settled: whether no chain is out, and potentials differ as little as in a Gaussian.
     """
 
     def __init__(self, targets: int, dim: int):
@@ -40,22 +40,19 @@ class Population:
 
     def add(self, potential: Tensor) -> None:
         """Adds the potentials of one transition, shape ``(chains,)``."""
-        potential = potential.double()
-        if self._mean is None or self._moment is None:
-            self._mean = self._moment = torch.zeros_like(potential)
+        new = potential.double()
+        mean = torch.zeros_like(new) if self._mean is None else self._mean
+        moment = torch.zeros_like(new) if self._moment is None else self._moment
         self._count += 1
-        delta = potential - self._mean
-        self._mean = self._mean + delta / self._count
-        self._moment = self._moment + delta * (potential - self._mean)
+        moved = mean + (new - mean) / self._count
+        self._mean, self._moment = moved, moment + (new - mean) * (new - moved)
 
     def look(self, ranks: ProcessGroup) -> None:
         """Judges the chains by what was added since the last look; a collective call."""
         if self._mean is None or self._moment is None:
             return
         deviation = (self._moment / self._count).sqrt()
-        mean, deviation = (
-            ranks.rows(x).reshape(-1, self.targets) for x in (self._mean, deviation)
-        )
+        mean, deviation = (ranks.rows(x).reshape(-1, self.targets) for x in (self._mean, deviation))
         center = mean.median(0).values
         between = 1.4826 * (mean - center).abs().median(0).values
         spread = torch.maximum(between, deviation.median(0).values)
@@ -72,8 +69,7 @@ class Population:
         return (~self.out).to(z.dtype)
 
     def mean(self, x: Tensor, ranks: ProcessGroup) -> Tensor:
-        """The mean over the chains that are not out, of rows ``(chains of a target, targets, ...)``.
-        """
+        """The mean over the chains that are not out, of ``(chains of a target, targets, ...)``."""
         rows = x.unsqueeze(-1) if x.dim() == 2 else x
         weight = self.inside(rows.flatten(0, 1)).reshape(*rows.shape[:2], 1)
         total = ranks.total(torch.cat([(weight * rows).sum(0), weight.sum(0)], -1))

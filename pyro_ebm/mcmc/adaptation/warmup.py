@@ -78,7 +78,8 @@ class Adaptation:
         self.max_step_size = max_step_size
         self.targets, self.dim, self.warmup_steps = targets, dim, warmup_steps
         self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
-        self.kind, self.target_accept_prob = kind, target_accept_prob
+        self.kind: Kind = kind
+        self.target_accept_prob = target_accept_prob
         self.step_size = torch.full((targets,), step_size, dtype=like.dtype, device=like.device)
         self.t = 0
         self._schedule = growing_windows if from_gradients else slow_windows
@@ -194,7 +195,7 @@ class Adaptation:
         """Adds a transition to the window; whether it was the last one, and the factor is new."""
         if self._window is None or self.t < self._windows[0][0]:
             return False
-        start, end = self._windows[0]
+        end = self._windows[0][1]
         if self.population.out is None:  # judged by the steps before those that a chain may add to
             self.population.look(self.ranks)
         self._window.add(z, grad, self.population.inside(z))

@@ -170,9 +170,8 @@ class InnerChain(Auxiliary):
     def __init__(self, kernel: Kernel, num_steps: int):
         # no graph of its own: all its steps are part of one batched run of the model
         changes: dict[str, Any] = {"jit_compile": False} if kernel.jit_compile else {}
-        if kernel.needs_grad and kernel.full_mass == "auto":  # no gradients to learn a matrix from
-            changes["full_mass"] = False
-        self.kernel = kernel.copy(**changes)
+        diagonal = kernel.needs_grad and kernel.full_mass == "auto"  # learned without gradients
+        self.kernel = kernel.copy(**changes, **({"full_mass": False} if diagonal else {}))
         self.num_steps = num_steps
         self._forget()
 

@@ -32,7 +32,6 @@ from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
 from pyro_ebm.ops.steps.metropolis import log_uniform
 from pyro_ebm.ops.steps.precondition import Factor
 
-
 MAX_EXPLORING = 256
 """The most leapfrog steps of a trajectory that brings chains in."""
 

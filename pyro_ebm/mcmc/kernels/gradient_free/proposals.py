@@ -99,7 +99,7 @@ class RandomWalk(Proposal):
     symmetric = True
     adaptive = True
     _adapted: Tensor | None = None
-    _factor: Tensor | None = None
+    _factor: Factor | None = None
 
     def __init__(self, scale: float | None = None):
         if scale is not None:
