@@ -187,8 +187,7 @@ class TrajectoryAdaptation:
         weight: Tensor,
         inverse_mass_sqrt: Factor | None,
         most: Tensor,
-        population: Population,
-        exploring: bool,
+        population: Population | None = None,
     ) -> None:
         """Takes a step up the slope that the trajectories of one transition have.
 
@@ -200,14 +199,12 @@ class TrajectoryAdaptation:
             weight: as for :func:`slopes`.
             inverse_mass_sqrt: as for :func:`slopes`.
             most: as for :func:`ascend`.
-            population: tells which chains are out.
-            exploring: whether these count too, so that long trajectories bring them in.
+            population: tells which chains are out, and have no part in the mean position.
         """
         learned, ranks = self.learned, self.ranks
         z = by_target(start.z, len(learned.length))
-        center = updated_center(learned, population.mean(z, ranks))
-        if not exploring:
-            weight = weight * population.inside(start.z)
+        mean = ranks.mean(z) if population is None else population.mean(z, ranks)
+        center = updated_center(learned, mean)
         slope, total = slopes(center, start, end, momentum, time, weight, inverse_mass_sqrt)
         if ranks.size > 1:
             slope, total = ranks.total(torch.stack([slope, total]))

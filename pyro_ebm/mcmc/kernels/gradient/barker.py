@@ -52,7 +52,7 @@ class BarkerKernel(LocalKernel):
         model: a Pyro model, or a distribution.
         potential_fn: instead of a model, the potential of one chain as a function of a dict of
             unconstrained values; needs ``initial_params``.
-        step_size: :math:`\varepsilon`, in units of the adapted covariance, half the variance of a
+        step_size: :math:`\varepsilon`, in units of :math:`L` below, half the variance of a
             jump: the first one when it is adapted.
         spread: :math:`s` in (0, 1], of the lengths of the jumps; 1 is Gaussian noise, the most
             robust. With 0.1 it is as efficient as MALA, and less robust.
@@ -60,8 +60,8 @@ class BarkerKernel(LocalKernel):
             dimension.
         **kwargs: ``adapt_step_size``, ``adapt_mass_matrix``, ``full_mass``, ``jit_compile``,
             ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting`` and ``init_strategy`` of
-            :class:`~pyro_ebm.mcmc.TransitionKernel`. With an adapted covariance
-            :math:`\Sigma = L L^\top`, jumps are of the coordinates of :math:`L^{-1} z`.
+            :class:`~pyro_ebm.mcmc.TransitionKernel`. With an adapted inverse
+            mass matrix :math:`\Sigma = L L^\top`, jumps are of the coordinates of :math:`L^{-1} z`.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -39,7 +39,7 @@ MAX_EXPLORING = 256
 class ChEESKernel(TransitionKernel):
     r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
 
-    The step size adapts to ``target_accept_prob``, the mass matrix to the covariance of the draws,
+    The step size adapts to ``target_accept_prob``, the mass matrix to positions and gradients,
     and the trajectory length to the ChEES criterion (:mod:`pyro_ebm.mcmc.adaptation.chees`), all
     pooled over the chains. It works with one chain, and learns faster with many; after warmup
     nothing changes any more. A transition is as many gradients as ``n_steps`` says, half of
@@ -263,21 +263,20 @@ class ChEESKernel(TransitionKernel):
         )
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
-            time = self._num_steps * step_size[:, 0]
-            exploring = self.adaptation.exploring
-            max_steps = min(self.max_steps, MAX_EXPLORING) if exploring else self.max_steps
-            most = max_steps * self.adaptation.typical_step_size()
+            population, exploring = self.adaptation.population, self.adaptation.exploring
+            most = min(self.max_steps, MAX_EXPLORING) if exploring else self.max_steps
             weight = info.accept_prob
+            if not exploring:  # until then, long trajectories are to bring in those that are out
+                weight = weight * population.inside(state.z)
             self._learner.update(
                 state,
                 end,
                 end_momentum,
-                time,
+                self._num_steps * step_size[:, 0],
                 weight,
                 inverse_mass_sqrt,
-                most,
-                self.adaptation.population,
-                exploring,
+                most * self.adaptation.typical_step_size(),
+                population,
             )
         return choose(accepted, end, state), info
 
