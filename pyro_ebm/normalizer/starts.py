@@ -122,19 +122,18 @@ def deviations(z: Tensor, targets: int, full: bool) -> tuple[Tensor, Tensor]:
     stats = PooledCovariance(targets, dense=full)
     stats.update(z)
     assert stats.mean is not None
-    assert stats.count is not None
-    mean, covariance = stats.mean.to(z.dtype), stats.covariance().to(z.dtype)
+    covariance = stats.covariance()
     variance = covariance.diagonal(dim1=-2, dim2=-1) if full else covariance
     # a coordinate that never moved has no width: 1 is as good as any
     variance = torch.where(variance > 0, variance, torch.ones_like(variance))
     if not full:
-        return mean, variance.sqrt()
+        return stats.mean, variance.sqrt()
     # shrunk a little towards the diagonal, so that it is positive definite
-    n = stats.count.to(z.dtype)[:, None, None]
+    n = stats.count
     covariance = (n * covariance + torch.diag_embed(variance)) / (n + 1)
     factor, info = torch.linalg.cholesky_ex(covariance)
     diagonal = torch.diag_embed(variance.sqrt())
-    return mean, torch.where((info == 0)[:, None, None], factor, diagonal)
+    return stats.mean, torch.where((info == 0)[:, None, None], factor, diagonal)
 
 
 class ProductStart(Start):

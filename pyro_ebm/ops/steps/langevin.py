@@ -24,14 +24,13 @@ Reference:
 from torch import Tensor
 
 from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
-from pyro_ebm.ops.steps.precondition import Factor
 
 
 def langevin_proposal(
     z: Tensor,
     grad: Tensor,
     step_size: Tensor,
-    inverse_mass_sqrt: Factor | None,
+    inverse_mass_sqrt: Tensor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:
@@ -66,7 +65,7 @@ def langevin_log_accept_ratio(
     new_potential: Tensor,
     new_grad: Tensor,
     step_size: Tensor,
-    inverse_mass_sqrt: Factor | None,
+    inverse_mass_sqrt: Tensor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:
