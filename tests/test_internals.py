@@ -16,12 +16,15 @@ from pyro_ebm.internals import (
     compilers,
     data_parallel,
     functorch,
+    interpreting,
     pyro_runtime,
     pyro_state,
+    recording,
     recurrent,
     tracing,
 )
 from pyro_ebm.internals.lookup import internal
+from pyro_ebm.mcmc.engine.graph import lifted
 
 PACKAGE = Path(pyro_ebm.__file__).parent
 
@@ -36,6 +39,10 @@ RELIED_ON = [
     (tracing, "torch._guards", "TracingContext"),
     (tracing, "torch._subclasses.fake_tensor", "FakeTensorMode"),
     (tracing, "torch._ops", "OpOverload"),
+    (recording, "torch._ops", "OpOverload"),
+    (interpreting, "torch.jit", "trace"),
+    (interpreting, "torch._C", "_get_graph_executor_optimize"),
+    (interpreting, "torch._C", "_set_graph_executor_optimize"),
     (recurrent, "torch._decomp.decompositions", "gather_params"),
     (recurrent, "torch._decomp.decompositions", "_rnn_helper"),
     (recurrent, "torch._decomp.decompositions", "one_layer_lstm"),
@@ -187,3 +194,114 @@ def test_the_safe_logarithm_is_put_back():
     with pyro_runtime.safe_log_replaced(torch.autograd.Function):
         assert pyro.ops.special._SafeLog is torch.autograd.Function
     assert pyro.ops.special._SafeLog is before
+
+
+def recorded(function, *tensors):
+    """The graph of a function, and which operations are in it."""
+    with recording.Recorder({}, tensors) as recorder:
+        values = function(*tensors)
+    graph = recorder.graph_of(values)
+    graph.graph.eliminate_dead_code()
+    names = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    return graph, [getattr(name, "__name__", str(name)).split(".")[0] for name in names]
+
+
+def test_operations_that_change_nothing_are_left_out():
+    graph, names = recorded(
+        lambda x: [x.detach().view(3).expand(3).contiguous() + torch.zeros(3).exp().sum()],
+        torch.zeros(3),
+    )
+    assert names == ["add"]
+    assert graph(torch.ones(3))[0].tolist() == [4.0] * 3
+
+
+def filled(x):
+    out = torch.zeros(2, 2)
+    ones = torch.ones_like(x)
+    out[0] = x
+    out[1] = ones
+    return [out * 2, ones, out.sum() + torch.tensor(3.0).add_(1)]
+
+
+def alias(x):
+    out = torch.zeros(2)
+    view = out.view(2, 1)
+    before = out + 1
+    view.copy_(x[:, None])
+    return [out + 1, before, out[:1] + view[1]]
+
+
+@pytest.mark.parametrize("function", [filled, alias])
+def test_what_is_written_into_is_made_anew_in_each_call(function):
+    graph, _ = recorded(function, torch.zeros(2))
+    for x in (torch.tensor([1.0, 2.0]), torch.tensor([5.0, -3.0])):
+        for found, wanted in zip(graph(x), function(x), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: filled(x)[0].sum().item(),
+        lambda x: float(alias(x)[0][0]),
+        lambda x: torch.equal(x, torch.zeros(2)),
+    ],
+)
+def test_a_value_that_is_read_is_refused(read):
+    with pytest.raises(recording.HostReadError, match="a value is read on the host, by aten"):
+        recorded(lambda x: [x * read(x)], torch.zeros(2))
+
+
+def test_a_number_of_numbers_may_be_read():
+    graph, names = recorded(lambda x: [x * (torch.tensor(2.0) + 1).item()], torch.zeros(2))
+    assert names == ["mul"]
+    assert graph(torch.ones(2))[0].tolist() == [3.0, 3.0]
+
+
+def test_it_refers_to_parameters_and_reads_them_in_each_call():
+    weight = torch.nn.Parameter(torch.ones(2))
+    graph, names = recorded(lambda x: [(x * (weight + weight)).sum()], torch.zeros(2))
+    assert names == ["add", "mul", "sum"]
+    weight.data.fill_(3.0)
+    assert float(graph(torch.ones(2))[0].detach()) == 12.0
+
+
+def test_make_fx_is_asked_for_the_rest(monkeypatch):
+    def refuses(self, *anything):
+        raise recording.CannotRecordError("anything")
+
+    monkeypatch.setattr(recording.Recorder, "__torch_dispatch__", refuses)
+    graph = tracing.capture(lambda x: [x + 1], {}, [torch.zeros(2)])
+    assert graph(torch.ones(2))[0].tolist() == [2.0, 2.0]
+    assert not tracing.is_capturing()
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 100])
+def test_pieces_of_a_graph_are_the_graph(piece, monkeypatch):
+    monkeypatch.setattr(interpreting, "PIECE", piece)
+
+    def function(x, y):
+        first, _ = torch.linalg.eigh(x @ x.T)
+        halves = y.split([1, 2])
+        y.relu().add_(1)
+        root = torch.linalg.cholesky(x @ x.T + torch.eye(3).to(x) * halves[1].exp().sum())
+        return [first * 2, y, root + halves[0], x, y]
+
+    x, y = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    graph, _ = recorded(function, x, y)
+    graph, constants = lifted(graph)
+    run = interpreting.Interpreted(graph, [x, y, *constants])
+    for _ in range(3):
+        x, y = torch.randn_like(x), torch.randn_like(y)
+        for found, wanted in zip(run(x, y, *constants), function(x, y), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_the_interpreter_raises_errors_too():
+    graph, _ = recorded(lambda x: [torch.linalg.cholesky(x)], torch.eye(2))
+    run = interpreting.Interpreted(graph, [torch.eye(2)])
+    assert torch.equal(run(4 * torch.eye(2))[0], 2 * torch.eye(2))
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(-torch.eye(2))

@@ -22,7 +22,15 @@ def compile_unguarded(graph: GraphModule, arguments: Sequence[Tensor]) -> Callab
     Calls do not check how their arguments lie in memory: the caller has.
     """
     compiler = internal("torch._inductor", "compile", "to compile a graph")
-    return compiler(graph, arguments, {"size_asserts": False})
+    vector_units = internal("torch._inductor.cpu_vec_isa", "valid_vec_isa_list", "to compile")
+    options = {"size_asserts": False}
+    try:
+        # those that the processor has: probing them with the compiler takes ten seconds
+        return compiler(graph, arguments, {**options, "cpp.vec_isa_ok": True})
+    except (RuntimeError, OSError):
+        return compiler(graph, arguments, options)
+    finally:
+        vector_units.cache_clear()  # others may want to know for certain
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Functions written down as graphs, by ``make_fx``.
+"""Functions written down as graphs, by :mod:`pyro_ebm.internals.recording` or ``make_fx``.
 
 Relies on ``torch.fx.experimental.proxy_tensor`` (``make_fx`` has no public place; the mode that is
 active while it runs, and which tensors it follows, have none either), and on ``torch._guards`` and
@@ -8,10 +8,12 @@ active while it runs, and which tensors it follows, have none either), and on ``
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pyro_ebm.internals.lookup import internal
+from pyro_ebm.internals.recording import HostReadError, Recorder
 
 _PROXIES, _CAPTURE = "torch.fx.experimental.proxy_tensor", "to capture a function as a graph"
 _make_fx = internal(_PROXIES, "make_fx", _CAPTURE)
@@ -23,13 +25,27 @@ _FakeTensorMode = internal("torch._subclasses.fake_tensor", "FakeTensorMode", _C
 _OpOverload = internal("torch._ops", "OpOverload", "to read the operations of a graph")
 
 
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What may be raised while a function is written down that has just succeeded as it is."""
+
+
 def is_capturing() -> bool:
     """Whether a graph is being captured."""
-    return _get_proxy_mode() is not None
+    return bool(Recorder.active) or _get_proxy_mode() is not None
 
 
 def is_followed(x: Any) -> bool:
     """Whether a tensor's values are written down by the graph that is being captured."""
+    if Recorder.active:
+        return Recorder.active[-1].follows(x)
     mode = _get_proxy_mode()
     return mode is not None and _has_proxy_slot(x, mode.tracer)
 
@@ -46,10 +62,21 @@ def capture(
         instead: functions that replace operations.
         tensors: its arguments.
 
+    Raises:
+        RuntimeError: if the function reads values of tensors on the host; or another exception.
+
     Example:
         >>> capture(lambda x: [x + 1], {}, [torch.zeros(2)])(torch.ones(2))
         [tensor([2., 2.])]
     """
+    try:
+        with Recorder(instead, tensors) as recorder:
+            values = function(*tensors)
+        return recorder.graph_of(values)
+    except (HostReadError, torch.linalg.LinAlgError):
+        raise
+    except FAILURES:
+        pass  # make_fx knows more
     with _tracing(_TracingContext(_FakeTensorMode())):  # one mode for all nodes
         return _make_fx(function, dict(instead))(*tensors)
 

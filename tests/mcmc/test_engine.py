@@ -84,7 +84,7 @@ def test_a_compiled_run_gives_the_draws_of_an_eager_one(kernel):
     jit, eager = (run(one_site, kernel=kernel, jit_compile=flag) for flag in (True, False))
     graphs = jit.kernel._engine._graphs.values()
     assert graphs
-    assert all(graph.run is not graph.graph for graph in graphs)
+    assert all(graph.run is not graph.captured for graph in graphs)
     same_draws(jit, eager, rtol=1e-3, atol=1e-3)
 
 
@@ -479,7 +479,7 @@ def test_a_transition_with_a_matrix_is_compiled():
         for found, wanted in zip(compiled(z), potential.value_and_grad(z), strict=True):
             torch.testing.assert_close(found, wanted, equal_nan=True)
     (graph,) = compiled._graphs.values()
-    assert graph.run is not graph.graph
+    assert graph.run is not graph.captured
 
 
 @pytest.mark.parametrize("jit_compile", ["capture", True])
@@ -498,7 +498,7 @@ def test_a_model_that_fills_a_triangle_becomes_a_graph(jit_compile):
         for found, wanted in zip(compiled(z), potential.value_and_grad(z), strict=True):
             torch.testing.assert_close(found, wanted)
     (graph,) = compiled._graphs.values()
-    assert (graph.run is graph.graph) == (jit_compile == "capture")
+    assert (graph.run is graph.captured) == (jit_compile == "capture")
 
 
 @pytest.mark.parametrize("kernel", [LangevinKernel, ChEESKernel])

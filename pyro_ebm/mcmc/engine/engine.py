@@ -39,6 +39,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_ebm.internals.tracing import FAILURES
 from pyro_ebm.mcmc.engine.agreement import agree
 from pyro_ebm.mcmc.engine.graph import FxGraph, SolvesTogether, describe, tensors_of
 from pyro_ebm.mcmc.engine.readings import Readings
@@ -183,7 +184,7 @@ class Engine:
             if self._singular >= MAX_SINGULAR:
                 self._give_up("a matrix is singular whenever it is tried")
             return None
-        except _FAILURES as error:
+        except FAILURES as error:
             self._give_up(f"{first_line(error)}{_place(error)}")
             return None
         graph.readings = Readings(self.function, [self])
@@ -203,7 +204,7 @@ class Engine:
                     graph.compile(tensors)
             except torch.linalg.LinAlgError:
                 pass  # it is compiled, and the function is for this call
-            except _FAILURES as error:
+            except FAILURES as error:
                 why = first_line(error)
         if why is not None:
             self.jit_compile = "capture"
@@ -285,16 +286,6 @@ class Engine:
         return {**self.__dict__, "_graphs": {}}
 
 
-# What may be raised while a function is traced that has just succeeded as it is.
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-)
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 

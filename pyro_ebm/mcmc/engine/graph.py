@@ -1,8 +1,8 @@
 r"""A function of tensors, written down as a graph of operations.
 
-``make_fx`` runs the function once and records what is done to tensors: Pyro's handlers, autograd
-and ``vmap`` leave their operations, and are gone. What it cannot record is refused here: values
-that the host reads, shapes that depend on values, random numbers.
+The function runs once, and what is done to tensors is written down: Pyro's handlers, autograd and
+``vmap`` leave their operations, and are gone. What a graph cannot hold is refused here: values that
+the host reads, shapes that depend on values, random numbers.
 """
 
 import operator
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.internals.compilers import as_written, compile_unguarded
-from pyro_ebm.internals.tracing import capture, is_followed, namespace
+from pyro_ebm.internals.interpreting import Interpreted
+from pyro_ebm.internals.recording import FIXED
+from pyro_ebm.internals.tracing import FAILURES, capture, is_followed, namespace
 from pyro_ebm.mcmc.engine.readings import Readings
 
 
@@ -65,11 +68,30 @@ class FxGraph:
         _refuse_dynamic(graph)
         _list_masks(graph)
         self.build, _ = _builder(structure[-1])
-        self.graph, self.constants = _lifted(graph)
+        self.graph, self.constants = lifted(graph)
         _refuse_borrowed(self.graph, self.constants)
-        self.run: Callable[..., Any] = self.graph
+        self.captured: Callable[..., Any] = self._interpreted(tensors)
+        self.run: Callable[..., Any] = self.captured
         self.replays = False
         self.places, self.layouts = self._look()
+
+    def _interpreted(self, tensors: list[Tensor]) -> Callable[..., Any]:
+        """What runs it before it is compiled: on a CPU an interpreter faster than Python."""
+        arguments = [*tensors, *self.constants]
+        if any(x.device.type != "cpu" or type(x) not in (Tensor, Parameter) for x in arguments):
+            return self.graph
+        try:
+            interpreted = Interpreted(self.graph, [x.detach() for x in arguments])
+        except FAILURES:  # it may hold what the interpreter does not know
+            return self.graph
+
+        def run(*arguments: Tensor) -> Sequence[Tensor]:
+            try:
+                return interpreted(*arguments)
+            except RuntimeError:  # whose kind the interpreter hides: a singular matrix
+                return self.graph(*arguments)
+
+        return run
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         """Where the tensors are that it refers to, and how they lie there."""
@@ -109,7 +131,7 @@ class FxGraph:
     def captured_value(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """What the graph says before it is compiled."""
         with torch.no_grad():
-            return self.graph(*tensors, *self.constants)
+            return self.captured(*tensors, *self.constants)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The function's value at these inputs."""
@@ -240,6 +262,8 @@ def _list_masks(graph: GraphModule) -> None:
     """Writes constant masks as lists of indices, since a compiler needs all shapes."""
     nodes, known = graph.graph, {}
     for node in list(nodes.nodes):
+        if node.op == "get_attr" and str(node.target).startswith(FIXED):
+            known[node] = getattr(graph, str(node.target))
         if node.op != "call_function":
             continue
         if all(x in known for x in node.all_input_nodes):
@@ -270,7 +294,7 @@ _INDEXING = (
 )
 
 
-def _lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+def lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """A graph with the tensors that it refers to as further inputs, and these tensors.
 
     A compiler may take what a graph refers to for constants; inputs it must read in each call.
@@ -284,6 +308,7 @@ def _lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             after = nodes.inserting_after(inputs[-1]) if inputs else nodes.inserting_before()
             with after:
                 inputs.append(nodes.placeholder(f"referred_{len(constants)}"))
+                inputs[-1].meta = dict(node.meta)
             constants[node.target] = inputs[-1]
         node.replace_all_uses_with(constants[node.target])
         nodes.erase_node(node)
