@@ -122,18 +122,19 @@ def deviations(z: Tensor, targets: int, full: bool) -> tuple[Tensor, Tensor]:
     stats = PooledCovariance(targets, dense=full)
     stats.update(z)
     assert stats.mean is not None
-    covariance = stats.covariance()
+    assert stats.count is not None
+    mean, covariance = stats.mean.to(z.dtype), stats.covariance().to(z.dtype)
     variance = covariance.diagonal(dim1=-2, dim2=-1) if full else covariance
     # a coordinate that never moved has no width: 1 is as good as any
     variance = torch.where(variance > 0, variance, torch.ones_like(variance))
     if not full:
-        return stats.mean, variance.sqrt()
+        return mean, variance.sqrt()
     # shrunk a little towards the diagonal, so that it is positive definite
-    n = stats.count
+    n = stats.count.to(z.dtype)[:, None, None]
     covariance = (n * covariance + torch.diag_embed(variance)) / (n + 1)
     factor, info = torch.linalg.cholesky_ex(covariance)
     diagonal = torch.diag_embed(variance.sqrt())
-    return stats.mean, torch.where((info == 0)[:, None, None], factor, diagonal)
+    return mean, torch.where((info == 0)[:, None, None], factor, diagonal)
 
 
 class ProductStart(Start):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
 from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
 from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagonal
-from pyro_ebm.mcmc.adaptation.warmup import Adaptation, settling_step, slow_windows
+from pyro_ebm.mcmc.adaptation.warmup import Adaptation
+from pyro_ebm.mcmc.adaptation.windows import growing_windows, slow_windows
 from tests.statistics import assert_moments, run_kernel
 
 
@@ -21,7 +23,8 @@ def adaptation(warmup_steps, **changes):
         "like": torch.empty(0),
         "adapt_step_size": True,
         "adapt_mass_matrix": True,
-        "full_mass": False,
+        "kind": "diagonal",
+        "from_gradients": False,
         "target_accept_prob": 0.574,
     }
     return Adaptation(warmup_steps=warmup_steps, **{**settings, **changes})
@@ -36,12 +39,21 @@ def test_windows_are_those_of_pyro_and_stan(warmup_steps):
     theirs._warmup_steps = warmup_steps
     schedule = theirs._build_adaptation_schedule()[1:-1]  # without the fast start and end
     assert slow_windows(warmup_steps) == [(start, end + 1) for start, end in schedule]
-    assert settling_step(warmup_steps) == schedule[-1][1] + 1
+    assert adaptation(warmup_steps).settling_step == schedule[-1][1] + 1
 
 
 @pytest.mark.parametrize("warmup_steps", range(20))
 def test_short_warmups_have_no_windows(warmup_steps):
-    assert slow_windows(warmup_steps) == []
+    assert slow_windows(warmup_steps) == growing_windows(warmup_steps) == []
+
+
+@pytest.mark.parametrize("warmup_steps", [*range(20, 200), 300, 1000, 1234, 5000])
+def test_growing_windows_follow_one_another_to_the_end(warmup_steps):
+    windows = growing_windows(warmup_steps)
+    assert windows[0][0] == 8
+    assert all(stop == start for (_, stop), (start, _) in pairwise(windows))
+    assert all(start < stop <= 2 * start for start, stop in windows)
+    assert windows[-1][1] == warmup_steps - min(50, warmup_steps // 5)
 
 
 # -- covariance ------------------------------------------------------------------------------
@@ -56,7 +68,7 @@ def test_pooled_covariance_is_that_of_all_draws_of_a_group(groups, dense, offset
     stats = PooledCovariance(groups, dense)
     for batch in z:
         stats.update(batch)
-    assert stats.count == 20
+    assert (stats.count == 20).all()
     for group in range(groups):
         want = torch.cov(z[:, group::groups].reshape(-1, 4).T)
         got = stats.covariance()[group]
@@ -70,10 +82,22 @@ def test_covariance_of_one_draw_is_refused():
         stats.covariance()
 
 
+def test_rows_of_weight_0_are_not_pooled():
+    z, weight = torch.randn(10, 6, 2), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    stats = PooledCovariance(2, dense=True)
+    for batch in z:
+        stats.update(batch, weight)
+    assert stats.count.tolist() == [10.0, 30.0]
+    torch.testing.assert_close(stats.covariance()[0].float(), torch.cov(z[:, 0].T))
+    torch.testing.assert_close(
+        stats.covariance()[1].float(), torch.cov(z[:, 1::2].reshape(-1, 2).T)
+    )
+
+
 @pytest.mark.parametrize("full_mass", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
-    learn = adaptation(200, targets=groups, full_mass=full_mass)
+    learn = adaptation(200, targets=groups, kind="dense" if full_mass else "diagonal")
     mixing = torch.tensor([[[2.0, 0.0], [1.5, 0.5]], [[1.0, 0.0], [-30.0, 10.0]]])
     chains = 500 * groups
     last = []
@@ -92,7 +116,7 @@ def test_factor_squares_to_the_covariance_of_the_last_window(groups, full_mass):
 
 
 def test_few_draws_do_not_make_a_dense_factor_singular():
-    learn = adaptation(100, dim=30, full_mass=True)
+    learn = adaptation(100, dim=30, kind="dense")
     z = torch.randn(3, 30)
     for t in range(100):
         learn.update(z[t % 3][None], torch.full((1,), 0.5))  # three points span no 30 dimensions
@@ -137,12 +161,12 @@ def test_chains_have_steps_of_their_own_until_they_settle():
     learn.start(6)
     scale = torch.tensor([1.0, 10.0, 1.0, 10.0, 1e-6, 1e6])  # the last pair is stuck
     for t in range(300):
-        assert learn.step_size.shape == ((6,) if t < settling_step(300) else (2,))
+        assert learn.step_size.shape == ((6,) if t < learn.settling_step else (2,))
         steps = learn.step_size.repeat(6 // learn.step_size.shape[0])
-        if t == settling_step(300) - 1:
+        if t == learn.settling_step - 1:
             want = -math.log(0.574) * scale
             torch.testing.assert_close(steps, want, rtol=0.2, atol=0.0)
-        if t == settling_step(300):  # a stuck chain does not move the median
+        if t == learn.settling_step:  # a stuck chain does not move the median
             torch.testing.assert_close(learn.step_size, want[:2], rtol=0.2, atol=0.0)
         learn.update(torch.zeros(6, 2), torch.exp(-steps / scale))
     # pooled at the end: the mean acceptance of each group, the stuck chain's included
@@ -235,13 +259,13 @@ def test_positions_that_are_pooled_at_once_are_those_one_by_one(dense, monkeypat
     z[:, 1::2] += 100.0  # the second group lies elsewhere
     factors = []
     for at_once in (1, 50, 100, 2**16):
-        monkeypatch.setattr("pyro_ebm.mcmc.adaptation.warmup.POOLED_AT_ONCE", at_once)
+        monkeypatch.setattr("pyro_ebm.mcmc.adaptation.metric.POOLED_AT_ONCE", at_once)
         like = torch.empty(0, dtype=z.dtype)
-        learned = adaptation(30, targets=2, dim=3, like=like, full_mass=dense)
+        kind = "dense" if dense else "diagonal"
+        learned = adaptation(30, targets=2, dim=3, like=like, kind=kind)
         for positions in z:
             learned.update(positions, torch.ones(8))
         assert learned.inverse_mass_sqrt.shape == ((2, 3, 3) if dense else (2, 3))
-        assert not learned._waiting
         factors.append(learned.inverse_mass_sqrt)
     for factor in factors[1:]:
         torch.testing.assert_close(factor, factors[0])
@@ -255,19 +279,3 @@ def test_averaging_by_tensors_is_that_by_numbers(center):
         theirs.step(g)
     for mine, its in zip(ours.get_state(), theirs.get_state(), strict=True):
         torch.testing.assert_close(mine, torch.full((2,), its))
-
-
-def test_the_state_of_an_older_version_in_which_nothing_waits_is_read():
-    z, accept_prob = torch.randn(20, 4, 2), torch.rand(20, 4)
-    whole, rest = adaptation(30), adaptation(30)
-    for t in range(5):  # the slow window begins at 4
-        whole.update(z[t], accept_prob[t])
-    whole._pool_positions()
-    rest.load_state_dict({k: v for k, v in whole.state_dict().items() if k != "waiting"})
-    for t in range(5, 20):
-        whole.update(z[t], accept_prob[t])
-        rest.update(z[t], accept_prob[t])
-    for one in (whole, rest):
-        one._pool_positions()
-    assert torch.equal(rest._pool.covariance(), whole._pool.covariance())
-    assert torch.equal(rest.step_size, whole.step_size)

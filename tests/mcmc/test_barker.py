@@ -9,7 +9,7 @@ from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential
 from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
 from tests.mcmc.test_posteriors import assert_same_posterior, draw, eight_schools
-from tests.statistics import assert_mean, assert_moments, run_kernel
+from tests.statistics import SIGMAS, assert_mean, assert_moments, run_kernel
 
 FIXED = {"adapt_step_size": False, "adapt_mass_matrix": False}
 SPREADS = pytest.mark.parametrize("spread", [0.1, 1.0])
@@ -95,7 +95,8 @@ def test_satisfies_detailed_balance(spread):
     before, after = draws[:, :-1, 0], draws[:, 1:, 0]
     flow = ((before < 1) & (after > 1.5)).double() - ((before > 1.5) & (after < 1)).double()
     assert flow.abs().sum() > 1000
-    assert_mean(flow[..., None], 0.0)
+    net = flow.sum(1)  # of each chain
+    assert net.mean().abs() < SIGMAS * net.std() / len(net) ** 0.5
 
 
 @pytest.mark.parametrize("full_mass", [False, True])
@@ -132,7 +133,8 @@ def test_moves_with_a_step_ten_times_too_large_where_langevin_stands_still():
     assert rates[BarkerKernel] > 0.03
 
 
-def test_a_short_warmup_finds_scales_that_differ_where_langevin_does_not():
+@pytest.mark.parametrize("make", [LangevinKernel, BarkerKernel])
+def test_a_short_warmup_finds_scales_that_differ(make):
     # x / s is the log of a Gamma(3) variable, whose potential is as steep as e^20 at the start
     scale, targets = torch.logspace(-1, 2, 6), 100  # which adapt by themselves
     target = EnergyPotential(
@@ -142,15 +144,10 @@ def test_a_short_warmup_finds_scales_that_differ_where_langevin_does_not():
             event_shape=(6,),
         )
     )
-    share = {}
-    for make in (LangevinKernel, BarkerKernel):
-        z = torch.empty(20 * targets, 6).uniform_(-2, 2)
-        draws, _ = run_kernel(make(), target, z, 250, 300)
-        r_hat = split_gelman_rubin(draws.unflatten(0, (20, targets)), chain_dim=0, sample_dim=2)
-        share[make] = (r_hat.amax(-1) < 1.5).double().mean()
-    # about 0 and .6, with a standard deviation of .05
-    assert share[LangevinKernel] < 0.1
-    assert share[BarkerKernel] > 0.35
+    z = torch.empty(20 * targets, 6).uniform_(-2, 2)
+    draws, _ = run_kernel(make(), target, z, 250, 300)
+    r_hat = split_gelman_rubin(draws.unflatten(0, (20, targets)), chain_dim=0, sample_dim=2)
+    assert r_hat.max() < 1.2  # 1.03 for Langevin, 1.06 for Barker
 
 
 @pytest.mark.parametrize("target", [0.4, 0.574, 0.8])

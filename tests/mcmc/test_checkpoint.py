@@ -486,7 +486,7 @@ def wider(y):
         ),
         (
             lambda: LangevinKernel(regression, full_mass=True),
-            "the kernel.full_mass is True, and was False",
+            "the kernel.full_mass is True, and was 'auto'",
         ),
         (lambda: LangevinKernel(regression, jit_compile="capture"), "jit_compile is 'capture'"),
         (lambda: BarkerKernel(regression), "the kernel is BarkerKernel, and was LangevinKernel"),

@@ -90,7 +90,7 @@ def test_the_posterior_with_undecided_moves_rejected(monkeypatch):
         warnings.filterwarnings("ignore", ".*of the moves are rejected because")
         kernel = ExchangeKernel(precision)
         theta = draws_of(kernel, "theta", DATA, chains=200, initial_params=start)
-    assert kernel.num_lost > 100
+    assert kernel.num_lost > 40  # about 110, with a deviation of 10
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 

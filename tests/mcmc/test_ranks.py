@@ -5,9 +5,10 @@ import torch
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, TemperingKernel
-from pyro_ebm.mcmc.adaptation.metric import PooledCovariance
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, first_factor, new_window
 from pyro_ebm.mcmc.ranks import ALONE, binding_to, current, process_group_of, shares
 from pyro_ebm.ops.distributed import RankError, rank
+from pyro_ebm.ops.steps.precondition import LowRank
 from tests.ranks import Ranks
 
 
@@ -156,13 +157,33 @@ def test_covariances_are_those_of_all_chains(ranks, dense, offset):
     z[:, 3:] += 2.0  # the second rank's are elsewhere
     found = ranks(covariance, z, dense)
     for i in range(2):
-        count, mean, of_all = (x if isinstance(x, int) else x[i] for x in found[0])
+        count, mean, of_all = (x[i] for x in found[0])
         rows = z[:, :, i].flatten(0, 1)
         want = torch.cov(rows.T)
         assert count == 50
         assert torch.allclose(mean, rows.mean(0), rtol=1e-12)
         assert torch.allclose(of_all, want if dense else want.diagonal(), rtol=1e-8, atol=1e-8)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def factor(z, kind):
+    """The factor of positions ``(steps, chains, dim)`` of chains that are shared out."""
+    ranks = process_group_of(z.shape[1], distributed=True)
+    window = new_window(kind, 1, z.shape[-1], len(z))
+    for rows in z[:, ranks.here(z.shape[1])]:
+        window.add(rows, rows * torch.arange(1.0, 1 + z.shape[-1]), torch.ones(len(rows)))
+    new = window.factor(first_factor(kind, torch.ones(1, z.shape[-1])), ranks)
+    return list(new) if isinstance(new, LowRank) else [new]
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "dense", "low_rank"])
+def test_mass_matrices_are_those_of_one_process(ranks, kind):
+    z = torch.randn(10, 5, 4) * torch.tensor([0.1, 1.0, 2.0, 30.0])
+    z[:, 3:] += 2.0
+    found = ranks(factor, z, kind)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for got, want in zip(found[0], factor(z, kind), strict=True):
+        torch.testing.assert_close(got.abs(), want.abs())  # directions have no sign
 
 
 # -- warmup ----------------------------------------------------------------------------------
@@ -175,9 +196,10 @@ def energy(x):
 
 KERNELS = {
     "langevin": lambda: LangevinKernel(),
-    "langevin, dense": lambda: LangevinKernel(full_mass=True),
+    "langevin, diagonal": lambda: LangevinKernel(full_mass=False),
     "chees": lambda: ChEESKernel(),
-    "chees, dense": lambda: ChEESKernel(full_mass=True),
+    "chees, low rank": lambda: ChEESKernel(full_mass="low_rank"),
+    "chees, diagonal": lambda: ChEESKernel(full_mass=False),
     "chees, captured": lambda: ChEESKernel(jit_compile="capture"),
     "replicas": lambda: TemperingKernel(ChEESKernel(), [1.0, 0.5]),
 }
@@ -202,7 +224,8 @@ def warmed_up(name, num_chains, warmup_steps, far=0.0, seed=0):
     learned = kernel.adaptation.step_size, kernel.inverse_mass_sqrt
     if isinstance(kernel, ChEESKernel):
         learned = *learned, kernel.trajectory_length, kernel._learner.learned.center
-    return [x.clone() for x in learned], len(z)
+    parts = [part for x in learned for part in (x if isinstance(x, LowRank) else (x,))]
+    return [x.clone() for x in parts], len(z)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -221,7 +244,7 @@ def test_one_chain_on_a_rank(ranks):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["langevin", "chees", "chees, dense"])
+@pytest.mark.parametrize("name", ["langevin", "chees", "chees, diagonal"])
 def test_two_ranks_adapt_as_one_process_does(ranks, name):
     runs = range(8)  # each of 64 chains
     shared = [ranks(warmed_up, name, 64, 100, 0.0, seed)[0][0] for seed in runs]
@@ -232,5 +255,6 @@ def test_two_ranks_adapt_as_one_process_does(ranks, name):
             a, b = a.diagonal(dim1=-2, dim2=-1), b.diagonal(dim1=-2, dim2=-1)
         a, b = a.log(), b.log()
         gap, error = (a.mean(0) - b.mean(0)).abs(), ((a.var(0) + b.var(0)) / len(runs)).sqrt()
-        assert (gap < 7 * error).all(), (what, gap / error)  # Student's t(14): but for 6e-6
+        # Student's t(14): but for 6e-6; of a Gaussian the mass matrix is exact in all runs
+        assert (gap < 7 * error + 1e-3).all(), (what, gap / error)
         assert (gap < 0.15).all()

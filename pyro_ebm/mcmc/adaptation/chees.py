@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation.population import Population
 from pyro_ebm.mcmc.ranks import current
 from pyro_ebm.mcmc.state import State, to_device
+from pyro_ebm.ops.steps.precondition import Factor, LowRank, whiten
 
 
 def van_der_corput(n: int) -> float:
@@ -86,7 +88,7 @@ def slopes(
     momentum: Tensor,
     time: Tensor,
     weight: Tensor,
-    inverse_mass_sqrt: Tensor | None,
+    inverse_mass_sqrt: Factor | None,
 ) -> tuple[Tensor, Tensor]:
     r"""The slope of :math:`\log C(T) / T^{1/4}`, from the trajectories of one transition.
 
@@ -104,7 +106,7 @@ def slopes(
     """
     targets = center.shape[0]
     z = torch.stack([start.z, end.z]).unflatten(1, (-1, targets)) - center
-    w = z if inverse_mass_sqrt is None else _whiten(inverse_mass_sqrt, z)
+    w = whiten(inverse_mass_sqrt, z.flatten(0, 2)).reshape(z.shape)
     momentum, time, weight = (by_target(x, targets) for x in (momentum, time, weight))
     #   T^a  d/d(log T)  E(|w'|^2 - |w|^2)^2 / T^a,  where  dw'/d(log T) = t p'
     before, after = w.square().sum(-1)
@@ -183,8 +185,9 @@ class TrajectoryAdaptation:
         momentum: Tensor,
         time: Tensor,
         weight: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         most: Tensor,
+        population: Population | None = None,
     ) -> None:
         """Takes a step up the slope that the trajectories of one transition have.
 
@@ -196,15 +199,18 @@ class TrajectoryAdaptation:
             weight: as for :func:`slopes`.
             inverse_mass_sqrt: as for :func:`slopes`.
             most: as for :func:`ascend`.
+            population: tells which chains are out, and have no part in the mean position.
         """
         learned, ranks = self.learned, self.ranks
-        center = updated_center(learned, ranks.mean(by_target(start.z, len(learned.length))))
+        z = by_target(start.z, len(learned.length))
+        mean = ranks.mean(z) if population is None else population.mean(z, ranks)
+        center = updated_center(learned, mean)
         slope, total = slopes(center, start, end, momentum, time, weight, inverse_mass_sqrt)
         if ranks.size > 1:
             slope, total = ranks.total(torch.stack([slope, total]))
         self.learned = ascend(learned, center, slope, total, most)
 
-    def remeasure(self, old: Tensor, new: Tensor, usual: float) -> None:
+    def remeasure(self, old: Factor, new: Factor, usual: float) -> None:
         r"""Expresses a :math:`T` above the usual one in the units of a new mass matrix.
 
         Args:
@@ -213,7 +219,9 @@ class TrajectoryAdaptation:
             usual: :math:`T` is not made shorter than this.
         """
         # z = L w = L' w':  |w| is up to |L^{-1} L'| times as long as |w'|
-        if old.dim() == 2:
+        if isinstance(old, LowRank) or isinstance(new, LowRank):
+            ratio = torch.ones_like(self.length)
+        elif old.dim() == 2:
             ratio = (new / old).amax(-1)
         else:
             ratio = torch.linalg.solve_triangular(old, new, upper=False)
@@ -233,12 +241,3 @@ class TrajectoryAdaptation:
         """Goes on from where another one was."""
         device = self.length.device
         self.learned = Learned(**{name: to_device(x, device) for name, x in state.items()})
-
-
-def _whiten(inverse_mass_sqrt: Tensor, z: Tensor) -> Tensor:
-    r"""The product :math:`L^{-1} z`, of ``z`` of shape ``(..., targets, dim)``."""
-    if inverse_mass_sqrt.dim() == 2:
-        return z / inverse_mass_sqrt
-    columns = z.flatten(end_dim=-3).permute(1, 2, 0)
-    solved = torch.linalg.solve_triangular(inverse_mass_sqrt, columns, upper=False)
-    return solved.permute(2, 0, 1).reshape(z.shape)

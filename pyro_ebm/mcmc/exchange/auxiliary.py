@@ -169,7 +169,9 @@ class InnerChain(Auxiliary):
 
     def __init__(self, kernel: Kernel, num_steps: int):
         # no graph of its own: all its steps are part of one batched run of the model
-        self.kernel = kernel.copy(jit_compile=False) if kernel.jit_compile else kernel
+        changes: dict[str, Any] = {"jit_compile": False} if kernel.jit_compile else {}
+        diagonal = kernel.needs_grad and kernel.full_mass == "auto"  # learned without gradients
+        self.kernel = kernel.copy(**changes, **({"full_mass": False} if diagonal else {}))
         self.num_steps = num_steps
         self._forget()
 
@@ -184,6 +186,7 @@ class InnerChain(Auxiliary):
         """Starts the adaptation anew; the next ``warmup_steps`` draws may adapt."""
         self._forget()
         kernel = self.kernel.copy()
+        kernel.learns_from_gradients = False  # draws bring positions alone
         kernel.bind(_RowsPotential(energy, x), warmup_steps)
         self.adaptation = kernel.adaptation
 

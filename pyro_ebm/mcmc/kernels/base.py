@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -34,6 +35,8 @@ class Kernel(HasSettings, ABC):
     """Whether it moves discrete sites; they are then not summed out."""
     samples_intractable = False
     """Whether it moves the sites on which an unknown log Z depends (in a composite, no others)."""
+    learns_from_gradients = True
+    """Whether warmup sees the gradients, and learns the mass matrix from them too."""
     checks_potential = True
     """Whether ``init`` may take its time to see that the potential suits the kernel."""
     temperature: float = 1.0
@@ -42,7 +45,7 @@ class Kernel(HasSettings, ABC):
     """How many transitions are to come, if that is known: for ``jit_compile="auto"``."""
     adapt_step_size: bool = False
     adapt_mass_matrix: bool = False
-    full_mass: bool = False
+    full_mass: FullMass = False
     jit_compile: JitCompile = False
     ignore_jit_warnings: bool = False
     saved: tuple[str, ...] = ("_steps",)
@@ -153,7 +156,7 @@ class Kernel(HasSettings, ABC):
         """
         for name in self.saved:
             value, saved = getattr(self, name), state[name.removeprefix("_")]
-            if hasattr(value, "load_state_dict"):
+            if hasattr(value, "load_state_dict") and saved is not None:
                 value.load_state_dict(saved)
             else:
                 setattr(self, name, to_device(saved, self.potential.device))

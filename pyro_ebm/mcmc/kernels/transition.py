@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation.metric import FullMass, check_full_mass, kind_of
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.engine.graph_guards import Dependencies
@@ -16,6 +17,7 @@ from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State, nothing_moved
 from pyro_ebm.models.sites.site import Site
 from pyro_ebm.ops.arguments import check_number
+from pyro_ebm.ops.steps.precondition import Factor
 
 
 class GraphSettings(DiscreteSettings, total=False):
@@ -34,15 +36,15 @@ class AdaptationSettings(TransitionSettings, total=False):
 
     adapt_step_size: bool
     adapt_mass_matrix: bool
-    full_mass: bool
+    full_mass: FullMass
 
 
 class TransitionKernel(PyroKernel):
     r"""A kernel that is a pure transition, adapted during warmup.
 
     A new kernel says what a transition draws, and what it does with the draws. This class evaluates
-    the potential, adapts the step size to ``target_accept_prob`` and the mass matrix to the
-    covariance of the draws, keeps the statistics, and runs under Pyro. A whole kernel, the
+    the potential, adapts the step size to ``target_accept_prob`` and the mass matrix to positions
+    and gradients, keeps the statistics, and runs under Pyro. A whole kernel, the
     Metropolis algorithm with a Gaussian random walk:
 
     Example:
@@ -78,7 +80,11 @@ class TransitionKernel(PyroKernel):
         step_size: the (first) step size.
         adapt_step_size: whether warmup adapts it.
         adapt_mass_matrix: whether warmup adapts the mass matrix; else it is the identity.
-        full_mass: whether the mass matrix is dense or diagonal.
+        full_mass: of which kind the mass matrix is: True is dense, False diagonal, ``"low_rank"``
+            diagonal but for some directions, and ``"auto"`` dense up to 200 dimensions and low rank
+            above. It is learned from positions and gradients
+            (:mod:`pyro_ebm.mcmc.adaptation.fisher`), or, without gradients, from positions alone;
+            then ``"auto"`` is diagonal above.
         target_accept_prob: the mean acceptance probability that the step size is adapted to.
         jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
             graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling
@@ -105,7 +111,7 @@ class TransitionKernel(PyroKernel):
         step_size: float = 0.1,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
-        full_mass: bool = False,
+        full_mass: FullMass = "auto",
         target_accept_prob: float = 0.574,
         jit_compile: JitCompile = False,
         ignore_jit_warnings: bool = False,
@@ -119,7 +125,8 @@ class TransitionKernel(PyroKernel):
             raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}")
         self.first_step_size = float(step_size)
         self.adapt_step_size, self.adapt_mass_matrix = adapt_step_size, adapt_mass_matrix
-        self.full_mass, self.target_accept_prob = full_mass, target_accept_prob
+        self.full_mass: FullMass = check_full_mass(full_mass, self.needs_grad)
+        self.target_accept_prob = target_accept_prob
         self.jit_compile, self.ignore_jit_warnings = jit_compile, ignore_jit_warnings
 
     # -- the mathematics: what a new kernel writes ---------------------------------------------
@@ -147,7 +154,7 @@ class TransitionKernel(PyroKernel):
         return self._adaptation
 
     @property
-    def inverse_mass_sqrt(self) -> Tensor | None:
+    def inverse_mass_sqrt(self) -> Factor | None:
         """:math:`L` of the inverse mass matrix, see :mod:`pyro_ebm.ops.steps.precondition`."""
         return self.adaptation.inverse_mass_sqrt
 
@@ -197,7 +204,7 @@ class TransitionKernel(PyroKernel):
     def bind(self, potential: Potential, warmup_steps: int) -> None:
         """Takes a potential and makes the adaptation and the engine, see :meth:`Kernel.bind`."""
         super().bind(potential, warmup_steps)
-        moves = potential.dim > 0
+        moves, has_grad = potential.dim > 0, self.needs_grad and self.learns_from_gradients
         self._adaptation = Adaptation(
             targets=potential.targets,
             dim=potential.dim,
@@ -206,7 +213,8 @@ class TransitionKernel(PyroKernel):
             like=torch.empty(0, dtype=potential.dtype, device=potential.device),
             adapt_step_size=self.adapt_step_size and moves,
             adapt_mass_matrix=self.adapt_mass_matrix and moves,
-            full_mass=self.full_mass,
+            kind=kind_of(self.full_mass, potential.dim, has_grad),
+            from_gradients=has_grad,
             target_accept_prob=self.target_accept_prob,
             max_step_size=self.MAX_STEP_SIZE,
         )
@@ -217,6 +225,11 @@ class TransitionKernel(PyroKernel):
             self.ignore_jit_warnings,
             self.planned_steps,
         )
+
+    def share(self, adaptation: Adaptation) -> None:
+        """Adapts, with the target of this kernel, what is another's."""
+        adaptation.target_accept_prob = self.target_accept_prob
+        self._adaptation = adaptation
 
     def init(self, z: Tensor) -> State:
         """The state at the first positions, shape ``(chains, dim)``; finds a first step size."""
@@ -229,7 +242,8 @@ class TransitionKernel(PyroKernel):
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
         state, info = self.move(state) if self.potential.dim else (state, nothing_moved(state))
-        if self.adaptation.update(state.z, info.accept_prob) and self.adapt_step_size:
+        renewed = self.adaptation.update(state.z, info.accept_prob, state.potential, state.grad)
+        if renewed and self.adapt_step_size:
             self._find_step_size(state)
         self._steps += 1
         return state, info
@@ -270,8 +284,8 @@ class TransitionKernel(PyroKernel):
         found = [f"step_size={float(adaptation.step_size.mean()):.3g}"]
         if not adaptation.adapt_step_size:
             found = []
-        if (factor := adaptation.inverse_mass_sqrt) is not None:
-            found.append("diagonal mass matrix" if factor.dim() == 2 else "dense mass matrix")
+        if adaptation.inverse_mass_sqrt is not None:
+            found.append(f"{adaptation.kind.replace('_', '-')} mass matrix")
         return found
 
 

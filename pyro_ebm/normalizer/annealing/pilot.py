@@ -72,7 +72,7 @@ def pilot(
     kernel.init(z)
     step_size = kernel.adaptation.step_size
     if kernel.adapt_mass_matrix:  # before a graph is captured
-        kernel.adaptation.inverse_mass_sqrt = deviations(z, path.targets, kernel.full_mass)[1]
+        kernel.adaptation.inverse_mass_sqrt = _widths(path, kernel, z)
     points = [SchedulePoint(0.0, 0.0, 1.0, step_size, kernel.adaptation.inverse_mass_sqrt)]
     with tqdm(total=1.0, disable=disable_progbar, desc="pilot", delay=1.0) as bar:
         while beta < 1:
@@ -142,13 +142,18 @@ def _resampled(z: Tensor, log_w: Tensor) -> Tensor:
     return z.gather(0, index.mT[..., None].expand(z.shape))
 
 
+def _widths(path: AnnealingPath, kernel: Kernel, z: Tensor) -> Tensor:
+    """The factor of the population's covariance; dense only for ``full_mass=True``."""
+    return deviations(z, path.targets, kernel.full_mass is True)[1]
+
+
 def _tuned(
     path: AnnealingPath, kernel: Kernel, z: Tensor, old: float, new: float, first: bool
 ) -> tuple[Tensor, float]:
     """Moves the population, tunes the kernel to it, and measures how slowly it forgets."""
     adaptation = kernel.adaptation
     if kernel.adapt_mass_matrix:
-        adaptation.inverse_mass_sqrt = deviations(z, path.targets, kernel.full_mass)[1]
+        adaptation.inverse_mass_sqrt = _widths(path, kernel, z)
     state = kernel.evaluate(z)
     log_ratios = []
     moves = NUM_MOVES * (2 if first and kernel.adapt_step_size else 1)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.ops.steps.precondition import Factor
 
 VARIANCE = 0.5
 """The variance of the log weights that the default number of temperatures aims at."""
@@ -41,7 +42,7 @@ class SchedulePoint(NamedTuple):
     r""":math:`\tau`, transitions that the kernel needs to forget."""
     step_size: Tensor
     """Shape ``(targets,)``."""
-    inverse_mass_sqrt: Tensor | None
+    inverse_mass_sqrt: Factor | None
     """The root of the inverse mass matrix, shape ``(targets, dim)`` or ``(targets, dim, dim)``."""
 
 
@@ -66,10 +67,9 @@ class TemperatureSchedule:
         share = 1.0 if high.beta == low.beta else (beta - low.beta) / (high.beta - low.beta)
         log_step = torch.lerp(low.step_size.log(), high.step_size.log(), share)
         kernel.adaptation.step_size = log_step.exp()
-        if low.inverse_mass_sqrt is not None and high.inverse_mass_sqrt is not None:
-            kernel.adaptation.inverse_mass_sqrt = torch.lerp(
-                low.inverse_mass_sqrt, high.inverse_mass_sqrt, share
-            )
+        here, there = low.inverse_mass_sqrt, high.inverse_mass_sqrt
+        if isinstance(here, Tensor) and isinstance(there, Tensor):
+            kernel.adaptation.inverse_mass_sqrt = torch.lerp(here, there, share)
 
 
 def schedule_of(

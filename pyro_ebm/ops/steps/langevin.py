@@ -24,13 +24,14 @@ Reference:
 from torch import Tensor
 
 from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
+from pyro_ebm.ops.steps.precondition import Factor
 
 
 def langevin_proposal(
     z: Tensor,
     grad: Tensor,
     step_size: Tensor,
-    inverse_mass_sqrt: Tensor | None,
+    inverse_mass_sqrt: Factor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:
@@ -65,7 +66,7 @@ def langevin_log_accept_ratio(
     new_potential: Tensor,
     new_grad: Tensor,
     step_size: Tensor,
-    inverse_mass_sqrt: Tensor | None,
+    inverse_mass_sqrt: Factor | None,
     temperature: Tensor,
     noise: Tensor,
 ) -> Tensor:

@@ -19,11 +19,11 @@ Reference:
 
 from torch import Tensor
 
-from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.steps.precondition import Factor, precondition, precondition_transposed
 
 
 def kick(
-    momentum: Tensor, grad: Tensor, step_size: Tensor, inverse_mass_sqrt: Tensor | None
+    momentum: Tensor, grad: Tensor, step_size: Tensor, inverse_mass_sqrt: Factor | None
 ) -> Tensor:
     r"""The momentum :math:`p' = p - h L^\top g` after a force was at work for a time :math:`h`.
 
@@ -44,7 +44,7 @@ def kick(
 
 
 def drift(
-    z: Tensor, momentum: Tensor, step_size: Tensor, inverse_mass_sqrt: Tensor | None
+    z: Tensor, momentum: Tensor, step_size: Tensor, inverse_mass_sqrt: Factor | None
 ) -> Tensor:
     r"""The position :math:`z' = z + h L p` after a flight of a time :math:`h`.
 

@@ -4,18 +4,48 @@ With the covariance :math:`\Sigma = L L^\top` of its target, a sampler moves in 
 coordinates :math:`L^{-1} z`. Chains of one *target* share one factor :math:`L`: a Pyro model is one
 target; the batch elements of a conditional energy are one each. Targets vary fastest: chain ``c``
 has the target ``c % targets``.
+
+A factor is a diagonal, a triangular matrix, or a :class:`LowRank` one, with which a product costs
+:math:`O(d k)` in place of :math:`O(d^2)`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def precondition(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tensor:
+class LowRank(NamedTuple):
+    r"""The factor :math:`L = D\, (I + U (S - I)\, U^\top)`, a diagonal one but for few directions.
+
+    Its inverse is :math:`(I + U (S^{-1} - I)\, U^\top)\, D^{-1}`.
+
+    Example:
+        >>> one = torch.ones(1, 2, 1) / 2**0.5
+        >>> factor = LowRank(torch.ones(1, 2), one, torch.tensor([[3.0]]))
+        >>> precondition(factor, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        tensor([[ 3.0000,  3.0000],
+                [ 1.0000, -1.0000]])
+    """
+
+    diagonal: Tensor
+    """:math:`D`, shape ``(targets, dim)``."""
+    directions: Tensor
+    """Orthonormal columns :math:`U`, shape ``(targets, dim, rank)``."""
+    stretch: Tensor
+    """The diagonal of :math:`S`, shape ``(targets, rank)``; 1 where a direction is not used."""
+
+
+Factor = Tensor | LowRank
+"""A factor :math:`L`: a diagonal ``(targets, dim)``, lower triangular matrices
+``(targets, dim, dim)``, or :class:`LowRank`."""
+
+
+def precondition(factor: Factor | None, v: Tensor) -> Tensor:
     r"""The product :math:`L v`.
 
     Args:
-        inverse_mass_sqrt: a diagonal, shape ``(targets, dim)``, or lower triangular matrices, shape
-            ``(targets, dim, dim)``; ``None`` is the identity.
+        factor: :math:`L`, see :data:`Factor`; ``None`` is the identity.
         v: vectors, shape ``(chains, dim)``, ``chains`` a multiple of ``targets``.
 
     Returns:
@@ -26,10 +56,12 @@ def precondition(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tensor:
         tensor([[2., 3.],
                 [2., 3.]])
     """
-    return _apply(inverse_mass_sqrt, v, "gij,cgj->cgi")
+    if isinstance(factor, LowRank):
+        return precondition(factor.diagonal, _stretched(factor, v, factor.stretch))
+    return _apply(factor, v, "gij,cgj->cgi")
 
 
-def precondition_transposed(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tensor:
+def precondition_transposed(factor: Factor | None, v: Tensor) -> Tensor:
     r"""The product :math:`L^\top v`; arguments as for :func:`precondition`.
 
     Example:
@@ -37,13 +69,41 @@ def precondition_transposed(inverse_mass_sqrt: Tensor | None, v: Tensor) -> Tens
         >>> precondition_transposed(L, torch.tensor([[1.0, 1.0]]))
         tensor([[3., 1.]])
     """
-    return _apply(inverse_mass_sqrt, v, "gji,cgj->cgi")
+    if isinstance(factor, LowRank):
+        return _stretched(factor, precondition(factor.diagonal, v), factor.stretch)
+    return _apply(factor, v, "gji,cgj->cgi")
 
 
-def _apply(inverse_mass_sqrt: Tensor | None, v: Tensor, equation: str) -> Tensor:
-    if inverse_mass_sqrt is None:
+def whiten(factor: Factor | None, v: Tensor) -> Tensor:
+    r"""The product :math:`L^{-1} v`; arguments as for :func:`precondition`.
+
+    Example:
+        >>> L = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]])
+        >>> whiten(L, torch.tensor([[1.0, 3.0]]))
+        tensor([[1., 1.]])
+    """
+    if factor is None:
         return v
-    rows = v.unflatten(0, (-1, inverse_mass_sqrt.shape[0]))
-    if inverse_mass_sqrt.dim() == 2:
-        return (inverse_mass_sqrt * rows).reshape(v.shape)
-    return torch.einsum(equation, inverse_mass_sqrt, rows).reshape(v.shape)
+    if isinstance(factor, LowRank):
+        return _stretched(factor, whiten(factor.diagonal, v), 1 / factor.stretch)
+    rows = v.unflatten(0, (-1, factor.shape[0]))
+    if factor.dim() == 2:
+        return (rows / factor).reshape(v.shape)
+    columns = torch.linalg.solve_triangular(factor, rows.permute(1, 2, 0), upper=False)
+    return columns.permute(2, 0, 1).reshape(v.shape)
+
+
+def _stretched(factor: LowRank, v: Tensor, stretch: Tensor) -> Tensor:
+    """``v`` with its components along the directions multiplied."""
+    rows = v.unflatten(0, (-1, stretch.shape[0]))
+    along = torch.einsum("gik,cgi->cgk", factor.directions, rows) * (stretch - 1)
+    return (rows + torch.einsum("gik,cgk->cgi", factor.directions, along)).reshape(v.shape)
+
+
+def _apply(factor: Tensor | None, v: Tensor, equation: str) -> Tensor:
+    if factor is None:
+        return v
+    rows = v.unflatten(0, (-1, factor.shape[0]))
+    if factor.dim() == 2:
+        return (factor * rows).reshape(v.shape)
+    return torch.einsum(equation, factor, rows).reshape(v.shape)

@@ -33,14 +33,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept
-from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKernel
+from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
+from pyro_ebm.mcmc.kernels.transition import AdaptationSettings
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.steps.metropolis import log_uniform
-from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed
+from pyro_ebm.ops.steps.precondition import Factor, precondition, precondition_transposed
 
 
-class BarkerKernel(TransitionKernel):
+class BarkerKernel(LocalKernel):
     r"""Metropolis-Hastings with the Barker proposal: the robust relative of Langevin.
 
     It moves on where :class:`~pyro_ebm.LangevinKernel` rejects everything: the step size is too
@@ -51,7 +52,7 @@ class BarkerKernel(TransitionKernel):
         model: a Pyro model, or a distribution.
         potential_fn: instead of a model, the potential of one chain as a function of a dict of
             unconstrained values; needs ``initial_params``.
-        step_size: :math:`\varepsilon`, in units of the adapted covariance, half the variance of a
+        step_size: :math:`\varepsilon`, in units of :math:`L` below, half the variance of a
             jump: the first one when it is adapted.
         spread: :math:`s` in (0, 1], of the lengths of the jumps; 1 is Gaussian noise, the most
             robust. With 0.1 it is as efficient as MALA, and less robust.
@@ -59,8 +60,8 @@ class BarkerKernel(TransitionKernel):
             dimension.
         **kwargs: ``adapt_step_size``, ``adapt_mass_matrix``, ``full_mass``, ``jit_compile``,
             ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting`` and ``init_strategy`` of
-            :class:`~pyro_ebm.mcmc.TransitionKernel`. With an adapted covariance
-            :math:`\Sigma = L L^\top`, jumps are of the coordinates of :math:`L^{-1} z`.
+            :class:`~pyro_ebm.mcmc.TransitionKernel`. With an adapted inverse
+            mass matrix :math:`\Sigma = L L^\top`, jumps are of the coordinates of :math:`L^{-1} z`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -105,7 +106,7 @@ class BarkerKernel(TransitionKernel):
         )
 
     def transition(
-        self, state: State, jump: Tensor, inverse_mass_sqrt: Tensor | None, u: Tensor, log_u: Tensor
+        self, state: State, jump: Tensor, inverse_mass_sqrt: Factor | None, u: Tensor, log_u: Tensor
     ) -> tuple[State, Info]:
         """One jump of every coordinate, and its acceptance or rejection."""
         assert state.grad is not None

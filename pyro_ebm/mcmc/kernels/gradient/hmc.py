@@ -30,12 +30,16 @@ from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.steps.leapfrog import drift, energy_change, kick
 from pyro_ebm.ops.steps.metropolis import log_uniform
+from pyro_ebm.ops.steps.precondition import Factor
+
+MAX_EXPLORING = 256
+"""The most leapfrog steps of a trajectory that brings chains in."""
 
 
 class ChEESKernel(TransitionKernel):
     r"""Hamiltonian Monte Carlo, with a trajectory length that all chains share and learn.
 
-    The step size adapts to ``target_accept_prob``, the mass matrix to the covariance of the draws,
+    The step size adapts to ``target_accept_prob``, the mass matrix to positions and gradients,
     and the trajectory length to the ChEES criterion (:mod:`pyro_ebm.mcmc.adaptation.chees`), all
     pooled over the chains. It works with one chain, and learns faster with many; after warmup
     nothing changes any more. A transition is as many gradients as ``n_steps`` says, half of
@@ -75,11 +79,11 @@ class ChEESKernel(TransitionKernel):
         True
     """
 
-    saved = (*TransitionKernel.saved, "_trajectory", "_knows_units", "_most_steps")
+    saved = (*TransitionKernel.saved, "_trajectory", "_most_steps", "_explores")
     _trajectory: TrajectoryAdaptation | None = None
     _most_steps: list[float] | None = None
+    _explores: bool | None = None
     _num_steps: Tensor | None = None
-    _knows_units = False
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class ChEESKernel(TransitionKernel):
         self,
         state: State,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
@@ -131,7 +135,7 @@ class ChEESKernel(TransitionKernel):
         self,
         state: State,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         momentum: Tensor,
         log_u: Tensor,
         num_steps: Sequence[int],
@@ -166,7 +170,7 @@ class ChEESKernel(TransitionKernel):
         state: State,
         momentum: Tensor,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         first_potential: Tensor,
         first_momentum: Tensor,
         log_u: Tensor,
@@ -238,13 +242,13 @@ class ChEESKernel(TransitionKernel):
         active, learns, old = self.adaptation.active, self._learns, self.inverse_mass_sqrt
         state, info = super().step(state)
         new = self.inverse_mass_sqrt
-        if learns and old is not None and new is not None and new is not old:
+        if learns and new is not old:
             usual = self.first_trajectory_length
-            if self._knows_units:
-                self._learner.remeasure(old, new, usual)
-            else:
+            explored, self._explores = self._explores, self.adaptation.exploring
+            if old is None or new is None or explored is None or (explored and not self._explores):
                 self._learner.start(torch.full_like(self._learner.length, usual))
-            self._knows_units = True
+            else:
+                self._learner.remeasure(old, new, usual)
         if learns and not self.adaptation.active:
             self._learner.finish()
         if active:
@@ -259,10 +263,21 @@ class ChEESKernel(TransitionKernel):
         )
         self._num_steps = _of_chains(num_steps, state)
         if self._learns:
-            time = self._num_steps * step_size[:, 0]
-            most = self.max_steps * self.adaptation.typical_step_size()
+            population, exploring = self.adaptation.population, self.adaptation.exploring
+            most = min(self.max_steps, MAX_EXPLORING) if exploring else self.max_steps
             weight = info.accept_prob
-            self._learner.update(state, end, end_momentum, time, weight, inverse_mass_sqrt, most)
+            if not exploring:  # until then, long trajectories are to bring in those that are out
+                weight = weight * population.inside(state.z)
+            self._learner.update(
+                state,
+                end,
+                end_momentum,
+                self._num_steps * step_size[:, 0],
+                weight,
+                inverse_mass_sqrt,
+                most * self.adaptation.typical_step_size(),
+                population,
+            )
         return choose(accepted, end, state), info
 
     def trial(self, state: State) -> tuple[State, Info]:

@@ -15,18 +15,21 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
-from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSettings, check_positive
+from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionSettings, check_positive
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.integration.line_integral import gradient_tells_all
 from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
 from pyro_ebm.ops.steps.metropolis import log_uniform
+from pyro_ebm.ops.steps.precondition import Factor
 
 NUM_COMPARED = 16
 """The least number of lines on which the gradient is compared with the change of U."""
 
 
-class LangevinKernel(TransitionKernel):
+class LangevinKernel(LocalKernel):
     r"""MALA (``adjusted=True``) or the unadjusted Langevin algorithm, for any number of chains.
 
     .. math:: z' = z - \varepsilon\, \Sigma\, \nabla U(z) + \sqrt{2 \varepsilon T}\, L \xi,
@@ -50,7 +53,8 @@ class LangevinKernel(TransitionKernel):
         adapt_step_size: whether warmup adapts :math:`\varepsilon`; by default if ``adjusted``.
         adapt_mass_matrix: whether warmup adapts :math:`\Sigma`; by default if ``adjusted``, so that
             the unadjusted algorithm is the textbook's unless asked otherwise.
-        full_mass: whether :math:`\Sigma` is dense or diagonal.
+        full_mass: whether :math:`\Sigma` is dense, diagonal or of low rank, see
+            :class:`~pyro_ebm.mcmc.TransitionKernel`.
         target_accept_prob: mean acceptance probability to adapt to; 0.574 is optimal in high
             dimension.
         **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
@@ -89,7 +93,7 @@ class LangevinKernel(TransitionKernel):
         temperature: float = 1.0,
         adapt_step_size: bool | None = None,
         adapt_mass_matrix: bool | None = None,
-        full_mass: bool = False,
+        full_mass: FullMass = "auto",
         target_accept_prob: float = 0.574,
         **kwargs: Unpack[TransitionSettings],
     ):
@@ -153,7 +157,7 @@ class LangevinKernel(TransitionKernel):
         self,
         state: State,
         step_size: Tensor,
-        inverse_mass_sqrt: Tensor | None,
+        inverse_mass_sqrt: Factor | None,
         temperature: Tensor,
         noise: Tensor,
         log_u: Tensor | None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import accept
 from pyro_ebm.mcmc.kernels.gradient_free.proposals import (
     Independence,
@@ -84,7 +85,7 @@ class MHKernel(TransitionKernel):
         proposal: Proposal | Distribution | Mapping[str, Distribution] | None = None,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
-        full_mass: bool = True,
+        full_mass: FullMass = "auto",
         target_accept_prob: float | None = None,
         **kwargs: Unpack[TransitionSettings],
     ):

@@ -19,7 +19,7 @@ from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.models.sites.site import Site
 from pyro_ebm.ops.arguments import check_mapping
 from pyro_ebm.ops.settings import HasSettings
-from pyro_ebm.ops.steps.precondition import precondition
+from pyro_ebm.ops.steps.precondition import Factor, precondition
 
 
 class Proposal(HasSettings, ABC):
@@ -56,7 +56,7 @@ class Proposal(HasSettings, ABC):
         r"""The log density :math:`\log q(new \mid old)`, shape ``(chains,)``."""
         raise NotImplementedError
 
-    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Tensor | None) -> "Proposal":
+    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Factor | None) -> "Proposal":
         """This proposal with the adapted scale ``(chains, 1)`` and factor of the covariance."""
         return self
 
@@ -99,7 +99,7 @@ class RandomWalk(Proposal):
     symmetric = True
     adaptive = True
     _adapted: Tensor | None = None
-    _factor: Tensor | None = None
+    _factor: Factor | None = None
 
     def __init__(self, scale: float | None = None):
         if scale is not None:
@@ -120,7 +120,7 @@ class RandomWalk(Proposal):
             return self._adapted
         return optimal_scale(z.shape[-1]) if self.scale is None else self.scale
 
-    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Tensor | None) -> "RandomWalk":
+    def adapted(self, step_size: Tensor, inverse_mass_sqrt: Factor | None) -> "RandomWalk":
         """A walk of this scale and shape."""
         new = copy.copy(self)
         new._adapted, new._factor = step_size, inverse_mass_sqrt

@@ -1,0 +1,93 @@
+"""Which chains are out: far above the others' potentials."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.ranks import ProcessGroup
+from pyro_ebm.mcmc.state import to_device
+
+FAR = 5.0  # deviations
+WIDE = 3.0  # times the deviation of the potential of a Gaussian
+
+
+class Population:
+    """Compares the potentials of the chains of each target, window by window.
+
+    A chain is *out* if its mean potential over the last window is more than five deviations above
+    the median of all chains'. The deviation is the larger of that between chains (1.48 times the
+    median distance from the median) and the median of those within chains. So a cloud that comes in
+    together has no chain out, and neither has one chain, or the better half.
+
+    Args:
+        targets: number of targets.
+        dim: dimension of a position.
+
+    Attributes:
+        out: whether a chain is out, boolean, shape ``(chains,)``; None before the first look.
+        settled: whether no chain is out, and potentials differ as little as in a Gaussian.
+    """
+
+    def __init__(self, targets: int, dim: int):
+        self.targets, self.dim = targets, dim
+        self.out: Tensor | None = None
+        self.settled = False
+        self._count = 0
+        self._mean: Tensor | None = None
+        self._moment: Tensor | None = None
+
+    def add(self, potential: Tensor) -> None:
+        """Adds the potentials of one transition, shape ``(chains,)``."""
+        new = potential.double()
+        mean = torch.zeros_like(new) if self._mean is None else self._mean
+        moment = torch.zeros_like(new) if self._moment is None else self._moment
+        self._count += 1
+        moved = mean + (new - mean) / self._count
+        self._mean, self._moment = moved, moment + (new - mean) * (new - moved)
+
+    def look(self, ranks: ProcessGroup) -> None:
+        """Judges the chains by what was added since the last look; a collective call."""
+        if self._mean is None or self._moment is None:
+            return
+        deviation = (self._moment / self._count).sqrt()
+        mean, deviation = (ranks.rows(x).reshape(-1, self.targets) for x in (self._mean, deviation))
+        center = mean.median(0).values
+        between = 1.4826 * (mean - center).abs().median(0).values
+        spread = torch.maximum(between, deviation.median(0).values)
+        farthest = (center + FAR * spread).nan_to_num(torch.inf)
+        self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
+        usual = max(1.0, self.dim / 2) ** 0.5  # the deviation of a Gaussian's potential
+        self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
+        self._count, self._mean, self._moment = 0, None, None
+
+    def inside(self, z: Tensor) -> Tensor:
+        """The weight 1 of chains that are not out, 0 of those that are, shape ``(chains,)``."""
+        if self.out is None or len(self.out) != len(z):
+            return z.new_ones(len(z))
+        return (~self.out).to(z.dtype)
+
+    def mean(self, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        """The mean over the chains that are not out, of ``(chains of a target, targets, ...)``."""
+        rows = x.unsqueeze(-1) if x.dim() == 2 else x
+        weight = self.inside(rows.flatten(0, 1)).reshape(*rows.shape[:2], 1)
+        total = ranks.total(torch.cat([(weight * rows).sum(0), weight.sum(0)], -1))
+        return (total[:, :-1] / total[:, -1:]).reshape(x.shape[1:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, for :meth:`load_state_dict`."""
+        return {
+            "out": self.out,
+            "settled": self.settled,
+            "count": self._count,
+            "mean": self._mean,
+            "moment": self._moment,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from where another one was."""
+        self._count, self.settled = state["count"], state["settled"]
+        self.out, self._mean, self._moment = (
+            to_device(state[name], device) for name in ("out", "mean", "moment")
+        )

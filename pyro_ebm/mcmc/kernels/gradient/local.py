@@ -1,0 +1,74 @@
+r"""Kernels of one gradient a transition, whose chains come in by Hamiltonian trajectories.
+
+A chain that starts far from the others has a long way to go, in steps of the size that fits where
+it is. By steps of one gradient it diffuses, and needs as many as the square of the way is long; a
+trajectory goes straight. So the warmup begins with the transitions of
+:class:`~pyro_ebm.ChEESKernel`, which learn the mass matrix too, until no chain is out (or half of
+the warmup is over). The rest of the warmup, and all draws, are made by the kernel itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel
+from pyro_ebm.mcmc.potentials.base import Potential
+from pyro_ebm.mcmc.state import Info, State
+
+LEAST_WARMUP = 100
+"""Warmups of fewer transitions are the kernel's own."""
+LEAST_EXPLORED = 18
+"""The least number of transitions that are made by trajectories."""
+
+
+class LocalKernel(TransitionKernel):
+    """A kernel of one gradient a transition.
+
+    Its arguments are those of :class:`~pyro_ebm.mcmc.TransitionKernel`.
+    """
+
+    saved = (*TransitionKernel.saved, "_explorer")
+    _explorer: ChEESKernel | None = None
+
+    def bind(self, potential: Potential, warmup_steps: int) -> None:
+        """Takes a potential, see :meth:`Kernel.bind`."""
+        super().bind(potential, warmup_steps)
+        adaptation = self.adaptation
+        adapts = adaptation.adapt_step_size and adaptation.adapt_mass_matrix
+        explores = adapts and self.learns_from_gradients and self.temperature == 1
+        if explores and warmup_steps >= LEAST_WARMUP:
+            self._explorer = ChEESKernel(jit_compile=self.jit_compile and "capture")
+            self._explorer.bind(potential, warmup_steps)
+            self._explorer.share(adaptation)
+
+    def init(self, z: Tensor) -> State:
+        """The state at the first positions, see :meth:`Kernel.init`."""
+        if self._explorer is None:
+            return super().init(z)
+        return self._explorer.init(z)
+
+    def step(self, state: State) -> tuple[State, Info]:
+        """One transition of all chains, and what warmup learns from it."""
+        explorer = self._explorer
+        if explorer is None:
+            return super().step(state)
+        state, info = explorer.step(state)
+        self._steps += 1
+        if self._steps >= LEAST_EXPLORED and not self.adaptation.exploring:
+            self._end_exploration()
+            if self.adaptation.active:  # a Langevin step of length h^2 / 2 is a leapfrog one of h
+                self.adaptation.restart(self.adaptation.step_size.square() / 2)
+                self._find_step_size(state)
+        return state, info
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
+        super().load_state_dict(state)
+        if self._explorer is None:
+            self._end_exploration()
+
+    def _end_exploration(self) -> None:
+        self._explorer = None
+        self.adaptation.target_accept_prob = self.target_accept_prob
