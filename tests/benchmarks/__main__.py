@@ -1,6 +1,6 @@
 """All questions, one after another: each prints its table and writes JSON and pictures.
 
-    python -m tests.benchmarks                                  # some 45 minutes on two cores
+    python -m tests.benchmarks                                  # some hours, most for `defaults`
     python -m tests.benchmarks --quick                          # does it run at all?
     python -m tests.benchmarks --markdown docs/benchmarks.md    # and rewrite the page's sections
 

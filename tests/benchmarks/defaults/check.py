@@ -27,13 +27,13 @@ POINTS = 6
 
 def main(names: Sequence[str]) -> None:
     """Prints a line for each posterior."""
-    jax.config.update("jax_enable_x64", True)
+    numpyro.enable_x64()
     for name in names or REAL:
         posterior = REAL[name]
         gap = disagreement(name)
         lengths = (2000, 2000) if posterior.dim <= 300 else (500, 500)
         sampler = "NumPyro NUTS, dense" if posterior.dim <= 30 else "NumPyro NUTS"
-        _, samples = measure(sampler, name, 4, *lengths, seed=0)
+        _, samples = measure(sampler, name, 4, *lengths, seed=0, double=True)
         found = score(posterior.quantities(samples), posterior.reference)
         print(
             f"{name}: log densities differ by {gap:.1e} of themselves; {sampler}, 4 chains,"

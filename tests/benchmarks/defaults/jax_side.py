@@ -30,11 +30,20 @@ Found = tuple[dict[str, Any], Any]
 
 
 def measure(
-    sampler: str, posterior: str, chains: int, warmup: int | None, draws: int, seed: int
+    sampler: str,
+    posterior: str,
+    chains: int,
+    warmup: int | None,
+    draws: int,
+    seed: int,
+    double: bool = False,
 ) -> tuple[dict[str, Any], Samples]:
-    """One run: its seconds and counts, and the draws."""
+    """One run: its seconds and counts, and the draws.
+
+    In double precision if asked, if the posterior needs it, or nutpie does.
+    """
     target = REAL[posterior]
-    jax.config.update("jax_enable_x64", target.double or sampler.startswith("nutpie"))
+    jax.config.update("jax_enable_x64", double or target.double or sampler.startswith("nutpie"))
     run = {
         "NumPyro NUTS": _numpyro_nuts,
         "NumPyro NUTS, dense": _numpyro_nuts_dense,
@@ -119,7 +128,9 @@ def _blackjax_nuts_low_rank(
         kernel = blackjax.nuts.build_kernel()
 
         def adapt(key: Any, position: Any) -> Any:
-            (state, parameters), _ = adaptation.run(key, position, warmup)
+            (_, parameters), info = adaptation.run(key, position, warmup)
+            # from the last state: the "optimal translation" that is returned lies far out
+            state = jax.tree.map(lambda x: x[-1], info.state)
             return state, (parameters["step_size"], parameters["inverse_mass_matrix"])
 
         def step(keys: Any, states: Any, parameters: Any) -> Any:

@@ -16,7 +16,6 @@ from tests.benchmarks.defaults.contestants import Setting
 from tests.benchmarks.harness import Row
 from tests.benchmarks.workers import OverBudget, Worker
 
-SCORING = 30.0  # seconds that may pass between the draws and their score
 KEYS = ("posterior", "sampler", "chains", "seed", "asked", "versions", "code")
 
 
@@ -73,7 +72,7 @@ class Runner:
 
     Args:
         threads: of torch.
-        limit: seconds of a single run.
+        limit: seconds of a single run, with the score of its draws.
         file: keeps the runs.
     """
 
@@ -122,15 +121,11 @@ class Runner:
         arguments = (sampler.side, sampler.name, setting.posterior, setting.chains)
         arguments = (*arguments, setting.warmup, setting.draws, row["seed"])
         try:
-            found = self.workers[sampler.side].run(
-                _measure, *arguments, seconds=self.limit + SCORING
-            )
+            found = self.workers[sampler.side].run(_measure, *arguments, seconds=self.limit)
         except OverBudget:
             return {**row, "over_limit": "stopped"}
         except RuntimeError as error:
             return {**row, "failed": str(error)}
-        if found["whole"] > self.limit:
-            return {**row, **found, "over_limit": f"{found['whole']:.0f} s"}
         return {**row, **found}
 
 

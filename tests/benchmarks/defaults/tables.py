@@ -23,15 +23,16 @@ size is the least of bulk, tail, and that of the squared deviations. Draws are m
 number of transitions, and their time alone is scaled to 1,000; warmup and compiling count whole.
 
 A figure in brackets is not right: a mean is more than 4.5 Monte Carlo errors (of the published
-answer and of the run) off the published one, or R-hat is above 1.05. `-` did not finish in the
-seconds said, or failed. The last two columns compare ours, by default and at their best, with the
+answer and of the run) off the published one, or R-hat is above 1.05. `-` was stopped after a minute
+and a half, or failed. The last two columns compare ours, by default and at their best, with the
 best peer that is right: below 1, ours is faster; `*` where ours is not right.
 
 Peers: Pyro's NUTS with `jit_compile=True`, chains one after another (four are measured, and more
 are reckoned from them); NumPyro's NUTS, chains vectorized, 500 transitions of warmup as in its
-introduction; BlackJAX's NUTS after `window_adaptation_low_rank` and its ChEES, 1,000 of warmup;
-nutpie on the same JAX density, one jitted call for each gradient, its chains in threads. Gaussian
-process: double precision for all, since its covariance is singular in single.
+introduction; BlackJAX's NUTS after `window_adaptation_low_rank` (going on from the last state of
+warmup: the one that it returns lies far out) and its ChEES, 1,000 transitions of warmup; nutpie on
+the same JAX density, one jitted call for each gradient, its chains in threads. Gaussian process:
+double precision for all, since its covariance is singular in single.
 """
 
 
@@ -71,7 +72,7 @@ def right(group: list[Row]) -> bool:
 
 def seconds(group: list[Row]) -> float:
     """The median time to 1,000 effective draws, NaN if most rounds did not finish."""
-    found = [row["seconds"] for row in group if "seconds" in row and "over_limit" not in row]
+    found = [row["seconds"] for row in group if "seconds" in row]
     found += [math.inf] * (len(group) - len(found))
     middle = sorted(found)[len(found) // 2] if found else math.inf
     return middle if math.isfinite(middle) else math.nan
@@ -126,6 +127,17 @@ def warmup_gradients(rows: list[Row]) -> Iterator[tuple[str, float, float]]:
             yield posterior, *found
 
 
+def family(sampler: str) -> str:
+    """The library of a sampler."""
+    return sampler.replace(",", "").split(" ")[0]
+
+
+def spans_little(ax: plt.Axes) -> bool:
+    """Whether the figures of one power of ten are all there is on the axis."""
+    low, high = ax.get_xlim()
+    return high < 10 * low
+
+
 def pictures(rows: list[Row], path: Path) -> None:
     """The time of every contestant that is right; one panel for each number of chains."""
     panels = report.grouped(rows, "chains")
@@ -133,7 +145,7 @@ def pictures(rows: list[Row], path: Path) -> None:
     fig, axes = plt.subplots(
         1,
         len(panels),
-        figsize=(4.2 * len(panels) + 1.6, 0.34 * len(names) + 2.2),
+        figsize=(max(4.2 * len(panels) + 1.6, 8.5), 0.34 * len(names) + 2.4),
         layout="constrained",
         squeeze=False,
         sharey=True,
@@ -147,7 +159,7 @@ def pictures(rows: list[Row], path: Path) -> None:
                 if right(group) and not math.isnan(value := seconds(group)):
                     points.append((value, len(names) - 1 - i))
             if points:
-                kin = [s for s in SAMPLERS if s.split(" ")[0] == sampler.name.split(" ")[0]]
+                kin = [s for s in SAMPLERS if family(s) == family(sampler.name)]
                 handles[sampler.name] = ax.scatter(
                     *zip(*points),
                     marker=report.MARKERS[kin.index(sampler.name)],
@@ -158,9 +170,11 @@ def pictures(rows: list[Row], path: Path) -> None:
                     zorder=3 if sampler.ours else 2,
                 )
         ax.set(xscale="log", xlabel="seconds", title=f"{chains} chains")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}" if spans_little(ax) else "")
         ax.set_yticks(range(len(names)), names[::-1])
         ax.grid(alpha=0.25)
     labels = [s for s in SAMPLERS if s in handles]
-    fig.legend([handles[s] for s in labels], labels, loc="outside lower center", ncol=4, fontsize=9)
+    fig.legend([handles[s] for s in labels], labels, loc="outside lower center", ncol=4, fontsize=8)
     fig.suptitle("From the model to 1,000 effective draws; only what is right", fontsize=11)
     report.save(fig, path.with_suffix(".png"))
