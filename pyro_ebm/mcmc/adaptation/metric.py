@@ -21,6 +21,8 @@ Kind = Literal["diagonal", "dense", "low_rank"]
 FullMass = bool | Literal["auto", "low_rank"]
 MAX_DENSE = 200
 """The most dimensions for which ``full_mass="auto"`` is dense."""
+MAX_DENSE_WORK, MAX_LOW_RANK_TARGETS = 2**27, 16
+"""The most ``targets * dim**3`` of a dense matrix, and the most targets of a low-rank one."""
 MAX_RANK = 32
 """The most directions of a low-rank factor."""
 MAX_ROWS = 1024
@@ -273,15 +275,19 @@ def check_full_mass(value: Any, has_grad: bool) -> FullMass:
     return value
 
 
-def kind_of(full_mass: FullMass, dim: int, has_grad: bool) -> Kind:
-    """The kind of mass matrix for so many dimensions.
+def kind_of(full_mass: FullMass, targets: int, dim: int, has_grad: bool) -> Kind:
+    """The kind of mass matrix for so many targets and dimensions.
 
     Example:
-        >>> kind_of("auto", 10, has_grad=True), kind_of("auto", 1000, has_grad=True)
+        >>> kind_of("auto", 1, 10, has_grad=True), kind_of("auto", 1, 1000, has_grad=True)
         ('dense', 'low_rank')
+        >>> kind_of("auto", 1000, 784, has_grad=True)  # a matrix for each of 1,000 targets
+        'diagonal'
     """
-    if full_mass == "auto" and dim > MAX_DENSE:
-        return "low_rank" if has_grad else "diagonal"
+    if full_mass == "auto":
+        if dim <= MAX_DENSE and targets * dim**3 <= MAX_DENSE_WORK:
+            return "dense"
+        return "low_rank" if has_grad and targets <= MAX_LOW_RANK_TARGETS else "diagonal"
     if full_mass == "low_rank":
         return "low_rank"
     return "dense" if full_mass else "diagonal"

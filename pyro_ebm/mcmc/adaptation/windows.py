@@ -41,7 +41,7 @@ def growing_windows(warmup_steps: int) -> list[tuple[int, int]]:
         >>> growing_windows(300)
         [(8, 12), (12, 18), (18, 27), (27, 40), (40, 60), (60, 90), (90, 135), (135, 250)]
         >>> growing_windows(50)
-        [(8, 12), (12, 18), (18, 40)]
+        [(8, 12), (12, 18), (18, 27), (27, 40)]
         >>> growing_windows(10)
         []
     """

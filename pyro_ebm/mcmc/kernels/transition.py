@@ -82,9 +82,9 @@ class TransitionKernel(PyroKernel):
         adapt_mass_matrix: whether warmup adapts the mass matrix; else it is the identity.
         full_mass: of which kind the mass matrix is: True is dense, False diagonal, ``"low_rank"``
             diagonal but for some directions, and ``"auto"`` dense up to 200 dimensions and low rank
-            above. It is learned from positions and gradients
-            (:mod:`pyro_ebm.mcmc.adaptation.fisher`), or, without gradients, from positions alone;
-            then ``"auto"`` is diagonal above.
+            above (diagonal where there is a matrix for each of many targets). It is learned from
+            positions and gradients (:mod:`pyro_ebm.mcmc.adaptation.fisher`), or, without
+            gradients, from positions alone; then ``"auto"`` is diagonal above.
         target_accept_prob: the mean acceptance probability that the step size is adapted to.
         jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
             graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling
@@ -213,7 +213,7 @@ class TransitionKernel(PyroKernel):
             like=torch.empty(0, dtype=potential.dtype, device=potential.device),
             adapt_step_size=self.adapt_step_size and moves,
             adapt_mass_matrix=self.adapt_mass_matrix and moves,
-            kind=kind_of(self.full_mass, potential.dim, has_grad),
+            kind=kind_of(self.full_mass, potential.targets, potential.dim, has_grad),
             from_gradients=has_grad,
             target_accept_prob=self.target_accept_prob,
             max_step_size=self.MAX_STEP_SIZE,
