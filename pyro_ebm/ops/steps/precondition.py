@@ -21,11 +21,11 @@ class LowRank(NamedTuple):
     Its inverse is :math:`(I + U (S^{-1} - I)\, U^\top)\, D^{-1}`.
 
     Example:
-        >>> one = torch.ones(1, 2, 1) / 2**0.5
-        >>> factor = LowRank(torch.ones(1, 2), one, torch.tensor([[3.0]]))
-        >>> precondition(factor, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-        tensor([[ 3.0000,  3.0000],
-                [ 1.0000, -1.0000]])
+        >>> along = torch.tensor([[[0.6], [0.8]]])
+        >>> factor = LowRank(torch.ones(1, 2), along, torch.tensor([[11.0]]))
+        >>> precondition(factor, torch.tensor([[0.6, 0.8], [0.8, -0.6]])).round(decimals=3)
+        tensor([[ 6.6000,  8.8000],
+                [ 0.8000, -0.6000]])
     """
 
     diagonal: Tensor
