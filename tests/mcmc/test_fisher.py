@@ -133,6 +133,19 @@ def test_a_stuck_chain_is_out_and_changes_nothing_for_the_others():
         torch.testing.assert_close(factor[0], torch.diag(precision.diagonal() ** -0.5))
 
 
+def test_a_stuck_chain_has_no_part_in_the_step_size():
+    learn = Adaptation(1, 2, 300, 1.0, torch.empty(0), True, False, "diagonal", True, 0.574)
+    learn.start(4)
+    stuck = torch.tensor([False, False, False, True])
+    while learn.active:
+        accept_prob = torch.where(stuck, 0.0, torch.exp(-learn.step_size))
+        potential = torch.where(stuck, 100.0, torch.randn(4))
+        learn.update(torch.zeros(4, 2), accept_prob, potential)
+    torch.testing.assert_close(
+        torch.exp(-learn.step_size), torch.tensor([0.574]), rtol=0.05, atol=0
+    )
+
+
 @pytest.mark.parametrize("chains", [1, 2, 4, 16])
 def test_no_chain_of_a_population_that_moves_together_is_out(chains):
     population = Population(targets=1, dim=10)

@@ -183,6 +183,7 @@ class Adaptation:
             now, average = self._averaging.get_state()
             self.step_size = now.exp()
             if self.t + 1 == self.settling_step:
+                self.population.look(self.ranks)
                 self.restart(self._median(average.exp()))
                 self._own = False
         renewed = self._learn_mass_matrix(z, grad)
