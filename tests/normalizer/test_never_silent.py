@@ -88,6 +88,9 @@ def test_proposals_that_are_no_densities(proposal, part):
         estimate_log_normalizer(UnnormalizedEnergy(bell), "importance", proposal=proposal)
 
 
+@pytest.mark.filterwarnings(  # of its weights
+    "ignore:reverse annealing:pyro_ebm.normalizer.estimate_result.UnreliableEstimateWarning"
+)
 def test_samples_that_repeat_themselves():
     with pytest.warns(UnreliableEstimateWarning, match="only 1 of 400 samples"):
         estimate_log_normalizer(

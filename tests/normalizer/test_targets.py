@@ -99,6 +99,7 @@ class Wells(dist.TorchDistribution):
         return self
 
 
+@pytest.mark.filterwarnings("ignore::pyro_ebm.normalizer.estimate_result.UnreliableEstimateWarning")
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_gaussians(condition):
     p, log_z, draws = gaussian(8, condition)

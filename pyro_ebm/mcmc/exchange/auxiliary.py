@@ -169,9 +169,7 @@ class InnerChain(Auxiliary):
 
     def __init__(self, kernel: Kernel, num_steps: int):
         # no graph of its own: all its steps are part of one batched run of the model
-        changes: dict[str, Any] = {"jit_compile": False} if kernel.jit_compile else {}
-        diagonal = kernel.needs_grad and kernel.full_mass == "auto"  # learned without gradients
-        self.kernel = kernel.copy(**changes, **({"full_mass": False} if diagonal else {}))
+        self.kernel = kernel.copy(jit_compile=False) if kernel.jit_compile else kernel
         self.num_steps = num_steps
         self._forget()
 

@@ -205,6 +205,9 @@ class TransitionKernel(PyroKernel):
         """Takes a potential and makes the adaptation and the engine, see :meth:`Kernel.bind`."""
         super().bind(potential, warmup_steps)
         moves, has_grad = potential.dim > 0, self.needs_grad and self.learns_from_gradients
+        full_mass = self.full_mass
+        if full_mass == "auto" and self.needs_grad and not has_grad:
+            full_mass = False
         self._adaptation = Adaptation(
             targets=potential.targets,
             dim=potential.dim,
@@ -213,7 +216,7 @@ class TransitionKernel(PyroKernel):
             like=torch.empty(0, dtype=potential.dtype, device=potential.device),
             adapt_step_size=self.adapt_step_size and moves,
             adapt_mass_matrix=self.adapt_mass_matrix and moves,
-            kind=kind_of(self.full_mass, potential.targets, potential.dim, has_grad),
+            kind=kind_of(full_mass, potential.targets, potential.dim, has_grad),
             from_gradients=has_grad,
             target_accept_prob=self.target_accept_prob,
             max_step_size=self.MAX_STEP_SIZE,
