@@ -1,4 +1,4 @@
-r"""A *learned* energy as a prior: one step of the score, or many of Langevin?
+r"""A *learned* energy as a prior: one step of the score, or many of a chain?
 
 The quickstart writes its prior down by hand. Here it is learned, from digits, by denoising score
 matching: add noise to an image, y = x + sigma xi, and teach a network to point back. What it has
@@ -13,7 +13,7 @@ prior like any other. Put it in a Pyro model, and the posterior answers whatever
     x ~ h(x) exp(-E(x)) / Z                        images with noise s; learned, and nobody knows Z
     y ~ N(x, sqrt(sigma^2 - s^2))                  more noise, on the pixels that are seen
 
-Langevin chains draw x, and Tweedie's step of size s^2 takes its little noise off. The table holds
+Markov chains draw x, and Tweedie's step of size s^2 takes its little noise off. The table holds
 the PSNR of both ways, and of the best linear guess (the posterior mean under a Gaussian prior with
 the digits' moments): for noise on all pixels, which Tweedie's step alone can do; and for noise with
 two columns of pixels missing, which it cannot.
@@ -31,7 +31,7 @@ import torch
 from pyro.infer import SVI
 from sklearn.datasets import load_digits
 
-from pyro_ebm import MCMC, LangevinKernel, UnnormalizedEnergy
+from pyro_ebm import MCMC, ChEESKernel, UnnormalizedEnergy
 from pyro_ebm.losses import DenoisingScoreMatching, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
 
@@ -80,8 +80,8 @@ def linear(train, y, seen):
     return mean + (y[:, seen] - mean[seen]) @ k.T
 
 
-def langevin(prior, y, seen, num_samples, num_chains):
-    """The posterior mean of all images at once, by Langevin chains over a plate of images."""
+def sampled(prior, y, seen, num_samples, num_chains):
+    """The posterior mean of all images at once, by chains over a plate of images."""
     extra = math.sqrt(NOISE**2 - SMALL**2)
 
     def model(y):
@@ -89,7 +89,7 @@ def langevin(prior, y, seen, num_samples, num_chains):
             x = pyro.sample("x", prior)
             pyro.sample("y", dist.Normal(x[:, seen], extra).to_event(1), obs=y[:, seen])
 
-    kernel = LangevinKernel(model)  # the warmup is as long as the run
+    kernel = ChEESKernel(model)  # the warmup is as long as the run
     mcmc = MCMC(kernel, num_samples, num_chains=num_chains, disable_progbar=True)
     mcmc.run(y)
     return tweedie(prior, mcmc.get_samples()["x"], SMALL).mean(0)
@@ -126,7 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description="Restores digits under a learned energy.")
     parser.add_argument("--num-steps", type=int, default=2500, help="gradient steps of each energy")
     parser.add_argument("--num-images", type=int, default=20, help="to restore")
-    parser.add_argument("--num-samples", type=int, default=300, help="draws of each chain")
+    parser.add_argument("--num-samples", type=int, default=200, help="draws of each chain")
     parser.add_argument("--num-chains", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("examples/output/denoise.png"))
     args = parser.parse_args()
@@ -154,7 +154,7 @@ def main():
             "seen": torch.where(seen, y, 0.5),
             "linear": linear(train, y, seen),
             "Tweedie": tweedie(noised, y, NOISE) if seen.all() else None,
-            "Langevin": langevin(prior, y, seen, args.num_samples, args.num_chains),
+            "chains": sampled(prior, y, seen, args.num_samples, args.num_chains),
         }
         print(f"\n{kind} ({time.perf_counter() - start:.0f} s): PSNR")
         for name, image in rows[kind].items():

@@ -26,6 +26,7 @@ Sample it:
     NormalizerError           raised where a posterior needs a log Z that is unknown
 
 Look at the result:
+    ConvergenceWarning        says after a run that its draws may be wrong, and what to try
     to_arviz                  draws, log likelihoods and statistics as ArviZ data
     score                     the gradient of a log density
     fisher_divergence         the mean squared difference of two scores
@@ -49,7 +50,7 @@ More in pyro_ebm.distributions, .mcmc, .losses, .normalizer, .ops, .diagnostics 
 """
 
 from pyro_ebm import nn
-from pyro_ebm.diagnostics import to_arviz
+from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distributions import (
     RBM,
     BoltzmannMachine,
@@ -101,6 +102,7 @@ __all__ = [
     "ChEESKernel",
     "CompositeKernel",
     "ContrastiveDivergence",
+    "ConvergenceWarning",
     "DeepBeliefNetwork",
     "DenoisingScoreMatching",
     "DiscreteLangevinKernel",

@@ -4,6 +4,7 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import matplotlib.image
@@ -13,12 +14,15 @@ from tests.ranks import processes
 
 ROOT = Path(__file__).parents[1]
 
-# name: (small flags, pictures it writes, words of its report)
+# name: (small flags, pictures it writes, words of its report). Where chains are not said to be too
+# short, a ConvergenceWarning is an error.
+TOO_SHORT = "these draws may be wrong"
 EXAMPLES = {
     "quickstart.py": (
         "--num-samples 30 --warmup-steps 20 --num-chains 3 --output pictures/digit.png",
         ["pictures/digit.png"],
-        ["Langevin", "Metropolis-Hastings", "NUTS", "R-hat", "bulk ESS/s", "PSNR", "digit.png"],
+        ["Langevin", "Metropolis-Hastings", "NUTS", "R-hat", "bulk ESS/s", "PSNR", "digit.png"]
+        + [TOO_SHORT],
     ),
     "contrastive_divergence.py": (
         "--num-steps 3 --batch-size 20 --output contrastive.png",
@@ -83,7 +87,7 @@ EXAMPLES = {
         ["rank 0 of 1: step size", "w[1]", "r_hat", "4 chains in one process"],
     ),
     "denoise.py": (
-        "--num-steps 3 --num-images 6 --num-samples 5 --num-chains 2 --output denoise.png",
+        "--num-steps 3 --num-images 6 --num-samples 50 --num-chains 4 --output denoise.png",
         ["denoise.png"],
         ["PSNR", "denoise.png"],
     ),
@@ -94,12 +98,14 @@ def test_every_example_is_listed():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
 
 
-def as_script(path, flags, folder, out):
+def as_script(path, flags, folder, out, strict):
     """Run a script in this process as ``python path flags`` would, its output to a file."""
     os.chdir(folder)
     with open(out, "w", buffering=1) as stream:
         sys.stdout = sys.stderr = stream
         sys.argv = [path, *flags.split()]
+        if strict:
+            warnings.filterwarnings("error", TOO_SHORT)
         try:
             runpy.run_path(path, run_name="__main__")
         except BaseException:
@@ -111,7 +117,7 @@ def as_script(path, flags, folder, out):
 def test_example(name, tmp_path):
     flags, pictures, words = EXAMPLES[name]
     out = tmp_path / "output.txt"
-    args = (str(ROOT / "examples" / name), flags, str(tmp_path), str(out))
+    args = (str(ROOT / "examples" / name), flags, str(tmp_path), str(out), TOO_SHORT not in words)
     process = processes.Process(target=as_script, args=args)
     process.start()
     process.join(600)

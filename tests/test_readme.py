@@ -28,6 +28,7 @@ def run(page: Path) -> None:
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("error:these draws may be wrong")
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if blocks(p.read_text(encoding="utf-8"))],

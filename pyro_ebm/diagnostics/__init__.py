@@ -1,10 +1,12 @@
 """What you look at after a run.
 
-``results`` holds its draws and statistics, with their summaries; ``arviz`` converts them to ArviZ;
+``results`` holds its draws and statistics, with their summaries; ``convergence`` says what is wrong
+with them, by ``chain_statistics``; ``arviz`` converts them to ArviZ;
 ``replay`` runs the model again at the draws, for log likelihoods point by point.
 """
 
 from pyro_ebm.diagnostics.arviz import open_store, to_arviz
+from pyro_ebm.diagnostics.convergence import ConvergenceWarning, Finding, findings
 from pyro_ebm.diagnostics.results import Results
 
-__all__ = ["Results", "open_store", "to_arviz"]
+__all__ = ["ConvergenceWarning", "Finding", "Results", "findings", "open_store", "to_arviz"]

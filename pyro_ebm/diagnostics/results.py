@@ -12,6 +12,7 @@ from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.diagnostics.convergence import Finding
 from pyro_ebm.internals.pyro_state import arguments_of_run, has_run, reported_by_chains
 
 Values = Mapping[str, Tensor]
@@ -33,6 +34,7 @@ class Results:
         kwargs: its keyword arguments.
         store: the folder of the draws where they are on disk, not in ``samples``.
         requested: the shape of a run with neither sites nor statistics.
+        findings: what is wrong with the draws, as the run's warning says it.
     """
 
     samples: Values
@@ -46,6 +48,7 @@ class Results:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     store: Path | None = None
     requested: tuple[int, int] = (0, 0)
+    findings: Sequence[Finding] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,11 +142,13 @@ class Results:
         return result
 
     def summary(self, prob: float) -> None:
-        """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
+        """Prints mean, sd, median, interval, ESS and R-hat of every site, and the findings."""
         self._check_length("a summary")
         print_summary(self._as_floats(), prob=prob)
         if "diverging" in self.fields:
             print(f"Number of divergences: {int(self.fields['diverging'].sum())}")  # noqa: T201
+        for finding in self.findings:
+            print(finding)  # noqa: T201
 
     def _as_floats(self) -> dict[str, Tensor]:
         """The draws of sites that have elements; integers as floats, since their means are."""

@@ -128,6 +128,7 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         save_params=mcmc.save_params,
         chain_method=mcmc.chain_method,
         thinning=mcmc.thinning,
+        check_convergence=mcmc.check_convergence,
     )
     longer.run(*mcmc.results.args, **mcmc.results.kwargs)
     pairs = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.diagnostics.convergence import Finding
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile
@@ -39,6 +40,8 @@ class Kernel(HasSettings, ABC):
     """Whether warmup sees the gradients, and learns the mass matrix from them too."""
     checks_potential = True
     """Whether ``init`` may take its time to see that the potential suits the kernel."""
+    max_divergences: float = 0.05
+    """Which share of diverging transitions is harmless: more of them are a finding of a run."""
     temperature: float = 1.0
     """T: the target is the density to the power of 1 / T."""
     planned_steps: int | None = None
@@ -95,6 +98,11 @@ class Kernel(HasSettings, ABC):
     @property
     def learned(self) -> list[str]:
         """What the warmup has learned, in words."""
+        return []
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with the run that it made, beside what the draws show."""
         return []
 
     def check(self, potential: Potential) -> None:

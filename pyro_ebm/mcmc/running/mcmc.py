@@ -8,7 +8,7 @@ kernel, ``NUTS`` and ``HMC`` among them. Ranks of a process group can share vect
 
 import datetime
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.arviz import open_store, to_arviz
+from pyro_ebm.diagnostics.convergence import Finding, warn
 from pyro_ebm.diagnostics.results import Results, select
 from pyro_ebm.files import PathLike
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup, process_group_of
+from pyro_ebm.mcmc.running.convergence import with_findings
 from pyro_ebm.mcmc.running.distributed import check_call
 from pyro_ebm.mcmc.running.options import Runner, check_chain_method, check_run
 from pyro_ebm.mcmc.running.sequential import ParallelRunner, SequentialRunner
@@ -72,6 +74,8 @@ class MCMC(AbstractMCMC):
             :meth:`resume`; draws go to a folder beside it.
         checkpoint_every: how often: a number of transitions, or a time. It is also saved before
             the first transition and after the last.
+        check_convergence: whether to look at the draws at the end, and to warn if they may be
+            wrong (:mod:`pyro_ebm.diagnostics.convergence`).
         distributed: whether the ranks of the process group share vectorized chains, and all make
             the same calls: warmup learns from all chains, the draws come to rank 0, and each rank
             has files of its own. Without a group it changes nothing.
@@ -111,6 +115,7 @@ class MCMC(AbstractMCMC):
         store: PathLike | None = None,
         checkpoint: PathLike | None = None,
         checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=1),
+        check_convergence: bool = True,
         distributed: bool = False,
     ):
         if not isinstance(kernel, MCMCKernel):
@@ -142,7 +147,7 @@ class MCMC(AbstractMCMC):
         self.draws_device = checked_device("draws_device", draws_device)
         self.store, self.checkpoint = store, checkpoint
         self.checkpoint_every = checked_every(checkpoint_every)
-        self.distributed = distributed
+        self.check_convergence, self.distributed = check_convergence, distributed
         self._validate_kernel(initial_params)
         self.runner: Runner | None = None
         self._results: Results | None = None
@@ -159,6 +164,9 @@ class MCMC(AbstractMCMC):
             CheckpointError: if a checkpoint or store is there already: :meth:`resume` goes on from
                 it.
             ValueError: if no finite starting point is found, or ``initial_params`` do not fit.
+
+        Warns:
+            ConvergenceWarning: if the draws may be wrong.
         """
         runner = self._new_runner("run", args, kwargs)
         with self._ranks.fail_together("the check of the run"):
@@ -181,7 +189,9 @@ class MCMC(AbstractMCMC):
         return runner
 
     def _keep(self, results: Results) -> None:
-        self._results, self.transforms = results, dict(results.transforms)
+        self.transforms = dict(results.transforms)
+        self._results = with_findings(results, self.kernel) if self.check_convergence else results
+        warn(self._results.findings, stacklevel=4)  # at the call of run, resume or extend
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what cannot be run."""
@@ -322,6 +332,14 @@ class MCMC(AbstractMCMC):
     def summary(self, prob: float = 0.9) -> None:
         """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
         self.results.summary(prob)
+
+    @property
+    def findings(self) -> Sequence[Finding]:
+        """What is wrong with the draws, as the warning said it; none where it was not looked for.
+
+        Of a rank other than the first, those of a ``store`` alone.
+        """
+        return () if self._results is None else self._results.findings
 
     def to_arviz(self, **kwargs: Any) -> Any:
         """This run as ArviZ data; the arguments are those of :func:`pyro_ebm.to_arviz`.

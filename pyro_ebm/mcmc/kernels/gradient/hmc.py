@@ -79,6 +79,7 @@ class ChEESKernel(TransitionKernel):
         True
     """
 
+    max_divergences = 0.005
     saved = (*TransitionKernel.saved, "_trajectory", "_most_steps", "_explores")
     _trajectory: TrajectoryAdaptation | None = None
     _most_steps: list[float] | None = None

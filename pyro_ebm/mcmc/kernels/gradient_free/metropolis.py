@@ -76,6 +76,7 @@ class MHKernel(TransitionKernel):
     """
 
     needs_grad = False
+    max_divergences = 1.0  # a proposal of density 0 is rejected, and no more
     _bound: Proposal | None = None
 
     def __init__(

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
@@ -194,6 +195,28 @@ class ZarrStore:
                     raise CheckpointError(f"draws of {name!r} are missing in the store {self.path}")
         self.count = count
         self._commit()
+
+
+def some_draws(path: PathLike, most: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Samples and statistics of draws all through a store, of 64 evenly spaced blocks at most.
+
+    Args:
+        path: the folder of the store.
+        most: how many numbers are kept.
+    """
+    root = _imported().open_group(path, mode="r")
+    arrays = [dict(root[group].arrays()) for group in GROUPS]
+    draws, size = next((a.shape[1], a.chunks[1]) for a in arrays[1].values())
+    blocks = torch.linspace(0, (draws - 1) // size, 64).round().int().unique().tolist()
+    numbers = sum(math.prod(a.shape) // draws for a in arrays[0].values())
+    every = -(-len(blocks) * size * numbers // most)
+
+    def read(array: Any) -> Tensor:
+        parts = [array[:, i * size : (i + 1) * size][:, ::every] for i in blocks]
+        return torch.cat([torch.from_numpy(part) for part in parts], 1)
+
+    samples, fields = ({name: read(array) for name, array in group.items()} for group in arrays)
+    return samples, fields
 
 
 def _imported() -> Any:
