@@ -151,7 +151,7 @@ def logistic(x, y):
 GOOD = {
     "langevin": lambda: sampler(LangevinKernel(NORMAL), num_chains=16),
     "langevin, 4 chains of 100": lambda: sampler(LangevinKernel(NORMAL), 100),
-    "unadjusted": lambda: sampler(LangevinKernel(NORMAL, step_size=0.2, adjusted=False), 500),
+    "unadjusted": lambda: sampler(LangevinKernel(NORMAL, step_size=0.5, adjusted=False), 1000),
     "chees": lambda: sampler(ChEESKernel(NORMAL)),
     "one chain": lambda: sampler(ChEESKernel(NORMAL), 500, num_chains=1),
     "sequential": lambda: sampler(ChEESKernel(NORMAL), num_chains=2, chain_method="sequential"),
@@ -190,13 +190,13 @@ def test_it_can_be_turned_off():
     settings = {"num_samples": 50, "initial_params": starts(4, 0)}
     off = sampler(LangevinKernel(TWO_MODES), **settings, check_convergence=False)
     says_nothing(off.run)
-    assert off.results.findings == ()
+    assert off.findings == ()
     on = sampler(LangevinKernel(TWO_MODES), **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         on.run()
-    assert kinds(on.results.findings) == ["r_hat", "apart"]
+    assert kinds(on.findings) == ["r_hat", "apart"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         with pytest.raises(ConvergenceWarning):

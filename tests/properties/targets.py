@@ -153,6 +153,7 @@ KERNELS = [
             "draws_device": None,
             "disable_progbar": True,
             "checkpoint_every": 5,
+            "check_convergence": False,
         },
         sampled,
     ),
