@@ -12,7 +12,8 @@ from pyro_ebm.distributions import BoltzmannMachine, lattice_edges
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
 
-def run(kernel, *args, chains=20, samples=200, warmup=200, seed=0, **settings):
+def run(kernel, *args, chains=1000, samples=15, warmup=40, seed=0, **settings):
+    """A run of many short chains: the steps take the time, however many chains make them."""
     pyro.set_rng_seed(seed)
     mcmc = MCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **settings)
     mcmc.run(*args)
@@ -63,6 +64,8 @@ class Precision(UnnormalizedEnergy):
 DATA = torch.tensor([0.3, -1.2, 0.8, 1.5, -0.1, 0.4, -0.7, 2.0])
 # Gamma(2, 1) x prod N(x_i; 0, 1 / theta) = Gamma(2 + n / 2, 1 + sum x_i^2 / 2)
 CONJUGATE = dist.Gamma(2 + len(DATA) / 2, 1 + DATA.square().sum() / 2)
+# Proposals much like it, of which few chains need fewer than of a walk.
+ALIKE = {"proposal": {"theta": dist.LogNormal(0.0, 0.55)}, "adapt_step_size": False}
 
 
 def precision(x):

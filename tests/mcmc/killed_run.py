@@ -1,20 +1,15 @@
 """Kills a run at random moments, resumes it in another process, and kills that, as often as told.
 
-    python -m tests.mcmc.killed_run FOLDER KERNEL KILLS
-
 Each process is a fork of this one, which has imported everything and done nothing. Whenever a run
 comes to its end it must be the run that was never killed; then the next one begins. The last one is
 left in its middle, for the test to go on from.
 """
 
-import json
 import os
 import random
 import signal
-import sys
 import time
 import traceback
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -113,7 +108,8 @@ def same(a, b):
     return torch.equal(a, b)
 
 
-def main(folder, kernel, kills):
+def killed(folder, kernel, kills):
+    """When the runs were killed, how many came to their end, and where the last one is."""
     torch.set_num_threads(1)
     random.seed(kernel)
     reference = folder / "reference"
@@ -121,9 +117,9 @@ def main(folder, kernel, kills):
     assert in_a_process(work, kernel, folder / "whole.ckpt", reference, 0)
     seconds = time.perf_counter() - start
     wanted = files.load(reference, KIND)
-    killed, finished = {"start": 0, "warmup": 0, "sampling": 0}, 0
+    count, finished = {"start": 0, "warmup": 0, "sampling": 0}, 0
     path, out = folder / "0.ckpt", folder / "out"
-    while sum(killed.values()) < kills:
+    while sum(count.values()) < kills:
         done = in_a_process(
             work,
             kernel,
@@ -133,14 +129,10 @@ def main(folder, kernel, kills):
             patience=seconds * 0.6 * random.random(),
         )
         if done:
-            assert same(files.load(out, KIND), wanted), f"another result after {killed}"
+            assert same(files.load(out, KIND), wanted), f"another result after {count}"
             finished += 1
             path = folder / f"{finished}.ckpt"
             continue
         run = files.load(path, "an MCMC run")["run"] if path.exists() else {"t": -1}
-        killed["start" if run["t"] < 0 else "warmup" if run["t"] < 100 else "sampling"] += 1
-    print(json.dumps({**killed, "finished": finished, "path": str(path)}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+        count["start" if run["t"] < 0 else "warmup" if run["t"] < 100 else "sampling"] += 1
+    return {**count, "finished": finished, "path": path}

@@ -2,13 +2,12 @@
 
 import datetime
 import errno
+import functools
 import inspect
-import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pyro
@@ -36,6 +35,7 @@ from pyro_ebm.mcmc import (
     TemperingKernel,
 )
 from tests.mcmc import killed_run
+from tests.ranks import processes
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 
@@ -183,6 +183,12 @@ def uninterrupted(make, path, data, **settings):
     return everything(mcmc)
 
 
+@functools.cache
+def whole_run(name, **settings):
+    """An uninterrupted run without a file, made once for all tests."""
+    return uninterrupted(KERNELS[name][0], None, (DATA,), **settings)
+
+
 def interrupted(make, path, data, *stops, **settings):
     """A run that ends and is resumed, in a new sampler with another random state, several times."""
     pyro.set_rng_seed(0)
@@ -234,7 +240,7 @@ def test_every_setting_goes_on_exactly(tmp_path, settings):
 
 def test_a_checkpoint_changes_no_draw(tmp_path):
     whole = uninterrupted(KERNELS["chees"][0], tmp_path / "a", (DATA,))
-    assert_identical(uninterrupted(KERNELS["chees"][0], None, (DATA,)), whole)
+    assert_identical(whole_run("chees"), whole)
 
 
 def test_checkpoints_cost_as_much_late_as_early(tmp_path, monkeypatch):
@@ -282,13 +288,10 @@ def test_a_compiled_run_of_each_kernel_goes_on_exactly(tmp_path, name):
 
 def kill(tmp_path, kernel, kills):
     """Kills runs in other processes, and goes on from the last one here."""
-    command = [sys.executable, "-m", "tests.mcmc.killed_run", str(tmp_path), kernel, str(kills)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    with ProcessPoolExecutor(1, processes) as pool:
+        told = pool.submit(killed_run.killed, tmp_path, kernel, kills).result()
     mcmc = killed_run.sampler(kernel, told["path"])
-    if Path(told["path"]).exists():
+    if told["path"].exists():
         mcmc.resume(killed_run.DATA)
     else:
         pyro.set_rng_seed(0)
@@ -317,7 +320,7 @@ def test_a_run_killed_many_times_loses_nothing(tmp_path, kernel):
 @pytest.mark.parametrize("with_file", [False, True])
 def test_an_extended_run_is_the_longer_run(tmp_path, thinning, with_file):
     make = KERNELS["chees"][0]
-    whole = uninterrupted(make, None, (DATA,), num_samples=40, thinning=thinning)
+    whole = whole_run("chees", num_samples=40, thinning=thinning)
     pyro.set_rng_seed(0)
     mcmc = sampler(make(), tmp_path / "a" if with_file else None, thinning=thinning)
     mcmc.run(DATA)
@@ -343,7 +346,7 @@ def test_an_extension_is_resumed_too(tmp_path):
 
 def test_an_extension_that_is_killed_at_once_is_not_forgotten(tmp_path):
     make = KERNELS["langevin"][0]
-    whole = uninterrupted(make, None, (DATA,), num_samples=40)
+    whole = whole_run("langevin", num_samples=40)
     mcmc = sampler(make(), tmp_path / "a", checkpoint_every=10**6)
     pyro.set_rng_seed(0)
     mcmc.run(DATA)
@@ -406,7 +409,7 @@ def test_run_starts_anew(tmp_path):
         mcmc.run(DATA)
         found = everything(mcmc)
     assert found["draws of x"].shape[1] == 20
-    assert_identical(uninterrupted(KERNELS["langevin"][0], None, (DATA,)), found)
+    assert_identical(whole_run("langevin"), found)
 
 
 def test_what_cannot_be_extended(tmp_path):
@@ -594,7 +597,7 @@ def test_draws_that_are_missing_or_others(stopped, tmp_path):
 
 
 def test_a_state_that_is_cut_short_and_the_one_before_it(stopped):
-    whole = uninterrupted(KERNELS["langevin"][0], None, (DATA,))
+    whole = whole_run("langevin")
     stopped.write_bytes(stopped.read_bytes()[:-100])
     mcmc = sampler(LangevinKernel(regression), stopped)
     with pytest.raises(CheckpointError, match="The file before it is whole: to go on from there"):
@@ -606,7 +609,7 @@ def test_a_state_that_is_cut_short_and_the_one_before_it(stopped):
 
 def test_a_draws_file_that_no_state_speaks_of_is_replaced(stopped):
     """As after a kill between the two."""
-    whole = uninterrupted(KERNELS["langevin"][0], None, (DATA,))
+    whole = whole_run("langevin")
     files.previous(stopped).replace(stopped)
     mcmc = sampler(LangevinKernel(regression), stopped, checkpoint_every=3)
     mcmc.resume(DATA)
@@ -659,7 +662,7 @@ class FullDisk:
 
 def test_a_full_disk_leaves_the_run_going_and_the_last_file_whole(tmp_path, monkeypatch):
     make = KERNELS["langevin"][0]
-    whole = uninterrupted(make, None, (DATA,))
+    whole = whole_run("langevin")
     monkeypatch.setattr(files.os, "fsync", FullDisk(30, 10**6))
     pyro.set_rng_seed(0)
     mcmc = sampler(make(), tmp_path / "a")
@@ -677,13 +680,13 @@ def test_a_full_disk_leaves_the_run_going_and_the_last_file_whole(tmp_path, monk
     again.resume(DATA)
     assert_identical(again, whole)
     again.extend(20)
-    assert_identical(again, uninterrupted(make, None, (DATA,), num_samples=40))
+    assert_identical(again, whole_run("langevin", num_samples=40))
 
 
 @pytest.mark.parametrize("first", range(15, 27))
 def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, first):
     make = KERNELS["langevin"][0]
-    whole = uninterrupted(make, None, (DATA,))
+    whole = whole_run("langevin")
     monkeypatch.setattr(files.os, "fsync", FullDisk(first, first + 3))
     pyro.set_rng_seed(0)
     mcmc = sampler(make(), tmp_path / "a")
@@ -713,7 +716,7 @@ class Interrupt(StopAt):
 
 def test_an_interrupt_keeps_the_draws_and_the_checkpoint(tmp_path):
     make = KERNELS["langevin"][0]
-    whole = uninterrupted(make, None, (DATA,))
+    whole = whole_run("langevin")
     pyro.set_rng_seed(0)
     mcmc = sampler(make(), tmp_path / "a", hook_fn=Interrupt(38))
     with pytest.warns(UserWarning, match="interrupted: 13 of 20 draws"):
@@ -728,7 +731,7 @@ def test_an_interrupt_keeps_the_draws_and_the_checkpoint(tmp_path):
 
 def test_an_interrupt_of_the_warmup_keeps_the_checkpoint(tmp_path):
     make = KERNELS["langevin"][0]
-    whole = uninterrupted(make, None, (DATA,))
+    whole = whole_run("langevin")
     pyro.set_rng_seed(0)
     with pytest.raises(KeyboardInterrupt):
         sampler(make(), tmp_path / "a", hook_fn=Interrupt(11)).run(DATA)

@@ -74,23 +74,21 @@ def check_ising(coupling, aligned, num_inner_steps, chains, samples):
 
     mean, variance = grid_posterior(log_posterior, low, high, num=80)
     kernel = ExchangeKernel(ising, num_inner_steps=num_inner_steps)
-    assert_moments(
-        draws_of(kernel, "J", x, chains=chains, samples=samples, warmup=100), mean, variance
-    )
+    assert_moments(draws_of(kernel, "J", x, chains=chains, samples=samples), mean, variance)
 
 
 def test_ising_with_few_aligned_edges():
-    check_ising(0.05, 0.525, num_inner_steps=15, chains=80, samples=75)
+    check_ising(0.05, 0.525, num_inner_steps=15, chains=400, samples=15)
 
 
 def test_ising_with_many_aligned_edges():
-    check_ising(0.45, 0.825, num_inner_steps=80, chains=80, samples=50)
+    check_ising(0.45, 0.825, num_inner_steps=80, chains=200, samples=20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("coupling", "aligned"), [(0.05, 0.525), (0.3, 0.675), (0.45, 0.825)])
 def test_ising_long(coupling, aligned):
-    check_ising(coupling, aligned, num_inner_steps=200, chains=100, samples=500)
+    check_ising(coupling, aligned, num_inner_steps=200, chains=500, samples=100)
 
 
 # -- a precision: the conjugate posterior ----------------------------------------------------------
@@ -106,7 +104,7 @@ INNER = {
 @pytest.mark.parametrize("inner", INNER)
 def test_the_conjugate_posterior(inner):
     kernel = ExchangeKernel(precision, **INNER[inner])
-    theta = draws_of(kernel, "theta", DATA, chains=200, samples=75, warmup=100)
+    theta = draws_of(kernel, "theta", DATA)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
     quantiles = torch.tensor([0.1, 0.5, 0.9])
     points = theta.flatten().quantile(quantiles.double())
@@ -119,14 +117,14 @@ def test_a_chain_that_stays_at_the_data_gives_the_prior():
         num_inner_steps=1,
         inner_kernel=LangevinKernel(step_size=1e-12, adapt_step_size=False),
     )
-    theta = draws_of(kernel, "theta", DATA, chains=50, samples=300)
+    theta = draws_of(kernel, "theta", DATA)
     assert_moments(theta, 2.0, 2.0)  # Gamma(2, 1)
 
 
 def test_an_independence_proposal_and_a_walk_of_fixed_scale():
     for proposal in ({"theta": dist.LogNormal(0.0, 1.0)}, RandomWalk(0.5)):
         kernel = ExchangeKernel(precision, proposal=proposal, adapt_step_size=False)
-        theta = draws_of(kernel, "theta", DATA, chains=50, samples=300)
+        theta = draws_of(kernel, "theta", DATA)
         assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 
@@ -147,12 +145,12 @@ def test_a_latent_site_whose_z_moves():
         return log_p + dist.Gamma(2.0, 1.0).log_prob(theta)
 
     mean, variance = grid_posterior(log_posterior, 0.0, 20.0)
-    theta = draws_of(ExchangeKernel(model), "theta", False, chains=50, samples=600)
+    theta = draws_of(ExchangeKernel(model), "theta", False, samples=30)
     assert_moments(theta, mean, variance)
     composite = CompositeKernel(model, [ExchangeKernel(), LangevinKernel()])
-    theta = draws_of(composite, "theta", False, chains=50, samples=300)
+    theta = draws_of(composite, "theta", False)
     assert_moments(theta, mean, variance)
-    theta = draws_of(LangevinKernel(model), "theta", True, chains=50, samples=300)
+    theta = draws_of(LangevinKernel(model), "theta", True)
     assert_moments(theta, mean, variance)
 
 
@@ -163,7 +161,7 @@ def test_a_learned_normalizer_cancels_whatever_it_is():
         with pyro.plate("data", len(DATA)):
             pyro.sample("x", Precision(theta, **wrong), obs=DATA)
 
-    theta = draws_of(ExchangeKernel(model), "theta", chains=50, samples=300)
+    theta = draws_of(ExchangeKernel(model), "theta")
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 
@@ -193,8 +191,8 @@ def two_sites(known):
 
 def test_two_energy_sites_and_an_ordinary_one():
     kernel = ExchangeKernel(two_sites, num_inner_steps=12)
-    exchange = run(kernel, False, chains=200, samples=75, warmup=100)
-    known = run(LangevinKernel(two_sites), True, chains=100, samples=150)
+    exchange = run(kernel, False)
+    known = run(LangevinKernel(two_sites), True)
     found = []
     for mcmc in (exchange, known):
         draws = mcmc.get_samples(group_by_chain=True)
@@ -234,7 +232,7 @@ def groups(known):
 
 
 def test_a_posterior_for_each_group():
-    theta = draws_of(ExchangeKernel(groups), "theta", False, chains=50, samples=400)
+    theta = draws_of(ExchangeKernel(groups), "theta", False)
     squares = DATA.reshape(4, 2).square().sum(0)
     truth = dist.Gamma(torch.tensor([2.0, 4.0]) + 2, 1 + squares / 2)
     assert_moments(theta, truth.mean, truth.variance)
@@ -268,7 +266,7 @@ FORMS = {
 def test_the_conjugate_posterior_in_other_forms(form):
     model, x, settings = FORMS[form]
     kernel = ExchangeKernel(model, **settings)
-    theta = draws_of(kernel, "theta", x, chains=200, samples=75, warmup=100)
+    theta = draws_of(kernel, "theta", x)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 
@@ -288,7 +286,7 @@ def test_bijections_that_the_latent_moves():
         return p.log_prob(x[:, None].double().log()).sum(0) + dist.Gamma(2.0, 1.0).log_prob(theta)
 
     mean, variance = grid_posterior(log_posterior, 0.0, 20.0)
-    theta = draws_of(ExchangeKernel(model), "theta", chains=50, samples=300)
+    theta = draws_of(ExchangeKernel(model), "theta")
     assert_moments(theta, mean, variance)
 
 
@@ -325,11 +323,11 @@ def test_the_known_normalizer_gives_the_same_posterior(model, inner):
         x = RBM(WEIGHTS, torch.zeros(4), torch.zeros(2)).exact_sample((30,))
     settings = {} if inner == "exact" else {"inner_kernel": GibbsKernel(), "num_inner_steps": 15}
     kernel = ExchangeKernel(model, **settings)
-    exchange = run(kernel, x, False, chains=100, samples=100, warmup=100)
+    exchange = run(kernel, x, False)
     assert repr(exchange.kernel.auxiliaries["x"]) == (
         "exact draws" if inner == "exact" else "15 Gibbs sweeps"
     )
-    known = run(LangevinKernel(model), x, True, chains=50, samples=200)
+    known = run(LangevinKernel(model), x, True)
     found = []
     for mcmc in (exchange, known):
         draws = mcmc.get_samples(group_by_chain=True)["J"].double()
@@ -341,8 +339,8 @@ def test_the_known_normalizer_gives_the_same_posterior(model, inner):
 def test_nuts_with_the_known_normalizer_gives_the_same_posterior():
     pyro.set_rng_seed(0)
     x = BoltzmannMachine(0.4, edges=SMALL).exact_sample((5,))
-    exchange = draws_of(ExchangeKernel(small_ising), "J", x, False, chains=50, samples=200)
-    nuts = draws_of(NUTS(small_ising), "J", x, True, chains=1, samples=400)
+    exchange = draws_of(ExchangeKernel(small_ising), "J", x, False)
+    nuts = draws_of(NUTS(small_ising), "J", x, True, chains=1, samples=400, warmup=80)
     found = []
     for draws in (exchange, nuts):
         draws = torch.stack([draws, draws.square()], -1)
@@ -384,7 +382,7 @@ def test_a_discrete_energy_without_blocks():
 
     mean, variance = grid_posterior(log_posterior, -4.0, 4.0)
     kernel = ExchangeKernel(graph_model, num_inner_steps=4)
-    theta = draws_of(kernel, "theta", x, chains=50, samples=200, warmup=100)
+    theta = draws_of(kernel, "theta", x, samples=10)
     assert repr(kernel.auxiliaries["x"]).startswith("4 steps of GibbsKernel()")
     assert_moments(theta, mean, variance)
 
@@ -402,7 +400,7 @@ def test_a_hidden_ising_model():
 
     mean, variance = grid_posterior(log_posterior, 0.0, 1.0, 400)
     kernel = CompositeKernel(hidden_ising, [ExchangeKernel(), GibbsKernel()])
-    mcmc = run(kernel, y, chains=100, samples=100, warmup=60)
+    mcmc = run(kernel, y)
     assert_moments(mcmc.get_samples(group_by_chain=True)["J"].double(), mean, variance)
     assert "lp" not in mcmc.get_extra_fields()
 
@@ -423,5 +421,5 @@ def test_a_discrete_latent_that_moves_no_z_is_summed_out():
         return mixed + CONJUGATE.log_prob(theta)
 
     mean, variance = grid_posterior(log_posterior, 0.0, 10.0)
-    mcmc = run(ExchangeKernel(model), False, chains=4, samples=300, warmup=100)
+    mcmc = run(ExchangeKernel(model), False)
     assert_moments(mcmc.get_samples(group_by_chain=True)["theta"].double(), mean, variance)

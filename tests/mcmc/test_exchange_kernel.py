@@ -28,6 +28,7 @@ from pyro_ebm.mcmc.exchange.inner_steps import inner_steps_report
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.exchange.potential import ExchangePotential
 from tests.mcmc.exchange_models import (
+    ALIKE,
     CONJUGATE,
     DATA,
     SMALL,
@@ -51,7 +52,7 @@ from tests.statistics import (
 def test_longer_inner_chains_show_the_bias_of_short_ones():
     pyro.set_rng_seed(0)
     x = aligned_spins(0.45, 0.825)
-    short = run(ExchangeKernel(ising, num_inner_steps=1), x, chains=40, samples=100, warmup=50)
+    short = run(ExchangeKernel(ising, num_inner_steps=1), x, chains=200, samples=30, warmup=30)
     report = inner_steps_report(short, factor=30)
     assert report.num_steps == {"x": (1, 30)}
     # An auxiliary that is still near the data says less of J: the draws are spread too widely, by
@@ -67,7 +68,7 @@ def test_longer_inner_chains_show_the_bias_of_short_ones():
 
 def test_long_inner_chains_show_none():
     kernel = ExchangeKernel(precision, num_inner_steps=12, inner_kernel=LangevinKernel())
-    mcmc = run(kernel, DATA, chains=200, samples=25, warmup=50)
+    mcmc = run(kernel, DATA, samples=8, warmup=30)
     report = inner_steps_report(mcmc, factor=2)
     assert report.largest < 4.5
     assert kernel.inner_steps_factor == 1  # the user's kernel is as it was
@@ -81,7 +82,7 @@ def test_the_report_of_a_composite_and_of_vectors():
         pyro.sample("k", dist.Bernoulli(0.5))
 
     kernel = CompositeKernel(model, [ExchangeKernel(num_inner_steps=3), GibbsKernel()])
-    report = inner_steps_report(run(kernel, chains=5, samples=40, warmup=40))
+    report = inner_steps_report(run(kernel, chains=5, samples=20, warmup=20))
     assert report.num_steps == {"x": (3, 12)}
     assert report.shift["theta"].shape == (2,)
     assert "theta[1]" in repr(report)
@@ -111,7 +112,7 @@ def test_the_inner_kernel_adapts_in_warmup_and_is_frozen_after():
         p = UnnormalizedEnergy(energy, event_shape=(2,))
         pyro.sample("x", p, obs=torch.tensor([1.0, -500.0]))
 
-    kernel = ExchangeKernel(model, num_inner_steps=8)
+    kernel = ExchangeKernel(model, num_inner_steps=4)
     frozen = []
 
     def remember(kernel, params, stage, i):
@@ -122,7 +123,7 @@ def test_the_inner_kernel_adapts_in_warmup_and_is_frozen_after():
             )
 
     pyro.set_rng_seed(0)
-    mcmc = MCMC(kernel, 10, 200, num_chains=20, disable_progbar=True, hook_fn=remember)
+    mcmc = MCMC(kernel, 5, 200, num_chains=20, disable_progbar=True, hook_fn=remember)
     mcmc.run()
     chain = kernel.auxiliaries["x"]
     assert 0.3 < chain.acceptance_rate < 0.9
@@ -215,7 +216,7 @@ def test_combined_energies(make):
 
     mean, variance = grid_posterior(log_posterior, 0.0, 20.0, 1000)
     kernel = ExchangeKernel(model, num_inner_steps=16)
-    theta = draws_of(kernel, "theta", chains=100, samples=100, warmup=100)
+    theta = draws_of(kernel, "theta")
     assert_moments(theta, mean, variance)
 
 
@@ -240,13 +241,14 @@ def test_chain_methods(method):
 
 
 def test_one_chain_has_the_conjugate_posterior_too():
-    theta = draws_of(ExchangeKernel(precision), "theta", DATA, chains=1, samples=3000)
+    kernel = ExchangeKernel(precision, **ALIKE)
+    theta = draws_of(kernel, "theta", DATA, chains=1, samples=1200, warmup=20)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 
 def test_stock_pyro():
     kernel = ExchangeKernel(precision)
-    mcmc = PyroMCMC(kernel, 2000, warmup_steps=300, disable_progbar=True)
+    mcmc = PyroMCMC(kernel, 2000, warmup_steps=150, disable_progbar=True)
     mcmc.run(DATA)
     theta = mcmc.get_samples(group_by_chain=True)["theta"].double()
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
@@ -256,7 +258,7 @@ def test_stock_pyro():
 
 
 def test_arviz():
-    mcmc = run(ExchangeKernel(precision), DATA, chains=4, samples=50)
+    mcmc = run(ExchangeKernel(precision), DATA, chains=4, samples=50, warmup=100)
     data = mcmc.to_arviz()
     assert data["posterior"]["theta"].shape == (4, 50)
     assert set(data["sample_stats"]) == {
@@ -280,21 +282,22 @@ def test_lp_without_log_z_is_what_it_says():
 
 
 def test_same_seed_same_draws_and_pickling():
-    kernel = ExchangeKernel(scaled, num_inner_steps=3, inner_kernel=LangevinKernel(full_mass=True))
-    settings = {"chains": 3, "samples": 5, "warmup": 25}
+    kernel = ExchangeKernel(scaled, num_inner_steps=2, inner_kernel=LangevinKernel(full_mass=True))
+    settings = {"chains": 3, "samples": 5, "warmup": 20}
     want = draws_of(kernel, "theta", DATA, **settings)
     used = pickle.loads(pickle.dumps(kernel))
     for again in (kernel, used, kernel.copy()):
         assert torch.equal(draws_of(again, "theta", DATA, **settings), want)
     assert not torch.equal(draws_of(kernel, "theta", DATA, seed=1, **settings), want)
-    assert used.num_inner_steps == 3
+    assert used.num_inner_steps == 2
     inner = "inner_kernel=LangevinKernel(full_mass=True)"
-    assert repr(used.copy()) == f"ExchangeKernel(scaled, num_inner_steps=3, {inner})"
+    assert repr(used.copy()) == f"ExchangeKernel(scaled, num_inner_steps=2, {inner})"
 
 
 def test_float64():
     torch.set_default_dtype(torch.float64)
-    mcmc = run(ExchangeKernel(scaled, num_inner_steps=3), DATA.double(), chains=3, samples=5)
+    kernel = ExchangeKernel(scaled, num_inner_steps=3)
+    mcmc = run(kernel, DATA.double(), chains=3, samples=5, warmup=25)
     assert mcmc.get_samples()["theta"].dtype == torch.float64
     assert mcmc.get_extra_fields()["lp_without_log_z"].dtype == torch.float64
     assert mcmc.kernel.auxiliaries["x"].adaptation.step_size.dtype == torch.float64
@@ -308,7 +311,7 @@ def test_a_model_that_reads_its_latent_runs_chain_by_chain():
             pyro.sample("x", Precision(torch.tensor(number)), obs=DATA)
 
     with pytest.warns(UserWarning, match="cannot be vectorized over chains"):
-        mcmc = run(ExchangeKernel(model), chains=4, samples=400, warmup=100)
+        mcmc = run(ExchangeKernel(model, **ALIKE), chains=4, samples=220, warmup=20)
     assert_moments(
         mcmc.get_samples(group_by_chain=True)["theta"].double(), CONJUGATE.mean, CONJUGATE.variance
     )
@@ -329,7 +332,7 @@ def test_draws_that_cannot_be_vectorized_are_made_one_by_one():
             pyro.sample("x", Stubborn(theta), obs=DATA)
 
     with pytest.warns(UserWarning, match="auxiliary draws cannot be vectorized"):
-        mcmc = run(ExchangeKernel(model), chains=4, samples=400, warmup=100)
+        mcmc = run(ExchangeKernel(model, **ALIKE), chains=4, samples=220, warmup=20)
     assert_moments(
         mcmc.get_samples(group_by_chain=True)["theta"].double(), CONJUGATE.mean, CONJUGATE.variance
     )
@@ -359,7 +362,8 @@ def test_a_network_as_the_energy_with_a_latent_temperature():
             p = UnnormalizedEnergy(lambda x: beta * net(x).squeeze(-1).square(), base=base)
             pyro.sample("x", p, obs=x)
 
-    mcmc = run(ExchangeKernel(model, num_inner_steps=5), torch.randn(6, 2), chains=4, samples=10)
+    kernel = ExchangeKernel(model, num_inner_steps=5)
+    mcmc = run(kernel, torch.randn(6, 2), chains=4, samples=10, warmup=10)
     assert mcmc.get_samples()["beta"].shape == (40,)
     assert net.training
 
@@ -538,6 +542,7 @@ def test_spins_are_drawn_as_spins():
         pyro.sample("x", p, obs=torch.ones(3))
 
     potential = ExchangePotential(model, num_inner_steps=2)
+    potential(torch.zeros(2, 1))  # from here on all chains at once
     potential.bind_auxiliaries(0)
     y = potential.draw(torch.full((2000, 1), -8.0)).points["x"]  # z = 0.0003: all are alike
     assert set(y.unique().tolist()) == {-1.0, 1.0}
