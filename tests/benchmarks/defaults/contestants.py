@@ -57,7 +57,7 @@ SAMPLERS = {
         Sampler("pyro_ebm Langevin, tuned", "torch", LANGEVIN, 300, tuned=True, pooled=True),
         Sampler("pyro_ebm ChEES, tuned", "torch", HMC, 200, tuned=True, pooled=True),
         Sampler("pyro_ebm ChEES, diagonal", "torch", tuned=True, pooled=True, only=("hierarchy",)),
-        Sampler("Pyro NUTS, jit", "torch", {4: 500}, alone=True),
+        Sampler("Pyro NUTS, jit", "torch", {4: 250}, alone=True),
         Sampler("NumPyro NUTS", "jax", warmup=500),
         Sampler("NumPyro NUTS, dense", "jax", warmup=500, tuned=True, most_dims=300),
         Sampler("BlackJAX NUTS, low rank", "jax", warmup=1000),
