@@ -41,7 +41,7 @@ FEWEST = 250
 """Of so many draws of each chain, if there are, before elements are left out."""
 PAIRS = 100
 """Of how many draws of each chain medians are taken, and moves to the next draw."""
-AUTOCORRELATION_TIME = 1.0
+AUTOCORRELATION_TIME = 5.0
 """That of draws which count as well mixed."""
 LEVEL = 1e-3
 """The probability with which R-hat says that chains which have converged have not."""
