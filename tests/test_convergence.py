@@ -114,7 +114,8 @@ def funnel():
 
 
 def test_divergences_are_counted_and_placed():
-    mcmc = sampler(LangevinKernel(funnel, step_size=0.5, adapt_step_size=False))
+    settings = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    mcmc = sampler(LangevinKernel(funnel, step_size=0.5, **settings))
     found = said(mcmc.run)
     (diverged,) = [text for text in found if "diverged" in text]
     count = int(mcmc.get_extra_fields()["diverging"].sum())

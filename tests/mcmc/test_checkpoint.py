@@ -668,7 +668,7 @@ def test_a_full_disk_leaves_the_run_going_and_the_last_file_whole(tmp_path, monk
     mcmc = sampler(make(), tmp_path / "a")
     with pytest.warns(UserWarning, match="could not be written .*No space left.* goes on") as told:
         mcmc.run(DATA)
-    assert len(told) == 1
+    assert sum("could not be written" in str(w.message) for w in told) == 1
     assert_identical(mcmc, whole)
     assert not list(tmp_path.rglob("*.tmp"))
     with pytest.raises(OSError, match="No space left"):  # the first 20 draws are not on the disk

@@ -209,7 +209,7 @@ def some_draws(path: PathLike, most: int) -> tuple[dict[str, Tensor], dict[str, 
     draws, size = next((a.shape[1], a.chunks[1]) for a in arrays[1].values())
     blocks = torch.linspace(0, (draws - 1) // size, 64).round().int().unique().tolist()
     numbers = sum(math.prod(a.shape) // draws for a in arrays[0].values())
-    every = -(-len(blocks) * size * numbers // most)
+    every = max(1, -(-len(blocks) * size * numbers // most))
 
     def read(array: Any) -> Tensor:
         parts = [array[:, i * size : (i + 1) * size][:, ::every] for i in blocks]
