@@ -348,9 +348,11 @@ def test_few_of_many_divergences_are_harmless():
     diverging[0, :10] = True
     assert findings({"x": x}, fields, Sampler(max_divergences=0.005)) == []
     assert kinds(findings({"x": x}, fields)) == ["diverging"]
-    diverging[0, :60] = True  # ten times as many of one chain
+    x, diverging = torch.randn(16, 1000), torch.zeros(16, 1000, dtype=torch.bool)
+    diverging[3, :60] = True  # few of all, many of one chain
+    fields = {"diverging": diverging}
     (finding,) = findings({"x": x}, fields, Sampler(max_divergences=0.005))
-    assert finding.text == "60 of 4000 draws diverged (1.5 %), 60 of them in chain 0"
+    assert finding.text == "60 of 16000 draws diverged (0.38 %), 60 of them in chain 3"
     diverging[:] = x > 1.0
     (finding,) = findings({"x": x}, fields, Sampler(max_divergences=0.05))
     assert "most of them where 'x' is near 1." in finding.text
