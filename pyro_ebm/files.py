@@ -29,7 +29,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.util import get_rng_state, set_rng_state
@@ -40,6 +40,8 @@ MAGIC = b"pyro_ebm "
 MAX_HEADER = 1024  # bytes
 
 PathLike = str | os.PathLike[str]
+State = dict[str, Any]
+"""What a file or a ``state_dict`` holds, by name."""
 
 
 class CheckpointError(ValueError):
@@ -56,7 +58,9 @@ def previous(path: PathLike) -> Path:
     return Path(f"{os.fspath(path)}.previous")
 
 
-def save(path: PathLike, payload: Mapping[str, Any], kind: str, keep_previous: bool = True) -> str:
+def save(
+    path: PathLike, payload: Mapping[str, object], kind: str, keep_previous: bool = True
+) -> str:
     """Writes a file whole or not at all, and keeps the one before at :func:`previous`.
 
     Args:
@@ -83,11 +87,12 @@ def save(path: PathLike, payload: Mapping[str, Any], kind: str, keep_previous: b
     buffer = io.BytesIO()
     torch.save(_plain(payload, "payload"), buffer)
     data = buffer.getbuffer()
-    header: dict[str, Any] = {
+    digest = hashlib.sha256(data).hexdigest()
+    header = {
         "version": VERSION,
         "kind": kind,
         "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest,
     }
     path = Path(path)
     temporary = Path(f"{path}.tmp")
@@ -105,10 +110,10 @@ def save(path: PathLike, payload: Mapping[str, Any], kind: str, keep_previous: b
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return header["sha256"]
+    return digest
 
 
-def load(path: PathLike, kind: str) -> dict[str, Any]:
+def load(path: PathLike, kind: str) -> State:
     """The payload that :func:`save` wrote, with its tensors on the CPU.
 
     Args:
@@ -151,28 +156,26 @@ def checksum(path: PathLike) -> str:
         CheckpointError: if there is no such header.
     """
     with Path(path).open("rb") as file:
-        return _header(path, file.read(MAX_HEADER))["sha256"]
+        return _header(path, file.read(MAX_HEADER)).sha256
 
 
-def _load(path: PathLike, kind: str) -> dict[str, Any]:
+def _load(path: PathLike, kind: str) -> State:
     name = os.fspath(path)
     data = memoryview(Path(path).read_bytes())
     header = _header(path, bytes(data[:MAX_HEADER]))
-    if header["version"] > VERSION:
+    if header.version > VERSION:
         raise CheckpointError(
-            f"{name} was written by a newer pyro_ebm (version {header['version']} of the format,"
+            f"{name} was written by a newer pyro_ebm (version {header.version} of the format,"
             f" this one reads up to {VERSION}): upgrade pyro_ebm"
         )
-    if header["kind"] != kind:
+    if header.kind != kind:
         raise CheckpointError(
-            f"{name} holds {header['kind']!r}, not {kind!r}: give the path of the latter"
+            f"{name} holds {header.kind!r}, not {kind!r}: give the path of the latter"
         )
-    data = data[header["length"] :]
-    if len(data) < header["size"]:
-        raise CheckpointError(
-            f"{name} is cut short: {len(data)} of {header['size']} bytes are there"
-        )
-    if len(data) > header["size"] or hashlib.sha256(data).hexdigest() != header["sha256"]:
+    data = data[header.length :]
+    if len(data) < header.size:
+        raise CheckpointError(f"{name} is cut short: {len(data)} of {header.size} bytes are there")
+    if len(data) > header.size or hashlib.sha256(data).hexdigest() != header.sha256:
         raise CheckpointError(f"{name} was altered after it was written: its checksum is wrong")
     try:
         with warnings.catch_warnings():  # of what a foreign pickle might not support
@@ -188,8 +191,17 @@ def _load(path: PathLike, kind: str) -> dict[str, Any]:
     return payload
 
 
-def _header(path: PathLike, start: bytes) -> dict[str, Any]:
+class _Header(NamedTuple):
     """The first line, and its ``length`` in bytes."""
+
+    version: int
+    kind: str
+    size: int
+    sha256: str
+    length: int
+
+
+def _header(path: PathLike, start: bytes) -> _Header:
     name = os.fspath(path)
     if not start:
         raise CheckpointError(f"{name} is empty")
@@ -200,12 +212,13 @@ def _header(path: PathLike, start: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{name} is cut short, within its first line")
     try:
         header = json.loads(line.removeprefix(MAGIC))
-        known = {key: kind(header[key]) for key, kind in _FIELDS.items()}
-        if known["version"] < 1:
+        version, size = int(header["version"]), int(header["size"])
+        kind, sha256 = str(header["kind"]), str(header["sha256"])
+        if version < 1:
             raise ValueError("there is no such version")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{name} was altered: its first line cannot be read") from error
-    return {**known, "length": len(line) + 1}
+    return _Header(version, kind, size, sha256, len(line) + 1)
 
 
 # What torch.load raises for bytes that torch.save did not write
@@ -222,7 +235,6 @@ _UNREADABLE = (
     ValueError,
     struct.error,
 )
-_FIELDS = {"version": int, "kind": str, "size": int, "sha256": str}
 
 
 def _keep(path: Path) -> None:
@@ -251,7 +263,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _plain(value: Any, place: str) -> Any:
+def _plain(value: object, place: str) -> object:
     """The value with plain tensors on the CPU; refuses what a file cannot hold."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -265,7 +277,7 @@ def _plain(value: Any, place: str) -> Any:
             if type(key) not in (str, int):
                 raise TypeError(f"{place} has the key {key!r}: keys are strings or integers")
         return {key: _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
-    if type(value) in (list, tuple):
+    if type(value) is list or type(value) is tuple:
         return type(value)(_plain(item, f"{place}[{i}]") for i, item in enumerate(value))
     raise TypeError(
         f"{place} is a {type(value).__name__}, and a file holds tensors, numbers, strings, and"
@@ -279,7 +291,7 @@ _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
 # -- the random state ------------------------------------------------------------------------------
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The state of all global random number generators: torch's on all devices, NumPy's, Python's.
 
     Example:
@@ -299,7 +311,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: State) -> None:
     """Restores what :func:`random_state` returned.
 
     Raises:

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypedDict
 
 import torch
 from pyro.distributions import Categorical, constraints
@@ -33,6 +33,16 @@ class Enumeration(NamedTuple):
     """The number n of variables that are enumerated."""
     chunk_size: int
     """How many states are held at once."""
+
+
+class EnergySettings(TypedDict, total=False):
+    """What every enumerated energy takes of :class:`~pyro_ebm.UnnormalizedEnergy`."""
+
+    log_normalizer: Tensor | float | None
+    kernel: ChainKernel | None
+    num_steps: int
+    learned_normalizer: bool | None
+    validate_args: bool | None
 
 
 class EnumeratedEnergy(UnnormalizedEnergy):

@@ -6,17 +6,16 @@ Relies on ``torch._inductor.compile``, which takes a graph and no guards, and on
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_ebm.internals.lookup import internal
+from pyro_ebm.internals.lookup import Operation, internal
 
 
-def compile_unguarded(graph: GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_unguarded(graph: GraphModule, arguments: Sequence[Tensor]) -> Operation:
     """A graph as machine code, for inputs that lie in memory as these do.
 
     Calls do not check how their arguments lie in memory: the caller has.

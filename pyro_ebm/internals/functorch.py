@@ -5,8 +5,6 @@ Relies on ``is_functorch_wrapped_tensor``, which is true of tensors that stand f
 in place of a name; and on the key of a tensor's memory.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from pyro_ebm.internals.lookup import internal
@@ -17,8 +15,7 @@ _is_wrapped = internal(
 _are_active = internal(
     "torch._C", "_are_functorch_transforms_active", "to see whether a function is being mapped"
 )
-_data: Any = internal("torch._C", "TensorBase.data", "to map functions that read x.data")
-GET_DATA: Any = _data.__get__
+GET_DATA: object = internal("torch._C", "TensorBase.data.__get__", "to map reads of x.data")
 """What a function mode is given where ``x.data`` is read."""
 
 

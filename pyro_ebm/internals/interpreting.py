@@ -57,8 +57,8 @@ class Interpreted:
 
     def __init__(self, graph: GraphModule, arguments: Sequence[Tensor]):
         *nodes, output = graph.graph.nodes
-        returned: Any = output.args[0]
-        self._outputs: list[Node] = list(returned)
+        self._outputs: list[Node] = []
+        map_arg(output.args[0], self._outputs.append)
         self._inputs = [node for node in nodes if node.op == "placeholder"]
         self._nodes = nodes[len(self._inputs) :]
         self._last = {x: i for i, node in enumerate(self._nodes) for x in node.all_input_nodes}
@@ -149,5 +149,5 @@ def _traced(
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[x] for x in outputs])
     examples = tuple(values[node] for node in inputs)
-    script: Any = _trace(GraphModule(Module(), graph), examples, check_trace=False)
+    script = _trace(GraphModule(Module(), graph), examples, check_trace=False)
     return script._c._get_method("forward")

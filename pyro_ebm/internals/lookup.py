@@ -1,7 +1,11 @@
 """Internals of torch and Pyro by name, with an error that names what a version lacks."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+Operation = Callable[..., Any]
+"""A function of torch's, of any signature."""
 
 
 def internal(module: str, name: str, purpose: str) -> Any:
@@ -24,7 +28,7 @@ def internal(module: str, name: str, purpose: str) -> Any:
     """
     library = importlib.import_module(module.partition(".")[0])
     try:
-        found: Any = importlib.import_module(module)
+        found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:

@@ -8,17 +8,19 @@ Relies on the stack of handlers (``pyro.poutine.runtime._PYRO_STACK``) and ``par
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
 from pyro.ops import special
+from pyro.ops.provenance import ProvenanceTensor
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
+from torch.autograd import Function
 
 from pyro_ebm.internals.lookup import internal
 
-_stack: list[Any] = internal("pyro.poutine.runtime", "_PYRO_STACK", "to see whether SVI runs")
+_stack: list[Messenger] = internal("pyro.poutine.runtime", "_PYRO_STACK", "to see whether SVI runs")
 internal("pyro.ops.special", "_SafeLog", "to map sums over discrete latents")
 
 
@@ -32,13 +34,13 @@ def with_random_weights(modules: Iterable[nn.Module]) -> list[PyroModule]:
     return [m for m in modules if isinstance(m, PyroModule) and m._pyro_samples]
 
 
-def weights_are_samples(module: PyroModule) -> contextlib.AbstractContextManager[Any]:
+def weights_are_samples(module: PyroModule) -> contextlib.AbstractContextManager[object]:
     """A context in which reading a random weight is a sample statement."""
     return module._pyro_context
 
 
 @contextlib.contextmanager
-def safe_log_replaced(function: Any) -> Iterator[None]:
+def safe_log_replaced(function: type[Function]) -> Iterator[None]:
     """Within this context Pyro's sums in logarithms use another ``autograd.Function``."""
     before = special._SafeLog
     special._SafeLog = function
@@ -48,7 +50,7 @@ def safe_log_replaced(function: Any) -> Iterator[None]:
         special._SafeLog = before
 
 
-def set_provenance(x: Any, sources: frozenset[str]) -> None:
+def set_provenance(x: ProvenanceTensor, sources: frozenset[str]) -> None:
     """Says of a provenance tensor where it comes from, in place."""
     x._provenance = sources
 

@@ -4,8 +4,7 @@ Relies on ``_samples``, ``_diagnostics``, ``_args`` and ``_kwargs`` of ``pyro.in
 ``_state_waiting_to_be_consumed`` of ``pyro.optim.PyroOptim``, the states of parameters to come.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from pyro.infer.mcmc.api import MCMC
 from pyro.optim import PyroOptim
@@ -16,16 +15,16 @@ def has_run(mcmc: MCMC) -> bool:
     return mcmc._samples is not None
 
 
-def reported_by_chains(mcmc: MCMC) -> list[Any]:
+def reported_by_chains(mcmc: MCMC) -> Sequence[object]:
     """The diagnostics of the kernel of each chain, in order."""
     return mcmc._diagnostics
 
 
-def arguments_of_run(mcmc: MCMC) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def arguments_of_run(mcmc: MCMC) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """The arguments of the model."""
     return mcmc._args or (), mcmc._kwargs or {}
 
 
-def waiting_states(optim: PyroOptim) -> dict[str, Any]:
+def waiting_states(optim: PyroOptim) -> dict[str, object]:
     """The states that parameters take up when they are first stepped, by name; may be changed."""
     return optim._state_waiting_to_be_consumed

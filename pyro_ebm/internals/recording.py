@@ -10,19 +10,18 @@ Relies on ``torch.utils._python_dispatch``, on ``torch.utils.weak``, and on the 
 operations, which says what they write into.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import getitem
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, map_aggregate
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_ebm.internals.lookup import internal
+from pyro_ebm.internals.lookup import Operation, internal
 
 _OpOverload = internal("torch._ops", "OpOverload", "to read the operations of a graph")
 _PLAIN = (Tensor, Parameter)
@@ -64,10 +63,10 @@ class Recorder(TorchDispatchMode):
     active: "list[Recorder]" = []
     """Those at work, the innermost last."""
 
-    def __init__(self, instead: Mapping[Any, Callable[..., Any]], tensors: Sequence[Tensor]):
+    def __init__(self, instead: Mapping[Operation, Operation], tensors: Sequence[Tensor]):
         super().__init__()
         self.instead, self.graph, self.root = instead, Graph(), Module()
-        self._nodes: Any = WeakTensorKeyDictionary()  # of tensors that were made so far
+        self._nodes = WeakTensorKeyDictionary()  # of tensors that were made so far
         self._known: dict[Node, Tensor] = {}  # values that no input moves
         self._places: dict[Node, int] = {}  # the memory of such a value
         self._written: set[int] = set()  # memory that is written into
@@ -83,11 +82,11 @@ class Recorder(TorchDispatchMode):
         self.active.append(self)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.active.remove(self)
 
-    def follows(self, x: Any) -> bool:
+    def follows(self, x: object) -> bool:
         """Whether a tensor's values may depend on the inputs."""
         return isinstance(x, Tensor) and x in self._nodes and not self._is_fixed(x)
 
@@ -101,8 +100,12 @@ class Recorder(TorchDispatchMode):
         return GraphModule(self.root, self.graph)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Operation,
+        types: Iterable[type],
+        args: tuple[Argument, ...] = (),
+        kwargs: dict[str, Argument] | None = None,
+    ) -> object:
         kwargs = {} if kwargs is None else kwargs
         if not isinstance(func, _OpOverload) or any(kind not in _PLAIN for kind in types):
             raise CannotRecordError(f"{func} of {types}")
@@ -115,7 +118,7 @@ class Recorder(TorchDispatchMode):
         map_aggregate((args, kwargs), lambda x: inputs.append(x) if isinstance(x, Tensor) else None)
         fresh = func in _FRESH  # torch.tensor(2.0), which may be written into later
         if fresh:
-            args, func = (args[0].clone(),), torch.ops.aten.clone.default
+            args, func = (inputs[0].clone(),), torch.ops.aten.clone.default
         found = func(*args, **kwargs)
         values = list(found) if isinstance(found, list | tuple) else [found]
         if found is None:  # it looks at its arguments, and may raise an error
@@ -141,7 +144,7 @@ class Recorder(TorchDispatchMode):
             self._written |= {_memory(x) for x in _written(func, args, kwargs)}
         return found
 
-    def _is_known(self, func: Any, inputs: list[Tensor], values: list[Tensor]) -> bool:
+    def _is_known(self, func: Operation, inputs: list[Tensor], values: list[Tensor]) -> bool:
         """Whether no input of the graph moves the values."""
         name = func._schema.name.removeprefix("aten::")
         return (
@@ -161,7 +164,7 @@ class Recorder(TorchDispatchMode):
         node.meta["val"] = torch.empty_strided(x.shape, x.stride(), **like)
         self._nodes[x] = node
 
-    def _node(self, x: Any) -> Any:
+    def _node(self, x: Argument) -> Argument:
         """The node of a tensor; anything else as it is."""
         if not isinstance(x, Tensor):
             return x
@@ -185,17 +188,17 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _written(func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """The arguments that an operation writes into."""
-    found: list[Any] = []
+    found: list[object] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             found += value if isinstance(value, list | tuple) else [value]
-    return [x for x in found if x is not None]
+    return [x for x in found if isinstance(x, Tensor)]
 
 
-def _changes_nothing(func: Any, inputs: list[Tensor], values: list[Tensor]) -> bool:
+def _changes_nothing(func: Operation, inputs: list[Tensor], values: list[Tensor]) -> bool:
     """Whether it gives the very elements of its one argument, in their places."""
     if len(values) != 1 or len(inputs) != 1 or func._schema.is_mutable:
         return False

@@ -6,13 +6,12 @@ active while it runs, and which tensors it follows, have none either), and on ``
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from pyro_ebm.internals.lookup import internal
+from pyro_ebm.internals.lookup import Operation, internal
 from pyro_ebm.internals.recording import HostReadError, Recorder
 
 _PROXIES, _CAPTURE = "torch.fx.experimental.proxy_tensor", "to capture a function as a graph"
@@ -42,7 +41,7 @@ def is_capturing() -> bool:
     return bool(Recorder.active) or _get_proxy_mode() is not None
 
 
-def is_followed(x: Any) -> bool:
+def is_followed(x: object) -> bool:
     """Whether a tensor's values are written down by the graph that is being captured."""
     if Recorder.active:
         return Recorder.active[-1].follows(x)
@@ -51,8 +50,8 @@ def is_followed(x: Any) -> bool:
 
 
 def capture(
-    function: Callable[..., Any],
-    instead: Mapping[Any, Callable[..., Any]],
+    function: Callable[..., Sequence[Tensor]],
+    instead: Mapping[Operation, Operation],
     tensors: Sequence[Tensor],
 ) -> GraphModule:
     """The operations that a function makes with some tensors, as a graph.
@@ -83,5 +82,5 @@ def capture(
 
 def namespace(node: Node) -> str | None:
     """The library that the operation of a node belongs to; None if it is no operation of torch."""
-    target: Any = node.target
-    return target.namespace if isinstance(target, _OpOverload) else None
+    target = node.target
+    return getattr(target, "namespace", None) if isinstance(target, _OpOverload) else None

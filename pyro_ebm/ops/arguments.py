@@ -9,7 +9,7 @@ import operator
 import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxother = self.maxstring = 200
 
-    def repr_instance(self, x: Any, level: int) -> str:
+    def repr_instance(self, x: object, level: int) -> str:
         if isinstance(x, type):
             return f"the class {x.__name__} (make one: {x.__name__}(...))"
         shape = getattr(x, "shape", None)
         if isinstance(shape, tuple) and math.prod(shape) > 10:
-            text = f"{type(x).__name__} of shape {tuple(shape)}"
-            return f"{text} and dtype {x.dtype}" if hasattr(x, "dtype") else text
+            text, dtype = f"{type(x).__name__} of shape {tuple(shape)}", getattr(x, "dtype", None)
+            return text if dtype is None else f"{text} and dtype {dtype}"
         return super().repr_instance(x, level)
 
 
@@ -85,7 +85,7 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number, got {shown(value)}{_as_tensor(value)}")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: object, least: int = 1) -> int:
     """The value as an ``int``; raises a ValueError unless it is an integer of at least ``least``.
 
     Example:
@@ -97,10 +97,10 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         ValueError: num_steps must be an integer of at least 1, got 0
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+        number = operator.index(value) if isinstance(value, SupportsIndex) else None
+    except TypeError:  # a tensor of several numbers, or of real ones
         number = None
-    if number is None or number < least:
+    if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
     return number
 
@@ -146,7 +146,7 @@ def check_tensor(name: str, value: object, what: str = "a tensor of real numbers
         raise ValueError(f"{name} must be {what}, got {shown(value)}{_as_tensor(value)}")
 
 
-def checked_device(name: str, value: Any) -> torch.device | None:
+def checked_device(name: str, value: torch.device | str | int | None) -> torch.device | None:
     """The value as a ``torch.device``; None stays None.
 
     Example:

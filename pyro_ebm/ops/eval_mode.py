@@ -80,7 +80,7 @@ def _on_call(function: Callable[[nn.Module], None]) -> Iterator[None]:
     """Calls a function with each module that this thread calls, before it runs."""
     before: Any = sys.getprofile()
 
-    def watch(frame: FrameType, event: str, arg: Any) -> None:
+    def watch(frame: FrameType, event: str, arg: object) -> None:
         if event == "call" and frame.f_code is _CALL:
             function(frame.f_locals["self"])
         if callable(before):

@@ -8,15 +8,13 @@ import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pyro_ebm import files
-from pyro_ebm.files import CheckpointError, PathLike
+from pyro_ebm.files import CheckpointError, PathLike, State
 from pyro_ebm.ops.distributed import fail_together, gathered, rank, rank_path
 
-Payload = dict[str, Any]
 Mark = tuple[int, int]
 """Which save a file is of: its number (0 if saves have none), and the steps made until then."""
 
@@ -24,8 +22,8 @@ ABSENT, UNREADABLE = (-1, 0), (-2, 0)
 
 
 def load_common(
-    path: PathLike, kind: str, mark: Callable[[Payload], Mark], missing_ok: bool = False
-) -> Payload | None:
+    path: PathLike, kind: str, mark: Callable[[State], Mark], missing_ok: bool = False
+) -> State | None:
     """This rank's file, of the last save that all ranks have.
 
     Where it is the file before the last one, it takes the place of the last one. A collective call.
@@ -77,7 +75,7 @@ def load_common(
     )
 
 
-def _read(path: Path, kind: str, mark: Callable[[Payload], Mark]) -> tuple[Payload | None, Mark]:
+def _read(path: Path, kind: str, mark: Callable[[State], Mark]) -> tuple[State | None, Mark]:
     """A payload and its mark; a rank that raised here would leave the others waiting."""
     try:
         payload = files.load(path, kind)

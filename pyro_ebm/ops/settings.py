@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from inspect import Parameter
 from types import FunctionType
-from typing import Any, Self, Unpack, get_args, get_origin, get_type_hints
+from typing import Self, Unpack, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -41,19 +41,19 @@ class HasSettings:
         TypeError: Drift: got an unexpected keyword argument 'stepz'
     """
 
-    given_settings: dict[str, Any]
+    given_settings: dict[str, object]
     """The arguments of the constructor, defaults included."""
-    initial_settings: dict[str, Any]
+    initial_settings: dict[str, object]
     """The attributes of the same names, as the constructor left them."""
     __signature__: inspect.Signature
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if isinstance(init := vars(cls).get("__init__"), FunctionType):
             cls.__init__ = _recorded(init)
         cls.__signature__ = inspect.Signature(list(_parameters(cls).values()))
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         """An object with its settings; the constructor says what is missing."""
         new, signature = super().__new__(cls), cls.__signature__
         try:
@@ -66,13 +66,13 @@ class HasSettings:
         return new
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Every parameter of the constructor and its value: as given, or as assigned since."""
         now, initial = vars(self), self.initial_settings
         assigned = {k: now[k] for k, x in initial.items() if not _same(now[k], x)}
         return {**self.given_settings, **assigned}
 
-    def copy(self, **changes: Any) -> Self:
+    def copy(self, **changes: object) -> Self:
         """An object with the same settings, but for the changes, and nothing else of this one."""
         return type(self)(**{**self.settings, **changes})
 
@@ -93,7 +93,7 @@ def _recorded(init: FunctionType) -> Callable[..., None]:
     """The constructor, with a note of what it leaves; the outermost one writes it last."""
 
     @functools.wraps(init)
-    def __init__(self: HasSettings, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: HasSettings, *args: object, **kwargs: object) -> None:
         init(self, *args, **kwargs)
         now = vars(self)
         now["initial_settings"] = {k: now[k] for k in self.given_settings if k in now}
@@ -124,12 +124,12 @@ def _parameters(cls: type) -> dict[str, Parameter]:
     return found
 
 
-def _same(value: Any, default: Any) -> bool:
+def _same(value: object, default: object) -> bool:
     plain = isinstance(value, _PLAIN) and isinstance(default, _PLAIN)
     return value is default or (plain and value == default)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value in short: functions and modules by their names, numbers to three digits."""
     if isinstance(value, list | tuple) and len(value) <= 10:
         parts = ", ".join(map(_text, value))

@@ -15,7 +15,7 @@ computed from a context: each batch element is then a machine of its own, with i
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Unpack
 
 import torch
 from pyro.distributions import (
@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from torch.nn.functional import softplus as _softplus
 
 from pyro_ebm.distributions.checks.arguments import common_batch
-from pyro_ebm.distributions.enumerated import EnumeratedEnergy, Enumeration
+from pyro_ebm.distributions.enumerated import EnergySettings, EnumeratedEnergy, Enumeration
 
 NUMBERS_PER_CHUNK = 2**21
 """How many preactivations an enumeration holds at once."""
@@ -68,7 +68,7 @@ class TwoLayers(EnumeratedEnergy):
         event_shape: tuple[int, ...],
         support: constraints.Constraint,
         batch_shape: tuple[int, ...] = (),
-        **kwargs: Any,
+        **kwargs: Unpack[EnergySettings],
     ):
         n, m = check_weights(weights)
         check_beside(weights, "visible_bias", visible_bias, n)

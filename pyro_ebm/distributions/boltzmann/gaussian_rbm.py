@@ -24,7 +24,7 @@ Reference:
 """
 
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from pyro.distributions import (
@@ -45,6 +45,7 @@ from pyro_ebm.distributions.boltzmann.bipartite import (
     softplus,
     times,
 )
+from pyro_ebm.distributions.enumerated import EnergySettings
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.integration.enumerate import states, values_of_states
 
@@ -91,7 +92,7 @@ class GaussianRBM(MarginalLayers):
         visible_bias: Tensor,
         hidden_bias: Tensor,
         scale: Tensor | float = 1.0,
-        **kwargs: Any,
+        **kwargs: Unpack[EnergySettings],
     ):
         n, _ = check_weights(weights)
         if not isinstance(scale, Tensor):

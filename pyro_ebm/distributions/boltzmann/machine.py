@@ -12,13 +12,13 @@ couplings :math:`J_{ij} = \beta / N` between all :math:`N` units are the Curie-W
 usual :math:`e^{\beta M^2 / 2N}` has the constant :math:`\beta / 2` of the diagonal on top).
 """
 
-from typing import Any
+from typing import Unpack
 
 from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.couplings import floating
-from pyro_ebm.distributions.boltzmann.pairwise import PairwiseEnergy
+from pyro_ebm.distributions.boltzmann.pairwise import PairwiseEnergy, PairwiseSettings
 from pyro_ebm.distributions.core.discrete import spin
 
 STATES = {"spin": spin, "binary": constraints.boolean}
@@ -72,7 +72,7 @@ class BoltzmannMachine(PairwiseEnergy):
         bias: Tensor | float | None = None,
         edges: Tensor | None = None,
         states: str = "spin",
-        **kwargs: Any,
+        **kwargs: Unpack[PairwiseSettings],
     ):
         if not isinstance(states, str) or states not in STATES:
             raise ValueError(f"states must be 'spin' (-1, 1) or 'binary' (0, 1), got {states!r}")

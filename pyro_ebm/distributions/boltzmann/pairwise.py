@@ -27,7 +27,7 @@ Reference:
     images.
 """
 
-from typing import Any, Self
+from typing import Self, Unpack
 
 import torch
 from pyro.distributions import constraints
@@ -37,11 +37,17 @@ from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating
 from pyro_ebm.distributions.checks.arguments import common_batch
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import readable
-from pyro_ebm.distributions.enumerated import EnumeratedEnergy, Enumeration
+from pyro_ebm.distributions.enumerated import EnergySettings, EnumeratedEnergy, Enumeration
 from pyro_ebm.ops.integration.enumerate import check_enumerable
 
 NUMBERS_PER_CHUNK = 2**20
 """How many numbers an enumeration holds at once."""
+
+
+class PairwiseSettings(EnergySettings, total=False):
+    """What every pairwise energy takes."""
+
+    num_sites: int | None
 
 
 class PairwiseEnergy(EnumeratedEnergy):
@@ -94,7 +100,7 @@ class PairwiseEnergy(EnumeratedEnergy):
         *,
         values: constraints.Constraint,
         num_states: int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EnergySettings],
     ):
         couplings = floating("couplings", couplings, (bias, edges))
         if bias is not None:

@@ -8,13 +8,13 @@ product, and points are one-hot rows, shape ``(n, q)``. Sweeps and sums over sta
 half the coupling, up to a constant, for :math:`[s = s'] = (1 + s s') / 2` of spins.
 """
 
-from typing import Any
+from typing import Unpack
 
 from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.couplings import floating
-from pyro_ebm.distributions.boltzmann.pairwise import PairwiseEnergy
+from pyro_ebm.distributions.boltzmann.pairwise import PairwiseEnergy, PairwiseSettings
 from pyro_ebm.ops.arguments import check_count
 
 
@@ -62,7 +62,7 @@ class Potts(PairwiseEnergy):
         field: Tensor | None = None,
         edges: Tensor | None = None,
         num_states: int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[PairwiseSettings],
     ):
         if field is not None:
             field = floating("field", field)

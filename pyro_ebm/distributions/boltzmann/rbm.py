@@ -24,7 +24,7 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 import torch
 from pyro.distributions import (
@@ -42,6 +42,7 @@ from pyro_ebm.distributions.boltzmann.bipartite import (
     dot,
     softplus,
 )
+from pyro_ebm.distributions.enumerated import EnergySettings
 
 Layers = TypeVar("Layers", bound="BinaryLayers")
 
@@ -146,7 +147,13 @@ class RBM(BinaryLayers, MarginalLayers):
 
     _way_to_temper = ": temper joint()"
 
-    def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
+    def __init__(
+        self,
+        weights: Tensor,
+        visible_bias: Tensor,
+        hidden_bias: Tensor,
+        **kwargs: Unpack[EnergySettings],
+    ):
         n, _ = check_weights(weights)
         super().__init__(weights, visible_bias, hidden_bias, (n,), constraints.boolean, **kwargs)
 
@@ -196,7 +203,13 @@ class JointRBM(BinaryLayers):
 
     supports_tempering = True
 
-    def __init__(self, weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, **kwargs: Any):
+    def __init__(
+        self,
+        weights: Tensor,
+        visible_bias: Tensor,
+        hidden_bias: Tensor,
+        **kwargs: Unpack[EnergySettings],
+    ):
         units = (sum(check_weights(weights)),)
         super().__init__(weights, visible_bias, hidden_bias, units, constraints.boolean, **kwargs)
 

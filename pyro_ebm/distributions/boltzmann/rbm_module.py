@@ -31,13 +31,14 @@ Reference:
     training restricted Boltzmann machines (the start of the parameters).
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions.boltzmann.gaussian_rbm import GaussianRBM
 from pyro_ebm.distributions.boltzmann.rbm import RBM
+from pyro_ebm.distributions.enumerated import EnergySettings
 from pyro_ebm.ops.arguments import check_count, check_number, check_tensor
 
 
@@ -102,7 +103,7 @@ class RBMModule(nn.Module):
         self.register_buffer("visible_offset", mean if centered else torch.zeros_like(mean))
         self.register_buffer("hidden_offset", zeros + 0.5 if centered else zeros.clone())
 
-    def forward(self, **kwargs: Any) -> RBM:
+    def forward(self, **kwargs: Unpack[EnergySettings]) -> RBM:
         """The machine of the current parameters.
 
         Args:
@@ -302,7 +303,7 @@ class GaussianRBMModule(RBMModule):
         else:
             self.register_buffer("log_scale", log_scale)
 
-    def forward(self, **kwargs: Any) -> GaussianRBM:
+    def forward(self, **kwargs: Unpack[EnergySettings]) -> GaussianRBM:
         """The machine of the current parameters.
 
         Args:

@@ -27,7 +27,7 @@ ROUNDED_OF_ELEMENT = 0.1
 """The share of the values of one element of the event; a single one always may."""
 
 
-def ends_of(support: constraints.Constraint) -> tuple[Any, Any]:
+def ends_of(support: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
     """The ends of an interval, None for those it does not have, also for other supports.
 
     Example:

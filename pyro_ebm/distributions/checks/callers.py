@@ -22,7 +22,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.infer import HMC, Importance, WeighedPredictive
@@ -33,13 +33,16 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from pyro.infer.mcmc.util import initialize_model
 
+Model = Callable[..., object]
+"""A model, or a guide, of Pyro."""
+
 
 class Call(NamedTuple):
     """An algorithm that is running, with the model that it was given."""
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    model: Model
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     owner: object
     """The object of the algorithm; None of a function."""
 

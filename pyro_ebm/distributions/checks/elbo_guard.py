@@ -7,13 +7,12 @@ model first. Pyro's ELBOs and samplers do not: their calls of ``log_prob`` are c
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.distributions.checks.callers import sampler_of_a_posterior
+from pyro_ebm.distributions.checks.callers import Model, sampler_of_a_posterior
 from pyro_ebm.internals.pyro_runtime import in_svi_step
 
 _handled: ContextVar[bool] = ContextVar("_handled", default=False)
@@ -32,7 +31,7 @@ def normalizers_handled() -> Iterator[None]:
         _handled.reset(token)
 
 
-PosteriorCheck = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
+PosteriorCheck = Callable[[Model, tuple[object, ...], dict[str, object]], None]
 """A check of a model, its arguments and keyword arguments, which raises an error."""
 _posterior_checks: list[PosteriorCheck] = []
 

@@ -10,10 +10,10 @@ those.
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from pyro_ebm.internals.pyro_runtime import weights_are_samples, with_random_weights
@@ -52,7 +52,7 @@ def at_site(name: str) -> Iterator[None]:
 
 
 class _RefuseSampling(Messenger):
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         raise RuntimeError(
             f"the energy draws its weight {msg['name']!r} (a PyroSample) anew whenever it is"
             " evaluated: read the weight in the model and give the energy its value, as in"

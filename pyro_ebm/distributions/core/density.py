@@ -7,7 +7,7 @@ r"""What an energy and a base say of a density: everything but its constant.
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from pyro.distributions import constraints
@@ -210,7 +210,9 @@ class EnergyDensity(TorchDistribution):
         """Raises a ValueError for points outside the support."""
         self._validate_sample(x)
 
-    def expand(self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None) -> Self:
+    def expand(
+        self, batch_shape: torch.Size | tuple[int, ...], _instance: Self | None = None
+    ) -> Self:
         """A copy with a larger batch: the elements are independent and share the energy."""
         new = copy.copy(self) if _instance is None else _instance
         if _instance is not None:

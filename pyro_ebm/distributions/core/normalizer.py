@@ -179,7 +179,7 @@ class NormalizableDensity(EnergyDensity):
         """
         new = copy.copy(self)
         like = self.like
-        log_z: Any = getattr(log_normalizer, "value", log_normalizer)
+        log_z = getattr(log_normalizer, "value", log_normalizer)
         if not isinstance(log_z, Tensor):
             check_number("log_normalizer", log_z)
         value = torch.as_tensor(log_z, dtype=like.dtype, device=like.device)

@@ -7,9 +7,10 @@ imported, as :mod:`pyro_ebm.mcmc` does, and :meth:`pyro_ebm.UnnormalizedEnergy.s
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 
@@ -44,7 +45,7 @@ class Sampler(Protocol):
     """A function that draws from an energy."""
 
     def __call__(
-        self, energy: Any, sample_shape: torch.Size, diagnose: bool = False
+        self, energy: TorchDistribution, sample_shape: torch.Size, diagnose: bool = False
     ) -> tuple[Tensor, ChainDiagnostics]:
         """Draws of shape ``(*sample_shape, *batch_shape, *event_shape)``, and their diagnostics.
 

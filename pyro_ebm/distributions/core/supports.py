@@ -173,9 +173,10 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         bijection = biject_to(support)
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
-    inner: Any = elementwise(support)
-    if hasattr(inner, "lower_bound") and not hasattr(inner, "upper_bound"):  # whole numbers
-        return torch.randint(5, shape, device=like.device).to(like) + inner.lower_bound
+    inner = elementwise(support)
+    lower = getattr(inner, "lower_bound", None)
+    if lower is not None and not hasattr(inner, "upper_bound"):  # whole numbers
+        return torch.randint(5, shape, device=like.device).to(like) + lower
     support_values = support_values_of(support, shape)
     assert support_values is not None
     support_values = support_values.to(like)
@@ -221,7 +222,7 @@ def same_support(one: constraints.Constraint, other: constraints.Constraint) -> 
     return contains(one, other) and contains(other, one)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Whether two constraints are of one type and have the same parts."""
     if one is other:
         return True
@@ -231,9 +232,9 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, constraints.Constraint):
         return _same(vars(one), vars(other))
-    if isinstance(one, dict):
+    if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     return bool(one == other)
 

@@ -6,7 +6,7 @@ looks inside goes through this module.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro.distributions import Delta, ImproperUniform
@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 from torch.distributions import Independent
 
+T = TypeVar("T")
 WRAPPED = ("base_dist", "_component_distribution", "component0", "component1")
 """The attributes that hold distributions of the same or of transformed points."""
 PARTS = (*WRAPPED, "base", "_mixture_distribution", "_dirichlet")  # the last is of Beta
@@ -22,7 +23,7 @@ VIEWS = (Independent, MaskedDistribution, ExpandedDistribution)
 """The wrappers that leave the points as they are."""
 
 
-def layers(fn: object, wrappers: type | tuple[type, ...] = object) -> Iterator[Any]:
+def layers(fn: object, wrappers: type | tuple[type, ...] = object) -> Iterator[object]:
     """A distribution, the one that it wraps, the one inside that, and so on.
 
     Args:
@@ -50,14 +51,14 @@ def innermost(fn: object, wrappers: type | tuple[type, ...] = object) -> Any:
     return last
 
 
-def parts_of(fn: object) -> Iterator[Any]:
+def parts_of(fn: object) -> Iterator[object]:
     """The distributions that one holds directly: the wrapped one, or the parts of a mixture."""
     for name in WRAPPED:
         if (part := getattr(fn, name, None)) is not None:
             yield part
 
 
-def walk(fn: object) -> Iterator[Any]:
+def walk(fn: object) -> Iterator[object]:
     """A distribution and all that it is made of, at any depth.
 
     Example:
@@ -82,7 +83,7 @@ def improper_part(fn: object) -> str | None:
     return next((type(part).__name__ for part in walk(fn) if isinstance(part, without)), None)
 
 
-def inside_event(fn: Any, dims: int) -> Any:
+def inside_event(fn: object, dims: int) -> Any:
     """The distribution inside ``to_event(dims)``, as far as there is one.
 
     Example:
@@ -96,7 +97,7 @@ def inside_event(fn: Any, dims: int) -> Any:
     return fn
 
 
-def unmasked(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | None, int]:
+def unmasked(fn: object, mask: Tensor | bool | None) -> tuple[Any, Tensor | None, int]:
     """The distribution inside ``mask`` and ``to_event``, all masks together, and what was summed.
 
     Args:
@@ -128,7 +129,7 @@ def unmasked(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | None, i
     return fn, mask, inner_dims
 
 
-def unvalidated(fn: Any) -> Any:
+def unvalidated(fn: T) -> T:
     """A distribution that checks no values: a point outside the support has no density, no error.
 
     Samplers propose such points and must see the density there, not an exception; and checks
@@ -139,7 +140,7 @@ def unvalidated(fn: Any) -> Any:
         >>> unvalidated(p).log_prob(torch.full((2,), float("nan")))
         tensor(nan)
     """
-    new = copy.copy(fn)
+    new: Any = copy.copy(fn)
     for part in PARTS:
         inner = vars(new).get(part)
         if inner is not None:

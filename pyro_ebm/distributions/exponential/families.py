@@ -18,7 +18,7 @@ Reference:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from pyro.distributions import constraints
@@ -159,7 +159,7 @@ class Named(Family):
         name: str,
         support: constraints.Constraint,
         event_shape: torch.Size,
-        fixed: tuple[Any, ...],
+        fixed: tuple[object, ...],
     ):
         self.name, self.support, self.event_shape, self.fixed = name, support, event_shape, fixed
 
@@ -193,7 +193,7 @@ class Named(Family):
         parameters = self.formula.parameters(*self._arguments(theta))
         return self.formula.make(**parameters, validate_args=validate)
 
-    def _arguments(self, theta: Tensor) -> tuple[Any, ...]:
+    def _arguments(self, theta: Tensor) -> tuple[object, ...]:
         components = (theta,) if self.formula.vector else theta.unbind(-1)
         return (*components, *self.fixed)
 

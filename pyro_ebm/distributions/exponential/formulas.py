@@ -8,7 +8,6 @@ the components of :math:`\theta` one by one.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -33,15 +32,15 @@ class Formula:
     """Pyro's constructor of a member."""
     statistic: Callable[..., Components]
     """Maps x to T(x): a tuple of its components, or all of them in one tensor."""
-    natural: Callable[[Any], Components]
+    natural: Callable[..., Components]
     """Maps a distribution to theta: a tuple, or one tensor."""
     log_z: Callable[..., Tensor]
     """Maps theta to log Z."""
-    parameters: Callable[..., dict[str, Any]]
+    parameters: Callable[..., dict[str, Tensor]]
     """Maps theta to the keyword arguments of the constructor."""
     log_h: Callable[..., Tensor] | None = None
     """Maps x to log h(x); None if h is 1."""
-    fixed: Callable[[Any], tuple[Any, ...]] = lambda d: ()
+    fixed: Callable[..., tuple[object, ...]] = lambda d: ()
     """Maps a distribution to what its family holds fixed."""
     vector: bool = False
     r"""Whether the formulas take :math:`\theta` as a whole, shape ``(*batch, k)``."""

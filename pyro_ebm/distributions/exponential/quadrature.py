@@ -10,12 +10,12 @@ is 1. The integrand is undefined there, and must have decayed before.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributions import biject_to
 
 from pyro_ebm.distributions.core.wrappers import unvalidated
@@ -57,7 +57,7 @@ def log_normalizer_by_quadrature(
         >>> log_normalizer_by_quadrature(p)  # Gamma(3, 1)
         tensor(0.6931)
     """
-    q: Any = unvalidated(p.unexpanded)
+    q = unvalidated(p.unexpanded)
     check_dimensions(q.support, q.event_shape, q.batch_shape, f"log Z of {p!r}")
     integrand = Integrand(q.unnormalized_log_prob, q.support, q.event_shape, q.batch_shape)
     like, result = integrand.precision(q.like), q.like
@@ -128,7 +128,7 @@ class Integrand:
         batch = z.shape[:-1]
         z = z.reshape(batch + self.shape)
         x = self.bijection(z)
-        inverse: Any = self.bijection.inv
+        inverse = self.bijection.inv
         jacobian = self.bijection.log_abs_det_jacobian(z, x).reshape(batch + (-1,)).sum(-1)
         # where z cannot be told from x any more, x is not the point that was meant
         lost = ~((inverse(x) - z).abs() < 0.1).reshape(batch + (-1,)).all(-1)
@@ -183,28 +183,32 @@ class _ChosenGrid(torch.autograd.Function):
     """Chooses a grid by looking at values, which ``vmap`` forbids: a mapped theta is a batch."""
 
     @staticmethod
-    def forward(theta: Tensor, integrand: Callable[[Tensor], Integrand], like: Tensor) -> Any:
+    def forward(
+        theta: Tensor, integrand: Callable[[Tensor], Integrand], like: Tensor
+    ) -> tuple[Tensor, ...]:
         log_f = integrand(theta)
         rtol = accuracy(like, theta)
         grid, failure = find_grid(log_f, log_f.dim, log_f.batch_shape, rtol, MAX_EVALUATIONS, like)
         return *grid[:4], failure, torch.tensor([grid.size, grid.holes])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
+    ) -> None:
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[None, None, None]:
         return None, None, None
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: Any,
+        info: object,
+        in_dims: tuple[int | None, ...],
         theta: Tensor,
         integrand: Callable[[Tensor], Integrand],
         like: Tensor,
-    ) -> Any:
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         if in_dims[0] is not None:
             theta = theta.movedim(in_dims[0], 0)
         mapped = 0 if in_dims[0] is not None else None

@@ -119,12 +119,13 @@ def _check_boundary(site: EnergySite) -> None:
     :math:`w' / w = 2 / x`.
     """
     support, x = site.energy.support, site.x
-    ends = ends_of(support)
+    low, high = ends_of(support)
+    width = None if low is None or high is None else high - low
     bad = torch.zeros_like(x, dtype=torch.bool)
     for margin in margins(elementwise(support), x):
         rows = margin.reshape(site.batch_shape.numel(), -1)
         least = rows.amin(0)
-        scale = rows.mean(0) if None in ends else (ends[1] - ends[0]) * torch.ones_like(least)
+        scale = rows.mean(0) if width is None else width * torch.ones_like(least)
         piled = (rows == least) & (least < NEAR_BOUNDARY * scale)
         piled &= piled.sum(0) > 1
         bad |= (piled | (rows == 0)).reshape(x.shape)
