@@ -106,7 +106,7 @@ def test_correlated_normal(spread, full_mass):
     precision = torch.linalg.inv(covariance)
     target = energy(lambda x: ((x @ precision) * x).sum(-1) / 2, 3)
     kernel = BarkerKernel(spread=spread, full_mass=full_mass)
-    x, _ = run_kernel(kernel, target, torch.randn(200, 3), 300, 300)
+    x, _ = run_kernel(kernel, target, torch.randn(500, 3), 150, 120)
     assert_moments(x, 0.0, covariance.diagonal())
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert_mean(x[..., i] * x[..., j], covariance[i, j])
@@ -114,7 +114,7 @@ def test_correlated_normal(spread, full_mass):
 
 @SPREADS
 def test_same_posterior_as_nuts(spread):
-    x = draw(BarkerKernel(eight_schools, spread=spread, full_mass=True), 300, 300, num_chains=100)
+    x = draw(BarkerKernel(eight_schools, spread=spread, full_mass=True), 150, 150, num_chains=200)
     assert_same_posterior("eight schools", x)
 
 

@@ -131,8 +131,8 @@ def test_same_posterior_as_nuts(name):
 )
 def test_the_length_climbs_to_the_top_of_its_criterion(chains, groups, tolerance):
     # on a standard normal E(|w'|^2 - |w|^2)^2 is 2 d (1 - sin(2 T) / 2 T), at its highest over
-    # T^(1/4) at 2.09; a warmup of one chain sees it through more noise, and is 10 % above in the
-    # mean of many, give or take 7 % each: .16 is 5 errors of a mean of 60
+    # T^(1/4) at 2.09; a warmup of one chain sees it through more noise, and is 8 % above in the
+    # median, give or take 10 % each, and a few far more: .16 is 5 errors of a median of 60
     normals = EnergyPotential(
         UnnormalizedEnergy(
             lambda x: x.square().sum(-1) / 2, event_shape=(4,), batch_shape=(groups,)
@@ -140,7 +140,7 @@ def test_the_length_climbs_to_the_top_of_its_criterion(chains, groups, tolerance
     )
     kernel = ChEESKernel(step_size=0.2, adapt_step_size=False, adapt_mass_matrix=False)
     run_kernel(kernel, normals, torch.randn(chains * groups, 4), 500, 1)
-    assert kernel.trajectory_length.mean().item() == pytest.approx(2.09, rel=tolerance)
+    assert kernel.trajectory_length.median().item() == pytest.approx(2.09, rel=tolerance)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
@@ -300,7 +300,7 @@ def test_a_wall_is_never_crossed_and_the_target_stays_exact(kind):
         return torch.where((x > 0).all(-1), inside, {"nan": math.nan, "inf": math.inf}[kind])
 
     draws, info = run_kernel(
-        ChEESKernel(), energy(function, 1), torch.randn(2000, 1).abs(), 100, 100
+        ChEESKernel(), energy(function, 1), torch.randn(1000, 1).abs(), 30, 150
     )
     assert (draws > 0).all()
     assert info.diverging.any()

@@ -134,7 +134,7 @@ def exact_shifted():
 @pytest.mark.parametrize("kernels", [None, [MHKernel(proposal=Flip(2)), MHKernel()]])
 def test_a_model_of_many_sites(kernels):
     kernel = CompositeKernel(shifted, kernels)
-    mcmc = MCMC(kernel, 150, 150, num_chains=100, disable_progbar=True)
+    mcmc = MCMC(kernel, 50, 80, num_chains=400, disable_progbar=True)
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)
     assert {k: tuple(v.shape[2:]) for k, v in x.items()} == {
@@ -180,7 +180,7 @@ def test_each_kernel_adapts_to_its_own_block():
     kernel = CompositeKernel(
         model, [DiscreteLangevinKernel(target_accept_prob=0.9), LangevinKernel()]
     )
-    mcmc = MCMC(kernel, 100, 200, num_chains=100, disable_progbar=True)
+    mcmc = MCMC(kernel, 20, 120, num_chains=200, disable_progbar=True)
     mcmc.run()
     (discrete, _), (continuous, _) = kernel._bound
     assert discrete.step_size.item() != 0.2

@@ -18,7 +18,7 @@ def sample(request):
 
     def run(model, **settings):
         kernel = request.param(model, **settings)
-        mcmc = MCMC(kernel, 150, 150, num_chains=300, disable_progbar=True)
+        mcmc = MCMC(kernel, 80, 100, num_chains=500, disable_progbar=True)
         mcmc.run()
         return mcmc.get_samples(group_by_chain=True)["x"]
 

@@ -28,7 +28,7 @@ def walk(model=None, **settings):
     return MHKernel(model, proposal=IntegerWalk(), **settings)
 
 
-def draws(kernel, samples=500, warmup=200, chains=40, **settings):
+def draws(kernel, samples=40, warmup=80, chains=500, **settings):
     mcmc = MCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **settings)
     mcmc.run()
     return mcmc.get_samples(group_by_chain=True)
@@ -64,7 +64,8 @@ def test_moments_of_one_site(name):
     fn = SITES[name]
     count = {"Binomial": 1001, "BetaBinomial": 11, "Categorical": 4, "at both ends": 4}
     mean, variance = truth(fn.log_prob, torch.arange(1.0 * count.get(name, 1000)))
-    n = draws(walk(lambda: pyro.sample("n", fn)))["n"]
+    warmup = 400 if name == "ZeroInflatedPoisson" else 80  # from 0 to the rest is a rare step
+    n = draws(walk(lambda: pyro.sample("n", fn)), warmup=warmup)["n"]
     assert n.min() >= 0
     assert_moments(n, mean, variance)
 
@@ -135,7 +136,7 @@ def test_beside_continuous_and_binary_sites():
         pyro.sample("y", dist.Normal(n + 3 * b, 1.0), obs=tensor(5.0))
 
     kernels = [GibbsKernel(), walk(), LangevinKernel()]
-    found = draws(CompositeKernel(model, kernels), samples=400)
+    found = draws(CompositeKernel(model, kernels))
     n = torch.arange(60.0)[:, None]
     b = torch.arange(2.0)
     log_p = dist.NegativeBinomial(tensor(4.0), tensor(0.5)).log_prob(n)  # the rate integrated out
@@ -163,8 +164,8 @@ def test_plates_and_other_ways_to_run():
         walk(model, jit_compile="capture"),
         TemperingKernel(walk(model), (1.0, 0.5)),
     ):
-        assert_mean(draws(kernel, samples=300)["n"], mean)
-    one = draws(walk(model), samples=1500, chains=1, chain_method="sequential")["n"]
+        assert_mean(draws(kernel)["n"], mean)
+    one = draws(walk(model), samples=1500, warmup=100, chains=1, chain_method="sequential")["n"]
     assert_mean(one, mean)
 
 

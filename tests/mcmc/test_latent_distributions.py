@@ -244,9 +244,8 @@ def test_refused(name):
 # -- that what is sampled is right, and that the ways out work ------------------------------------
 
 
-def moments(model, num_chains=100, **kwargs):
-    kernel = LangevinKernel(model, **kwargs)
-    mcmc = MCMC(kernel, 300, num_chains=num_chains, disable_progbar=True)
+def moments(model):
+    mcmc = MCMC(LangevinKernel(model), 80, 80, num_chains=400, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples(group_by_chain=True)
 
@@ -268,7 +267,7 @@ def test_a_mixture_of_different_intervals():
     def model():
         pyro.sample("x", mixed(dist.Uniform(zeros(2), tensor([1.0, 3.0]))))
 
-    mcmc = MCMC(MHKernel(model), 300, num_chains=100, disable_progbar=True)
+    mcmc = MCMC(MHKernel(model), 80, 80, num_chains=400, disable_progbar=True)
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)["x"]
     assert_mean(x, 1.0)
@@ -310,8 +309,8 @@ def test_an_improper_prior(start):
     kernel = LangevinKernel(model)
     if start in strategies:
         kernel = LangevinKernel(model, init_strategy=strategies[start])
-    params = {"s": zeros(100)} if start == "initial_params" else None
-    mcmc = MCMC(kernel, 200, num_chains=100, initial_params=params, disable_progbar=True)
+    params = {"s": zeros(400)} if start == "initial_params" else None
+    mcmc = MCMC(kernel, 50, 80, num_chains=400, initial_params=params, disable_progbar=True)
     mcmc.run()
     precision = mcmc.get_samples(group_by_chain=True)["s"] ** -2.0
     assert_mean(precision, 9 / y.square().sum())
@@ -414,7 +413,7 @@ def test_bounds_that_are_computed_from_latents_are_not_read():
     ids=["VonMises", "independent", "bivariate", "skewed"],
 )
 def test_angles_stay_on_one_turn(make):
-    mcmc = MCMC(LangevinKernel(lambda: pyro.sample("x", make())), 300, 100, num_chains=20)
+    mcmc = MCMC(LangevinKernel(lambda: pyro.sample("x", make())), 100, 50, num_chains=50)
     mcmc.disable_progbar = True
     mcmc.run()
     x = mcmc.get_samples()["x"]

@@ -105,7 +105,7 @@ def test_kernels(kernel):
     def model():
         site_mask(gaussian(pyro.sample("mu", dist.Normal(0.0, 1.0))))
 
-    mcmc = MCMC(kernel(model), 300, num_chains=50, disable_progbar=True)
+    mcmc = MCMC(kernel(model), 40, 80, num_chains=400, disable_progbar=True)
     mcmc.run()
     assert_moments(mcmc.get_samples(group_by_chain=True)["mu"], MEAN, VARIANCE)
 
@@ -118,7 +118,7 @@ def test_kernels_around_kernels():
         pyro.sample("z", dist.Normal(k, 1.0), obs=torch.tensor(0.5))
 
     inner = CompositeKernel(model, [LangevinKernel(), GibbsKernel()])
-    mcmc = MCMC(inner, 200, num_chains=50, disable_progbar=True)
+    mcmc = MCMC(inner, 30, 60, num_chains=400, disable_progbar=True)
     mcmc.run()
     assert_mean(mcmc.get_samples(group_by_chain=True)["mu"], MEAN)
 
@@ -126,7 +126,7 @@ def test_kernels_around_kernels():
         site_mask(gaussian(pyro.sample("mu", dist.Normal(0.0, 1.0))))
 
     kernel = TemperingKernel(LangevinKernel(continuous), betas=[1.0, 0.5])
-    mcmc = MCMC(kernel, 200, num_chains=50, disable_progbar=True)
+    mcmc = MCMC(kernel, 30, 60, num_chains=400, disable_progbar=True)
     mcmc.run()
     assert_mean(mcmc.get_samples(group_by_chain=True)["mu"], MEAN)
 
@@ -190,8 +190,8 @@ def test_a_mask_that_depends_on_a_latent():
 # -- latents -------------------------------------------------------------------------------------
 
 
-def run(model, num_chains=20):
-    mcmc = MCMC(LangevinKernel(model), 300, num_chains=num_chains, disable_progbar=True)
+def run(model):
+    mcmc = MCMC(LangevinKernel(model), 150, 100, num_chains=60, disable_progbar=True)
     mcmc.run()
     return mcmc
 

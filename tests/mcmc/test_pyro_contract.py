@@ -101,7 +101,8 @@ def test_the_answer_is_right(kernel):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
 
-    x = stock(kernel(normal), 2000, 300, data=(torch.ones(3),)).get_samples()["x"]
+    kernel = kernel(normal, jit_compile="capture")  # a long run
+    x = stock(kernel, 2000, 200, data=(torch.ones(3),)).get_samples()["x"]
     assert pyro.ops.stats.effective_sample_size(x[None], 0, 1) > 100
     assert_moments(x.reshape(4, 500, 1), 0.75, 0.25)
 

@@ -195,10 +195,10 @@ def double_well(x):
 def test_the_double_well():
     """P(x > 0) = .84431; chains that start in the left well stay there without exchange."""
     p = UnnormalizedEnergy(double_well, (2,))
-    start = {"x": torch.tensor([-1.7, 0.0]).expand(20, 2)}
+    start = {"x": torch.tensor([-1.7, 0.0]).expand(80, 2)}
 
     def right(kernel):
-        mcmc = MCMC(kernel, 1000, 500, start, num_chains=20, disable_progbar=True)
+        mcmc = MCMC(kernel, 300, 200, start, num_chains=80, disable_progbar=True)
         mcmc.run()
         return (mcmc.get_samples(group_by_chain=True)["x"][..., 0] > 0).float()
 
@@ -213,10 +213,10 @@ def test_the_double_well():
 def test_a_cold_ising_model():
     """Far below the critical temperature, the magnetization of Gibbs sweeps keeps its sign."""
     p = BoltzmannMachine(0.7, edges=lattice_edges(4, 4))
-    start = {"x": torch.ones(20, 16)}
+    start = {"x": torch.ones(80, 16)}
 
     def magnetization(kernel):
-        mcmc = MCMC(kernel, 400, 100, start, num_chains=20, disable_progbar=True)
+        mcmc = MCMC(kernel, 100, 100, start, num_chains=80, disable_progbar=True)
         mcmc.run()
         return mcmc.get_samples(group_by_chain=True)["x"].mean(-1)
 
@@ -273,9 +273,9 @@ def test_constrained_latents_of_a_model():
 
     mcmc = MCMC(
         TemperingKernel(LangevinKernel(model), [1.0, 0.6, 0.3]),
-        300,
-        200,
-        num_chains=50,
+        60,
+        100,
+        num_chains=300,
         disable_progbar=True,
     )
     mcmc.run()

@@ -135,7 +135,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_posterior(name):
-    mcmc = MCMC(KERNELS[name](MODELS["gamma"]), 1000, 300, num_chains=16, disable_progbar=True)
+    mcmc = MCMC(KERNELS[name](MODELS["gamma"]), 50, 80, num_chains=400, disable_progbar=True)
     mcmc.run()
     a = mcmc.get_samples(group_by_chain=True)["a"]
     assert (a > 0).all()
@@ -147,7 +147,7 @@ def test_posterior(name):
 def test_under_nuts(method, monkeypatch):
     monkeypatch.setattr(pyro_api.mp, "cpu_count", lambda: 8)
     kernel = NUTS(gamma_model)
-    mcmc = MCMC(kernel, 200, 50, num_chains=2, disable_progbar=True, chain_method=method)
+    mcmc = MCMC(kernel, 100, 30, num_chains=2, disable_progbar=True, chain_method=method)
     mcmc.run()
     assert (mcmc.get_samples()["a"] > 0).all()
     assert kernel.model is gamma_model
