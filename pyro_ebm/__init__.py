@@ -31,7 +31,8 @@ Look at the result:
     score                     the gradient of a log density
     fisher_divergence         the mean squared difference of two scores
 
-Fit it, with a loss for SVI(model, guide, optim, loss=...):
+Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
+    fit                       the training loop: batches, rates, averages, checkpoints
     ContrastiveDivergence     negatives from short or persistent chains
     ScoreMatching             gradients of log densities, by the trace of the Hessian
     SlicedScoreMatching       the same, along random directions
@@ -71,6 +72,7 @@ from pyro_ebm.losses import (
     RankingNCE,
     ScoreMatching,
     SlicedScoreMatching,
+    fit,
     load_training,
     save_training,
 )
@@ -124,6 +126,7 @@ __all__ = [
     "__version__",
     "estimate_log_normalizer",
     "fisher_divergence",
+    "fit",
     "load_training",
     "mean_log_likelihood",
     "mixture",

@@ -7,6 +7,7 @@ has a module or a folder, and ``saving`` writes a training to one file.
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.contrastive.fit_rbm import fit_layers, fit_rbm
+from pyro_ebm.losses.fitting.fit import FitResult, fit
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.noise.flow_nce import FlowNCE
 from pyro_ebm.losses.noise.gaussian_noise import gaussian_noise
@@ -25,10 +26,12 @@ __all__ = [
     "EnergyLoss",
     "EnergyLossModule",
     "EnergySite",
+    "FitResult",
     "FlowNCE",
     "RankingNCE",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "fit",
     "fit_layers",
     "fit_rbm",
     "gaussian_noise",

@@ -11,6 +11,7 @@ ordinary term, so that plates, scales, masks, latents and guides mean what they 
 """
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -31,6 +32,7 @@ from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.losses.traces import (
     check_guide,
     energy_sites,
+    not_finite,
     parameters_in,
     refuse_score_function,
     refuse_untrained,
@@ -117,6 +119,7 @@ class EnergyLoss(Trace_ELBO):
         # the ranks that train together, within their step
         self.group: torch.distributed.ProcessGroup | None = None
         self.steps_taken = 0
+        self.not_finite: list[str] = []  # the sites that made the last loss NaN or infinite
         self._trained: frozenset[str] | None = None
         self._rows_seen: set[tuple[Any, ...]] = set()
 
@@ -336,11 +339,14 @@ class EnergyLoss(Trace_ELBO):
         if not self.evaluating:
             self.records = {}
         self.inputs.clear()
+        self.not_finite = []
         total: Any = 0.0
         with torch.enable_grad():  # methods differentiate in the points, evaluating or not
             for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
                 loss, surrogate = self._differentiable_loss_particle(model_trace, guide_trace)
                 surrogate = torch.as_tensor(surrogate)
+                if not math.isfinite(loss):
+                    self.not_finite += not_finite(model_trace, guide_trace)
                 total = total + (loss + (surrogate - surrogate.detach())) / self.num_particles
         warn_if_nan(total, "loss")
         self.steps_taken += not self.evaluating

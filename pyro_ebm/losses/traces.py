@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
@@ -56,6 +57,12 @@ def parameters_in(trace: Trace) -> dict[str, Tensor]:
     """The unconstrained parameters of a trace, by name."""
     values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
     return {name: value.unconstrained() for name, value in values.items() if value is not None}
+
+
+def not_finite(*traces: Trace) -> list[str]:
+    """The names of the sites whose terms are NaN or infinite."""
+    sites = [pair for trace in traces for pair in samples(trace).items()]
+    return [name for name, site in sites if not torch.isfinite(site["log_prob_sum"]).all()]
 
 
 def energy_sites(model_trace: Trace, noise: Mapping[str, Any]) -> dict[str, EnergySite]:
@@ -123,20 +130,23 @@ def refuse_score_function(sites: list[str], guide_trace: Trace) -> None:
             )
 
 
-def refuse_untrained(loss: Tensor, held: Iterable[Tensor], model: Callable[..., object]) -> None:
-    """Raises a ValueError for a leaf of the loss that ``SVI`` would not train.
+def refuse_untrained(
+    loss: Tensor, held: Iterable[Tensor], model: Callable[..., object], trainer: str = "SVI"
+) -> None:
+    """Raises a ValueError for a leaf of the loss that would not be trained.
 
     Args:
         loss: the loss.
-        held: the parameters of the trace, and points that are no parameters.
+        held: the parameters that are trained, and points that are no parameters.
         model: where to look for the leaf's name.
+        trainer: who trains them.
     """
     known = {id(p) for p in held}
     for leaf in leaves(loss):
         if id(leaf) not in known:
             raise ValueError(
                 f"a parameter of shape {tuple(leaf.shape)}{_where(leaf, model)} takes part in"
-                " the loss, but SVI does not see it and would never train it: write"
+                f" the loss, but {trainer} does not see it and would never train it: write"
                 ' pyro.module("name", net) in the model, or detach it; or train'
                 " loss(model, guide) with a torch optimiser"
             )
