@@ -1,8 +1,8 @@
 r"""Training restricted Boltzmann machines, and networks of them layer by layer.
 
-Short loops around :class:`~pyro_ebm.ContrastiveDivergence`, for those who want a trained machine
-and no loop of their own. They touch no parameter store. Where the loss is the default, or another
-setting of contrastive divergence by Gibbs sweeps, its steps are those of
+The loop of :func:`~pyro_ebm.fit` with steps of their own, for those who want a trained machine.
+They touch no parameter store. Where the loss is the default, or another setting of contrastive
+divergence by Gibbs sweeps, the steps are those of
 :mod:`~pyro_ebm.losses.contrastive.rbm_gradient`.
 """
 
@@ -14,20 +14,17 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_ebm.distributions.boltzmann.belief_network import DeepBeliefNetwork
 from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.contrastive.rbm_gradient import SITE, ClosedFormStep
+from pyro_ebm.losses.fitting.batches import Batches
+from pyro_ebm.losses.fitting.loop import History, Row, run
+from pyro_ebm.losses.fitting.rates import adam, falling
 from pyro_ebm.ops.arguments import check_count
-
-FINAL_RATE = 0.05
-"""What the rate has fallen to at the end, as a part of that at the start."""
-
-FUSED = ("cpu", "cuda")
-"""The devices on which torch has Adam as one kernel."""
 
 
 def fit_rbm(
@@ -97,26 +94,30 @@ def fit_rbm(
     if not data.isfinite().all():
         raise ValueError("the data hold NaN or infinite values: drop those rows")
     bits = bits and not ((data == 0) | (data == 1)).all()
-    batch_size = min(batch_size, len(data))
+    batches = Batches(data, min(batch_size, len(data)), resumable=False)
     if loss is None:
-        loss = ContrastiveDivergence(persistent=True, num_chains=batch_size)
-    in_epoch = len(data) // batch_size
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=data.device.type in FUSED)
-    decay = FINAL_RATE ** (1 / (num_epochs * in_epoch))
-    step = ClosedFormStep.of(net, loss) or _TracedStep(net, loss)
+        loss = ContrastiveDivergence(persistent=True, num_chains=batches.rows.batch_size)
+    in_epoch, optimizer = len(batches), adam(net.parameters(), lr)
+    num_steps = num_epochs * in_epoch
+    schedule = LambdaLR(optimizer, lambda step: falling(step / num_steps))
+    gradients = ClosedFormStep.of(net, loss) or _TracedStep(net, loss)
     history = []
-    with tqdm(range(num_epochs), disable=disable_progbar, desc=f"fit {net()!r}") as bar:
-        for epoch in bar:
-            shuffled = data[torch.randperm(len(data))]
-            for index, batch in enumerate(shuffled[: in_epoch * batch_size].split(batch_size)):
-                batch = torch.bernoulli(batch) if bits else batch
-                step(batch, center_rate, record=index + 1 == in_epoch)
-                optimizer.step()
-                for group in optimizer.param_groups:
-                    group["lr"] *= decay
-            history.append(loss.diagnostics)
-            if callback is not None:
-                callback(epoch, history[-1])
+
+    def step(x: Tensor) -> Row:
+        last = batches.position == in_epoch
+        gradients(torch.bernoulli(x) if bits else x, center_rate, record=last)
+        optimizer.step()
+        schedule.step()
+        if not last:
+            return {}
+        history.append(loss.diagnostics)
+        if callback is not None:
+            callback(len(history) - 1, history[-1])
+        return history[-1]
+
+    run(
+        step, batches, num_steps, History(), label=f"fit {net()!r}", disable_progbar=disable_progbar
+    )
     optimizer.zero_grad()  # SVI adds to the gradients that it finds
     return history
 
