@@ -440,7 +440,7 @@ def empty_loader():
         ({"data": torch.zeros(0, 2)}, r"data must have rows, .* got shapes \(0, 2\)"),
         ({"data": (torch.zeros(3), torch.zeros(4))}, r"as many in each tensor, got shapes \(3,\)"),
         ({"data": empty_loader()}, "data: the DataLoader gives no batches"),
-        ({"batch_size": 13}, "batch_size must be at most 12, the number of rows, got 13"),
+        ({"batch_size": 13}, "batch_size must be at most 12, the rows of data, got 13"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"data": empty_loader(), "batch_size": 3}, "batch_size: a DataLoader has its own"),
         ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
@@ -494,6 +494,8 @@ def empty_loader():
         ({"metric": lambda: None, "metric_every": 1}, "the number that metric returns must be a"),
         ({"callbacks": print}, "callbacks must be a list of functions"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer"),
+        ({"checkpoint": 3}, "checkpoint must be the path of a file, got 3"),
+        ({"checkpoint": "no/such/folder.ckpt"}, "checkpoint: there is no folder no/such; make"),
         ({"resume": True}, "resume goes on from a checkpoint: give checkpoint="),
     ],
 )

@@ -47,6 +47,51 @@ def fit(loss: Any) -> Any:
     return value
 
 
+def in_a_loop(checkpoint: Any = None, **kwargs: Any) -> Any:
+    """``fit``, with files in a folder that goes away."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(checkpoint, str) and checkpoint:
+            checkpoint = Path(folder) / checkpoint
+        return pe.fit(checkpoint=checkpoint, **kwargs)
+
+
+def batch_model(x: Any) -> None:
+    width = pyro.param("width", torch.tensor(2.0))
+    p = pe.UnnormalizedEnergy(lambda x: half_square(x) / width**2, (2,))
+    x = x.reshape(len(x), -1)[:, :1].float().expand(-1, 2)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", p, obs=x)
+
+
+LOOP = Target(
+    "fit",
+    in_a_loop,
+    {
+        "model": batch_model,
+        "guide": lambda x: None,
+        "loss": losses.ScoreMatching(),
+        "data": torch.randn(4, 2),
+        "num_steps": 1,
+        "batch_size": 2,
+        "num_epochs": None,
+        "shuffle": True,
+        "optim": None,
+        "lr": 0.1,
+        "schedule": None,
+        "clip_norm": 1.0,
+        "average": 0.9,
+        "metric": lambda: 1.0,
+        "metric_every": 1,
+        "patience": 1,
+        "checkpoint": "fit.ckpt",
+        "checkpoint_every": 1,
+        "resume": False,
+        "callbacks": [],
+        "distributed": False,
+        "disable_progbar": True,
+    },
+)
+
 PARTICLES = {"num_particles": 1}
 NOISE = {**PARTICLES, "noise_ratio": 2}
 LOSSES = [
@@ -156,4 +201,4 @@ FUNCTIONS = [
     Target("save_training", saved, {"path": "a.pt"}),
 ]
 
-TARGETS = [*KERNELS, *DISTRIBUTIONS, *LOSSES, *FUNCTIONS]
+TARGETS = [*KERNELS, *DISTRIBUTIONS, *LOSSES, LOOP, *FUNCTIONS]

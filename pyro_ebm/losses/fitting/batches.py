@@ -64,7 +64,7 @@ def rows_of(data: Any, batch_size: int | None, shuffle: bool) -> Rows:
         raise ValueError(f"data must have rows, as many in each tensor, got shapes {shapes}")
     size = min(DEFAULT_SIZE, num_rows)
     if batch_size is not None and (size := check_count("batch_size", batch_size)) > num_rows:
-        raise ValueError(f"batch_size must be at most {num_rows}, the number of rows, got {size}")
+        raise ValueError(f"batch_size must be at most {num_rows}, the rows of data, got {size}")
     return Rows(tensors, size, shuffle, num_rows)
 
 

@@ -254,8 +254,14 @@ def _check_file(checkpoint: str | os.PathLike[str] | None, resume: bool) -> None
     if checkpoint is None:
         if resume:
             raise ValueError("resume goes on from a checkpoint: give checkpoint=")
-    elif not resume and rank_path(checkpoint).exists():
+        return
+    if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
+        raise ValueError(f"checkpoint must be the path of a file, got {shown(checkpoint)}")
+    file = rank_path(checkpoint)
+    if not file.parent.is_dir():
+        raise ValueError(f"checkpoint: there is no folder {file.parent}; make it first")
+    if file.exists() and not resume:
         raise CheckpointError(
-            f"{rank_path(checkpoint)} is there already: go on from it with resume=True, or move it"
-            " away to start anew"
+            f"{file} is there already: go on from it with resume=True, or move it away to start"
+            " anew"
         )
