@@ -40,7 +40,7 @@ MAGIC = b"pyro_ebm "
 MAX_HEADER = 1024  # bytes
 
 PathLike = str | os.PathLike[str]
-State = dict[str, Any]
+Saved = dict[str, Any]
 """What a file or a ``state_dict`` holds, by name."""
 
 
@@ -113,7 +113,7 @@ def save(
     return digest
 
 
-def load(path: PathLike, kind: str) -> State:
+def load(path: PathLike, kind: str) -> Saved:
     """The payload that :func:`save` wrote, with its tensors on the CPU.
 
     Args:
@@ -159,7 +159,7 @@ def checksum(path: PathLike) -> str:
         return _header(path, file.read(MAX_HEADER)).sha256
 
 
-def _load(path: PathLike, kind: str) -> State:
+def _load(path: PathLike, kind: str) -> Saved:
     name = os.fspath(path)
     data = memoryview(Path(path).read_bytes())
     header = _header(path, bytes(data[:MAX_HEADER]))
@@ -291,7 +291,7 @@ _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
 # -- the random state ------------------------------------------------------------------------------
 
 
-def random_state() -> State:
+def random_state() -> Saved:
     """The state of all global random number generators: torch's on all devices, NumPy's, Python's.
 
     Example:
@@ -311,7 +311,7 @@ def random_state() -> State:
     }
 
 
-def set_random_state(state: State) -> None:
+def set_random_state(state: Saved) -> None:
     """Restores what :func:`random_state` returned.
 
     Raises:

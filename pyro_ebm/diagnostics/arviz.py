@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_ebm.diagnostics.replay import Replay, is_factor
@@ -23,16 +24,17 @@ from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.ops.arguments import shown
 
 DRAWS = ("chain", "draw")
+Array = Tensor | ArrayLike
 
 
 def to_arviz(
-    mcmc: Any,
+    mcmc: object,
     *,
     log_likelihood: bool = False,
     unnormalized: bool = False,
-    posterior_predictive: Mapping[str, Any] | None = None,
-    prior: Mapping[str, Any] | None = None,
-    coords: Mapping[str, Any] | None = None,
+    posterior_predictive: Mapping[str, Array] | None = None,
+    prior: Mapping[str, Array] | None = None,
+    coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str | None]] | None = None,
 ) -> Any:
     """Converts a run to ArviZ data.
@@ -162,7 +164,7 @@ class _Run:
             plates = {
                 (frame.dim - event_dim, int(frame.size)): frame.name
                 for frame in site["cond_indep_stack"]
-                if frame.vectorized and frame.name not in DRAWS
+                if frame.dim is not None and frame.name not in DRAWS
             }
         axes = enumerate(shape)
         return tuple(plates.get((i - len(shape), n), f"{name}_dim_{i}") for i, n in axes)
@@ -181,7 +183,7 @@ class _Run:
         values = {name: _numpy(self.replay.sites[name]["value"]) for name in names}
         return {name: Variable(v, self.dims(name, v.shape), name) for name, v in values.items()}
 
-    def predictive(self, group: str, given: Mapping[str, Any]) -> dict[str, Variable]:
+    def predictive(self, group: str, given: Mapping[str, Array]) -> dict[str, Variable]:
         """The arrays that ``pyro.infer.Predictive`` returned, with named axes."""
         chains, draws = self.shape
         arrays = {}
@@ -281,7 +283,7 @@ def _renamed(groups: Groups, dims: Mapping[str, Sequence[str | None]]) -> Groups
     return {g: {k: rename(g, v) for k, v in vs.items()} for g, vs in groups.items()}
 
 
-def _to_library(groups: Groups, coords: Mapping[str, Any]) -> Any:
+def _to_library(groups: Groups, coords: Mapping[str, ArrayLike]) -> Any:
     """The groups as data of the ArviZ that is installed."""
     import arviz
     import xarray
@@ -313,5 +315,5 @@ def _has_trees(arviz: ModuleType) -> bool:
     return int(arviz.__version__.split(".")[0]) >= 1
 
 
-def _numpy(value: Any) -> np.ndarray:
+def _numpy(value: Array) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

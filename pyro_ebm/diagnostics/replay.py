@@ -10,8 +10,7 @@ without a known :math:`\log Z`, whose log density is off by a constant.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import pyro
 import torch
@@ -19,11 +18,13 @@ from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.core.wrappers import innermost
 from pyro_ebm.distributions.energy import energies_of
 from pyro_ebm.models.checks.intractability import lags
 from pyro_ebm.models.over_chains import OverChains
 from pyro_ebm.models.runs import BoundModel, sample_sites, side_runs
+from pyro_ebm.models.sites.latents import SampleSite
 
 CHUNK_SIZE = 256  # draws evaluated at once
 
@@ -51,15 +52,15 @@ class Replay:
 
     def __init__(
         self,
-        model: Callable[..., Any] | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        model: Model | None,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
         draws: Mapping[str, Tensor],
         num: int = 1,
     ):
         self.model, self.args, self.kwargs, self.draws = model, args, kwargs, draws
         self.num = len(next(iter(draws.values()))) if draws else num
-        self.sites: dict[str, Any] = {}
+        self.sites: dict[str, SampleSite] = {}
         """The sample sites of the model at the first draw, latents and all."""
         if model is None:
             return
@@ -108,7 +109,7 @@ class Replay:
             Shapes ``(num, *batch)``; 0 where masked.
         """
 
-        def at(sites: Mapping[str, Any]) -> dict[str, Tensor]:
+        def at(sites: Mapping[str, SampleSite]) -> dict[str, Tensor]:
             return {name: _log_density(sites[name]) for name in names}
 
         with self._quiet():
@@ -117,10 +118,10 @@ class Replay:
             one = OverChains(lambda draw: at(self._trace(draw)), chunk_size=CHUNK_SIZE)
             return one(dict(self.draws))
 
-    def _run(self, index: int) -> dict[str, Any]:
+    def _run(self, index: int) -> dict[str, SampleSite]:
         return self._trace({name: value[index] for name, value in self.draws.items()})
 
-    def _trace(self, draw: dict[str, Tensor]) -> dict[str, Any]:
+    def _trace(self, draw: dict[str, Tensor]) -> dict[str, SampleSite]:
         """The sample sites of the model, given one draw."""
         assert self.model is not None
         return sample_sites(BoundModel(self.model, self.args, self.kwargs).trace_at(draw))
@@ -132,11 +133,11 @@ class Replay:
             yield
 
 
-def is_factor(site: Mapping[str, Any]) -> bool:
+def is_factor(site: SampleSite) -> bool:
     """Whether a site is a ``pyro.factor``."""
     return isinstance(innermost(site["fn"]), Unit)
 
 
-def _log_density(site: Mapping[str, Any]) -> Tensor:
+def _log_density(site: SampleSite) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])

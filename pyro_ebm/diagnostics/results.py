@@ -1,6 +1,6 @@
 """What a run returns: the draws and statistics of every chain, and the summaries of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.convergence import Finding
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.files import Saved
 from pyro_ebm.internals.pyro_state import arguments_of_run, has_run, reported_by_chains
 
 Values = Mapping[str, Tensor]
@@ -39,13 +41,13 @@ class Results:
 
     samples: Values
     fields: Values
-    reported: Sequence[Mapping[str, Any]] = ()
+    reported: Sequence[Saved] = ()
     warmup_samples: Values | None = None
     warmup_fields: Values = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
-    model: Callable[..., Any] | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model: Model | None = None
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     store: Path | None = None
     requested: tuple[int, int] = (0, 0)
     findings: Sequence[Finding] = ()
@@ -63,7 +65,7 @@ class Results:
         return f"Results({chains} chains of {draws} draws {what})"
 
     @classmethod
-    def of(cls, mcmc: Any) -> "Results":
+    def of(cls, mcmc: object) -> "Results":
         """The results of a :class:`pyro_ebm.MCMC` or a ``pyro.infer.MCMC``.
 
         Raises:
@@ -95,7 +97,7 @@ class Results:
     def of_chains(
         cls,
         samples: Values,
-        reported: Sequence[Any],
+        reported: Sequence[Saved],
         num_draws: int,
         thinning: int = 1,
         **parts: Any,
@@ -129,7 +131,7 @@ class Results:
             warmup_fields=self.warmup_fields,
         )
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> Saved:
         """Split R-hat and effective sample size of each site, and what the kernels report."""
         self._check_length("diagnostics")
         result = dict(chain_diagnostics(self._as_floats()))
@@ -181,9 +183,7 @@ def select(draws: Values, num_samples: int | None, group_by_chain: bool) -> dict
     return {name: value.index_select(dim, index) for name, value in draws.items()}
 
 
-def fields_of(
-    reported: Sequence[Mapping[str, Any]], num_draws: int, thinning: int = 1
-) -> dict[str, Tensor]:
+def fields_of(reported: Sequence[Saved], num_draws: int, thinning: int = 1) -> dict[str, Tensor]:
     """The statistics of each draw from what the kernel of each chain reports at its end.
 
     Args:

@@ -6,6 +6,9 @@ from typing import Any
 
 Operation = Callable[..., Any]
 """A function of torch's, of any signature."""
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any] | None
+"""What a mode sees an operation called with."""
 
 
 def internal(module: str, name: str, purpose: str) -> Any:

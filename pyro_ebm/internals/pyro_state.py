@@ -4,7 +4,8 @@ Relies on ``_samples``, ``_diagnostics``, ``_args`` and ``_kwargs`` of ``pyro.in
 ``_state_waiting_to_be_consumed`` of ``pyro.optim.PyroOptim``, the states of parameters to come.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from pyro.infer.mcmc.api import MCMC
 from pyro.optim import PyroOptim
@@ -15,7 +16,7 @@ def has_run(mcmc: MCMC) -> bool:
     return mcmc._samples is not None
 
 
-def reported_by_chains(mcmc: MCMC) -> Sequence[object]:
+def reported_by_chains(mcmc: MCMC) -> Any:
     """The diagnostics of the kernel of each chain, in order."""
     return mcmc._diagnostics
 

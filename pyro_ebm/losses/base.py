@@ -13,7 +13,7 @@ ordinary term, so that plates, scales, masks, latents and guides mean what they 
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -24,9 +24,11 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled
 from pyro_ebm.distributions.checks.energy_calls import at_site
 from pyro_ebm.distributions.checks.rows import check_rows
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.losses.traces import (
@@ -94,7 +96,7 @@ class EnergyLoss(Trace_ELBO):
     needs_noise = False
     """Whether the guide must have a distribution, the noise, at the observed energy sites."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         """A loss; a model and a guide are arguments of the loss, and not of its class."""
         model_and_guide = args[:2]
         if len(model_and_guide) == 2 and all(map(callable, model_and_guide)):
@@ -192,11 +194,11 @@ class EnergyLoss(Trace_ELBO):
         }
         return {**result, **{name: float(value) for name, value in overall.items()}}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What to save beside parameters and optimiser, to go on exactly where training stopped."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
 
     @property
@@ -226,9 +228,7 @@ class EnergyLoss(Trace_ELBO):
 
     # -- traces ----------------------------------------------------------------------------------
 
-    def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def _get_trace(self, model: Model, guide: Model, args: Any, kwargs: Any) -> Any:
         model_trace, guide_trace, noise = traces_of(model, guide, args, kwargs)
         validating = is_validation_enabled()
         if validating:
@@ -300,16 +300,16 @@ class EnergyLoss(Trace_ELBO):
 
     # -- Pyro's plumbing -------------------------------------------------------------------------
 
-    def __call__(self, model: Any, guide: Any) -> EnergyLossModule:
+    def __call__(self, model: Model, guide: Model) -> EnergyLossModule:
         """An ``nn.Module`` whose value is the loss, to train with a torch optimiser."""
         return EnergyLossModule(model, guide, self)
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Model, guide: Model, *args: object, **kwargs: object) -> float:
         """The loss, without touching gradients, chains, running averages or diagnostics."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Model, guide: Model, *args: object, **kwargs: object) -> float:
         """The loss; its gradients are added to the parameters' ``.grad``."""
         with poutine.trace(param_only=True) as capture:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -330,7 +330,9 @@ class EnergyLoss(Trace_ELBO):
     def _after_backward(self, params: Mapping[str, Tensor], loss: Tensor) -> None:
         """A place for losses that update one player at a time."""
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Model, guide: Model, *args: object, **kwargs: object
+    ) -> Tensor:
         """The loss as a tensor whose gradient is the method's.
 
         Under ``torch.no_grad`` it is an evaluation, and leaves chains and averages as they are.

@@ -76,7 +76,7 @@ class EnergyLossModule(ELBOModule):
         self._streams_checked = False
         self._held: tuple[int, dict[int, str]] = (0, {})
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+    def initialize(self, *args: object, **kwargs: object) -> Self:
         """Takes in what the model and the guide use: networks, and parameters of ``pyro.param``.
 
         Runs both once, without a gradient, so that the parameters are made; those of ``pyro.param``
@@ -114,7 +114,7 @@ class EnergyLossModule(ELBOModule):
                 held.add(id(parameter))
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         """The loss, a scalar whose gradient is the method's."""
         ranks = active_data_parallel()
         if ranks is None or not torch.is_grad_enabled():

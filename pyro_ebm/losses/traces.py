@@ -9,6 +9,7 @@ from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.core.introspection import modules
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.sites import EnergySite, find_site
@@ -17,7 +18,7 @@ from pyro_ebm.ops.leaves import leaves
 
 
 def traces_of(
-    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    model: Model, guide: Model, args: Any, kwargs: Any
 ) -> tuple[Trace, Trace, dict[str, Any]]:
     """The traces of model and guide, and the guide's nodes at observed sites: the noise.
 

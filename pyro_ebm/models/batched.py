@@ -18,17 +18,18 @@ import contextlib
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_ebm.internals.compilers import as_written
 from pyro_ebm.internals.functorch import GET_DATA, is_wrapped, memory_key
+from pyro_ebm.internals.lookup import Args, Kwargs, Operation
 from pyro_ebm.internals.pyro_runtime import safe_log_replaced
 from pyro_ebm.internals.recurrent import STEPWISE
 
@@ -53,11 +54,11 @@ class Batched:
                 [3., 0.]])
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Operation):
         self.function = function
         self._written: set[int] = set()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         """The values at arguments whose tensors have shapes ``(chains, ...)``.
 
         Raises:
@@ -78,7 +79,7 @@ class Batched:
                 return tree_map(operator.itemgetter(torch.cat(rows).argsort()), joined)
         raise RuntimeError("the operations of an evaluation are others each time")
 
-    def _one(self, args: tuple[Any, ...], own: Tensor) -> Any:
+    def _one(self, args: tuple[object, ...], own: Tensor) -> object:
         with _ForAllChains(own, self._written):
             return self.function(*args)
 
@@ -122,8 +123,8 @@ class _ForAllChains(TorchFunctionMode):
         self.made: dict[int, tuple[int, Tensor]] = {}  # where, and the tensor, by its storage
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs = None
+    ) -> object:
         kwargs = kwargs or {}
         self.place += 1
         name = getattr(func, "__name__", "")
@@ -136,13 +137,12 @@ class _ForAllChains(TorchFunctionMode):
         elif func == GET_DATA and is_wrapped(args[0]):
             func = Tensor.detach
         try:
-            instead: Any = _INSTEAD.get(func, func)
-            found = instead(*args, **kwargs)
+            found = _INSTEAD.get(func, func)(*args, **kwargs)
         except (RuntimeError, IndexError):
             found = self._again(func, name, args, kwargs)
         return self._made(found, args)
 
-    def _again(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _again(self, func: Operation, name: str, args: Args, kwargs: dict[str, object]) -> object:
         """Does in another way what ``func`` was refused to do, or raises what it raises."""
         if name == "__setitem__" and (mask := _lone_mask(*args)) is not None:
             # x[mask] = number: x where not masked
@@ -158,19 +158,20 @@ class _ForAllChains(TorchFunctionMode):
         args, kwargs = tree_map(self._common_choice, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _common(self, x: Any) -> Any:
+    def _common(self, x: object) -> object:
         """The one value that all chains have."""
-        mapped = isinstance(x, Tensor) and is_wrapped(x)
-        return _Common.apply(x.detach(), self.own) if mapped else x
+        if isinstance(x, Tensor) and is_wrapped(x):
+            return _Common.apply(x.detach(), self.own)
+        return x
 
-    def _common_choice(self, x: Any) -> Any:
+    def _common_choice(self, x: object) -> object:
         """The same of masks, indices and counts, which choose what there is."""
         if isinstance(x, slice):
             return slice(*map(self._common_choice, (x.start, x.stop, x.step)))
         choice = isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
         return self._common(x) if choice else x
 
-    def _made(self, found: Any, args: tuple[Any, ...]) -> Any:
+    def _made(self, found: object, args: tuple[object, ...]) -> object:
         """Notes a new tensor that all chains share; one that is written into becomes their own."""
         if type(found) is not Tensor or is_wrapped(found):
             return found
@@ -194,11 +195,11 @@ class _SafeLog(torch.autograd.Function):
         return x.log()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: BackwardCFunction, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grads[0] / x.clamp(min=torch.finfo(x.dtype).eps)
 
@@ -211,18 +212,21 @@ class _Common(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, None]:
         return None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, own: Tensor) -> tuple[Tensor, None]:
+    def vmap(
+        info: object, in_dims: tuple[int | None, ...], x: Tensor, own: Tensor
+    ) -> tuple[Tensor, None]:
         if in_dims[0] is None:  # it is mapped by the function's own grad alone
             return x.clone(), None
-        rows = x.movedim(in_dims[0], 0).reshape(info.batch_size, -1)
+        rows = x.movedim(in_dims[0], 0)
+        rows = rows.reshape(len(rows), -1)
         if not ((rows == rows[:1]) | ((rows != rows) & (rows[:1] != rows[:1]))).all():
             if in_dims[1] is None or rows.is_floating_point() or rows.is_complex():
                 raise RuntimeError("a number is read that is another one in each chain")
@@ -230,7 +234,7 @@ class _Common(torch.autograd.Function):
         return x.select(in_dims[0], 0).clone(), None
 
 
-def _clamp_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _clamp_(x: Tensor, *args: float, **kwargs: float) -> Tensor:
     return x.copy_(x.clone().clamp(*args, **kwargs))
 
 
@@ -254,7 +258,7 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(mask, source.reshape(-1)[place].reshape(x.shape), x)
 
 
-_INSTEAD: dict[Any, Callable[..., Any]] = {
+_INSTEAD: dict[Operation, Operation] = {
     **STEPWISE,
     Tensor.clamp_: _clamp_,
     torch.clamp_: _clamp_,
@@ -278,8 +282,9 @@ def _writes(name: str) -> bool:
     return into or name.startswith("__i") or name == "__setitem__"
 
 
-def _lone_mask(target: Tensor, index: Any, value: Any) -> Tensor | None:
+def _lone_mask(target: Tensor, index: object, value: object) -> Tensor | None:
     """The mask of ``target[mask] = number``."""
     number = not isinstance(value, Tensor) or value.numel() == 1
-    mask = isinstance(index, Tensor) and index.dtype is torch.bool
-    return index if number and mask and index.dim() <= target.dim() else None
+    if not (number and isinstance(index, Tensor) and index.dtype is torch.bool):
+        return None
+    return index if index.dim() <= target.dim() else None

@@ -12,9 +12,10 @@ standard normal on the unconstrained space, whose draws nobody needs.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -22,10 +23,11 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.core.introspection import elementwise
-from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.supports import plain_support, stated_support
 from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.models.provenance import HostReads
 from pyro_ebm.models.runs import latents_of
+from pyro_ebm.models.sites.latents import SampleSite
 from pyro_ebm.models.sites.site import to_support
 
 NUM_LOOKS = 4
@@ -54,7 +56,7 @@ class FillMasked(Messenger):
         self.names: set[str] = set()
         self.looks = True
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: SampleSite) -> None:
         x = msg["value"]
         if not (msg["is_observed"] and isinstance(x, Tensor) and x.is_floating_point()):
             return
@@ -70,10 +72,10 @@ class FillMasked(Messenger):
                 msg["value"] = torch.where(rows, point, x)
 
 
-def _a_point(fn: Any, x: Tensor) -> Tensor | None:
+def _a_point(fn: TorchDistribution, x: Tensor) -> Tensor | None:
     """A point of a support for each element, the shape of the values and the distribution."""
     shape = torch.broadcast_shapes(x.shape, fn.shape())
-    support = plain_support(fn.support)
+    support = plain_support(stated_support(fn))
     if support.is_discrete:
         support = elementwise(support)
         low = torch.as_tensor(getattr(support, "lower_bound", 0)).to(x)
@@ -82,11 +84,11 @@ def _a_point(fn: Any, x: Tensor) -> Tensor | None:
         bijection = biject_to(support)
     except NotImplementedError:
         return None
-    point: Any = bijection(x.new_zeros(bijection.inverse_shape(shape)))
+    point = bijection(x.new_zeros(bijection.inverse_shape(shape)))
     return point.to(x)
 
 
-def masked_elements(run: Callable[[], Any]) -> dict[str, Tensor]:
+def masked_elements(run: Callable[[], poutine.Trace]) -> dict[str, Tensor]:
     """The masked elements of latents on unbounded supports, masked whatever the latents are.
 
     Args:

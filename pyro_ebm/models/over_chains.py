@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_ebm.internals.lookup import Operation
 from pyro_ebm.internals.tracing import is_capturing
 from pyro_ebm.models.batched import Batched, refuse_slow
 from pyro_ebm.ops.arguments import first_line
 
 Way = Literal["vmap", "rewritten", "loop"]
-Mapped = Callable[..., Any]
 
 # what vmap may raise of a function that can be evaluated without it
 _UNMAPPED = (UserWarning, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -54,7 +54,7 @@ class OverChains:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Operation,
         agrees: Callable[..., bool | None] | None = None,
         on_loop: Callable[..., None] | None = None,
         ways: tuple[Way, ...] = ("vmap", "rewritten"),
@@ -67,7 +67,7 @@ class OverChains:
         self._ways, self._chunk_size, self._randomness = ways, chunk_size, randomness
         self._rewritten = Batched(function)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         """The values at arguments whose tensors are led by the chains."""
         way, reason = self.way, ""
         if way is None and num_chains(args) > 1:
@@ -88,21 +88,21 @@ class OverChains:
                 self._on_loop(reason, *args)
         return values
 
-    def one_by_one(self, *args: Any) -> Any:
+    def one_by_one(self, *args: object) -> Any:
         """The plain values, of one chain after another."""
         rows = [self.function(*row) for row in _rows(args)]
         if isinstance(rows[0], Tensor):
             return torch.stack(rows)
         return tree_map(lambda *values: torch.stack(values), *rows)
 
-    def _mapped(self, way: Way) -> Mapped:
+    def _mapped(self, way: Way) -> Operation:
         return (
             self._rewritten
             if way == "rewritten"
             else vmap(self.function, randomness=self._randomness)
         )
 
-    def _at_once(self, way: Way, args: tuple[Any, ...]) -> Any:
+    def _at_once(self, way: Way, args: tuple[object, ...]) -> Any:
         mapped, num = self._mapped(way), num_chains(args)
         size = self._chunk_size or num
         if num <= size:
@@ -111,7 +111,7 @@ class OverChains:
         parts = [mapped(*tree_map(lambda x, i=i: x[i : i + size], args)) for i in starts]
         return tree_map(lambda *values: torch.cat(values), *parts)
 
-    def _choose(self, args: tuple[Any, ...]) -> tuple[Way | None, str]:
+    def _choose(self, args: tuple[object, ...]) -> tuple[Way | None, str]:
         """The way that agrees, which is kept, or ``"loop"`` and the reason; None for no way yet."""
         reason = ""
         for refused in (refuse_slow, contextlib.nullcontext):
@@ -132,7 +132,7 @@ class OverChains:
                 reason = "its vectorized value differs from its plain value"
         return "loop", reason
 
-    def _ends_agree(self, candidate: Mapped, *args: Any) -> bool:
+    def _ends_agree(self, candidate: Operation, *args: object) -> bool:
         ends = tree_map(lambda x: x[[0, -1]], args)
         found, wanted = tree_leaves(candidate(*ends)), tree_leaves(self.one_by_one(*ends))
         return all(map(is_close, found, wanted))
@@ -143,15 +143,15 @@ def saved_way(saved: Way | bool | None) -> Way | None:
     return ("vmap" if saved else "loop") if isinstance(saved, bool) else saved
 
 
-def num_chains(args: Any) -> int:
+def num_chains(args: object) -> int:
     """The number of chains that lead tensors."""
     return len(tree_leaves(args)[0])
 
 
-def _rows(args: tuple[Any, ...]) -> Iterable[Any]:
+def _rows(args: tuple[object, ...]) -> Iterable[Sequence[object]]:
     """The arguments of one chain after another."""
     if len(args) == 1 and isinstance(args[0], Tensor):
-        return zip(*args, strict=True)
+        return ((row,) for row in args[0])
     return (tree_map(operator.itemgetter(i), args) for i in range(num_chains(args)))
 
 

@@ -33,6 +33,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_ebm.internals.lookup import Args, Kwargs, Operation
 from pyro_ebm.internals.pyro_runtime import set_provenance
 from pyro_ebm.models.batched import READS
 from pyro_ebm.models.runs import BoundModel
@@ -79,14 +80,16 @@ class HostReads(TorchFunctionMode):
         super().__init__()
         self.latents: frozenset[str] = frozenset()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs = None
+    ) -> object:
         kwargs = kwargs or {}
         if _reads(getattr(func, "__name__", ""), args):
             self.latents |= get_provenance([args, kwargs])
         return func(*args, **kwargs)
 
 
-def _reads(name: str, args: tuple[Any, ...]) -> bool:
+def _reads(name: str, args: tuple[object, ...]) -> bool:
     if name == "__getitem__":  # x[x > 0]
         index = args[1] if isinstance(args[1], tuple) else args[1:]
         return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in index)
@@ -100,7 +103,9 @@ def _reads(name: str, args: tuple[Any, ...]) -> bool:
 class OnlyValuesCount(TorchFunctionMode):
     """Lets tensors that no value of a latent has moved be plain, without provenance."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operation, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _LIKE:  # shape and dtype of the first; a value to fill in keeps its source
             first = {"input": detach_provenance(kwargs["input"])} if "input" in kwargs else {}
@@ -117,7 +122,7 @@ class OnlyValuesCount(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_zero(name: str, args: tuple[Any, ...]) -> bool:
+def _is_zero(name: str, args: tuple[object, ...]) -> bool:
     if name in _TIMES:
         return any(type(a) in (int, float) and a == 0 for a in args)
     return name in _MINUS and len(args) == 2 and args[0] is args[1]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -14,8 +14,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.core.sampler import starting_points_only
 from pyro_ebm.models.sites.init import started
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 from pyro_ebm.ops.eval_mode import called_in_eval_mode
 from pyro_ebm.ops.rows import random_state_put_back
 
@@ -37,17 +39,17 @@ class BoundModel:
         tensor(0.5000)
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    init_strategy: Callable[..., Any] = init_to_uniform
+    model: Model
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    init_strategy: InitStrategy = init_to_uniform
     """Gives values to the latents, as in Pyro's kernels."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Distribution):
             object.__setattr__(self, "model", functools.partial(_sample_site, self.model))
 
-    def with_model(self, model: Callable[..., Any]) -> "BoundModel":
+    def with_model(self, model: Model) -> "BoundModel":
         """Another model, such as this one under a handler, with the same arguments."""
         return dataclasses.replace(self, model=model)
 
@@ -82,24 +84,29 @@ def _sample_site(distribution: Any) -> Tensor:
     return pyro.sample("x", distribution)
 
 
-def sample_sites(trace: poutine.Trace) -> dict[str, Any]:
+def site_of(trace: poutine.Trace, name: str) -> SampleSite:
+    """A sample site of a trace."""
+    node: Any = trace.nodes[name]
+    return node
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, SampleSite]:
     """The sample sites of a trace but for choices of data."""
     return {
-        name: node
+        name: site_of(trace, name)
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and not site_is_subsample(node)
     }
 
 
-def latents_of(trace: poutine.Trace) -> dict[str, Any]:
+def latents_of(trace: poutine.Trace) -> dict[str, SampleSite]:
     """The sites of a trace that are neither observed nor choices of data."""
     return {k: node for k, node in sample_sites(trace).items() if not node["is_observed"]}
 
 
 def value_of(trace: poutine.Trace, name: str) -> Tensor:
     """The value of a site, detached."""
-    value: Any = trace.nodes[name]["value"]
-    return value.detach()
+    return site_of(trace, name)["value"].detach()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pyro import poutine
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_ebm.distributions.core.supports import stated_support
 from pyro_ebm.models.checks.fixed_density import moving_support
 from pyro_ebm.models.runs import latents_of, value_of
 from pyro_ebm.models.sites.discrete_sites import OTHER_WAYS, is_integer
@@ -40,7 +41,7 @@ def transforms_of(
     found: dict[str, Transform] = {}
     reals: list[str] = []
     for name, node in latents_of(trace).items():
-        fn, support = node["fn"], node["fn"].support
+        fn, support = node["fn"], stated_support(node["fn"])
         if fn.has_enumerate_support and not keep_discrete:
             continue
         if support.is_discrete and not keep_discrete:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pyro_ebm import files
-from pyro_ebm.files import CheckpointError, PathLike, State
+from pyro_ebm.files import CheckpointError, PathLike, Saved
 from pyro_ebm.ops.distributed import fail_together, gathered, rank, rank_path
 
 Mark = tuple[int, int]
@@ -22,8 +22,8 @@ ABSENT, UNREADABLE = (-1, 0), (-2, 0)
 
 
 def load_common(
-    path: PathLike, kind: str, mark: Callable[[State], Mark], missing_ok: bool = False
-) -> State | None:
+    path: PathLike, kind: str, mark: Callable[[Saved], Mark], missing_ok: bool = False
+) -> Saved | None:
     """This rank's file, of the last save that all ranks have.
 
     Where it is the file before the last one, it takes the place of the last one. A collective call.
@@ -75,7 +75,7 @@ def load_common(
     )
 
 
-def _read(path: Path, kind: str, mark: Callable[[State], Mark]) -> tuple[State | None, Mark]:
+def _read(path: Path, kind: str, mark: Callable[[Saved], Mark]) -> tuple[Saved | None, Mark]:
     """A payload and its mark; a rank that raised here would leave the others waiting."""
     try:
         payload = files.load(path, kind)

@@ -2,13 +2,14 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_ebm.distributions.core.discrete import support_values_of
@@ -123,8 +124,19 @@ def check_bijection(support: constraints.Constraint, event_shape: torch.Size) ->
 
 def support_of(fn: Distribution) -> constraints.Constraint:
     """The support of a whole event."""
+    return lift_support(stated_support(fn), fn.event_shape)
+
+
+def stated_support(fn: Distribution) -> constraints.Constraint:
+    """What a distribution says of its support; by its type, that might be None."""
     support: Any = fn.support
-    return lift_support(support, fn.event_shape)
+    return support
+
+
+def as_function(transform: Transform) -> Callable[[Tensor], Tensor]:
+    """A transform itself; by its type, its values might be None."""
+    function: Any = transform
+    return function
 
 
 def is_unbounded(support: constraints.Constraint) -> bool:

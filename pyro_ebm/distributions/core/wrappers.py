@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import Delta, ImproperUniform
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 
 T = TypeVar("T")
 WRAPPED = ("base_dist", "_component_distribution", "component0", "component1")
@@ -51,7 +51,7 @@ def innermost(fn: object, wrappers: type | tuple[type, ...] = object) -> Any:
     return last
 
 
-def parts_of(fn: object) -> Iterator[object]:
+def parts_of(fn: object) -> Iterator[Distribution]:
     """The distributions that one holds directly: the wrapped one, or the parts of a mixture."""
     for name in WRAPPED:
         if (part := getattr(fn, name, None)) is not None:

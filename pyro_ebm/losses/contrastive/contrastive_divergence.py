@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.monitor import Monitor
 from pyro_ebm.losses.contrastive.negatives import NegativeSampler
@@ -152,7 +153,7 @@ class ContrastiveDivergence(EnergyLoss):
         """:meth:`energy_term` of a draw of the guide, whose gradient goes through the data term."""
         return self.energy_term(site)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Chains, step sizes and what was monitored, to go on exactly where training stopped."""
         return {
             **self.monitor.state_dict(),
@@ -160,7 +161,7 @@ class ContrastiveDivergence(EnergyLoss):
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self.monitor.load_state_dict(state)
         for mine, saved in (

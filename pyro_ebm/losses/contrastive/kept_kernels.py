@@ -104,7 +104,7 @@ class KeptKernels:
                 stacklevel=2,
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_seen": {}, "_misses": 0}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_count, shown
 
@@ -50,12 +51,12 @@ class Monitor:
             }
         return self._found[site.name]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The number of steps seen, and the last estimates."""
         found = {name: dict(values) for name, values in self._found.items()}
         return {"steps_seen": dict(self._steps_seen), "monitored": found}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self._steps_seen = dict(state["steps_seen"])
         self._found = {name: dict(values) for name, values in state["monitored"].items()}

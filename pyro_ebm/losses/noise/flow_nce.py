@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.noise.nce import NCE
 from pyro_ebm.losses.noise.noise import Noise
 from pyro_ebm.losses.sites import EnergySite
@@ -212,7 +214,9 @@ class FlowNCE(NCE):
                     " each its own"
                 )
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Model, guide: Model, *args: object, **kwargs: object
+    ) -> Tensor:
         """The loss as a tensor whose gradient is the method's; after a step the turn goes on."""
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if not self.evaluating:
@@ -250,12 +254,12 @@ class FlowNCE(NCE):
             if id(parameter) not in moving:
                 parameter.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The running accuracy and the number of steps, which decide whose turn it is."""
         turns = {"accuracy": self.accuracy, "num_steps": self.num_steps}
         return {**super().state_dict(), **turns}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         super().load_state_dict(state)
         self.accuracy, self.num_steps = state["accuracy"], state["num_steps"]

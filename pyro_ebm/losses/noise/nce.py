@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.noise.noise import Noise, NoiseLoss
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.distributed import gathered
@@ -152,10 +153,10 @@ class NCE(NoiseLoss):
                 total, count = totals.logsumexp(0), counts.sum(0)
             parameter.data.copy_(total - count.log())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Which log normalizers have been started, and must not be again."""
         return {"started": sorted(self._started)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self._started = set(state["started"])

@@ -10,6 +10,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_ebm.files import Saved
 from pyro_ebm.internals.pyro_state import waiting_states
 from pyro_ebm.losses.base import EnergyLoss
 
@@ -18,11 +19,11 @@ from pyro_ebm.losses.base import EnergyLoss
 class Stateful(Protocol):
     """Anything else with a state, such as a scheduler or a gradient scaler."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Its state."""
         ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+    def load_state_dict(self, state_dict: Saved) -> Any:
         """Restores what :meth:`state_dict` returned."""
 
 
@@ -97,7 +98,7 @@ def misfits(mine: Mapping[str, Any], saved: Mapping[str, Any], what: str = "") -
             yield f"{what}{name!r} is {a.dtype} in the file, {b.dtype} here"
 
 
-def _differences_of_moments(state: Mapping[str, Any], parameters: list[Tensor]) -> Iterator[str]:
+def _differences_of_moments(state: Saved, parameters: list[Tensor]) -> Iterator[str]:
     for index, moments in state["state"].items():
         for name, value in moments.items():
             shape = parameters[index].shape
@@ -126,7 +127,7 @@ def restore(piece: Piece, state: Any) -> None:
         piece.load_state_dict({**state, **counters})
 
 
-def _restore_pyro_optim(optim: PyroOptim, state: Mapping[str, Any]) -> None:
+def _restore_pyro_optim(optim: PyroOptim, state: Saved) -> None:
     """Pyro's optimisers hold one of torch's for each parameter, made when they first step it."""
     store = pyro.get_param_store()
     named = dict(store.named_parameters())

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ebm import files
-from pyro_ebm.files import CheckpointError
+from pyro_ebm.files import CheckpointError, Saved
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.module import networks_of
 from pyro_ebm.losses.saving.states import Piece, differences, misfits, restore, state_of
@@ -117,8 +117,8 @@ def load_training(
     path: str | os.PathLike[str],
     /,
     *parts: Any,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
     missing_ok: bool = False,
 ) -> dict[str, Any]:
     """Loads what :func:`save_training` wrote, into parts made as they were made before.
@@ -253,7 +253,7 @@ def _parameters_in(pieces: list[tuple[str, Piece]]) -> set[int]:
 
 
 def _make_parameters(
-    parts: tuple[object, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    parts: tuple[object, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> None:
     """Runs models and guides once: ``pyro.param`` and lazy guides make their parameters."""
     random = files.random_state()
@@ -265,7 +265,7 @@ def _make_parameters(
     files.set_random_state(random)
 
 
-def _differences_of_store(payload: dict[str, Any], covered: set[int]) -> Iterator[str]:
+def _differences_of_store(payload: Saved, covered: set[int]) -> Iterator[str]:
     store = pyro.get_param_store()
     mine = {name: p for name, p in store.named_parameters() if id(p) not in covered}
     saved: dict[str, Tensor] = payload["store"]
@@ -291,7 +291,7 @@ def _listed(titles: list[str]) -> str:
     return ", ".join(f"{n} {title}" if n > 1 else title for title, n in counts.items()) or "nothing"
 
 
-def _mark(payload: dict[str, Any]) -> tuple[int, int]:
+def _mark(payload: Saved) -> tuple[int, int]:
     """Which save it is: its number, and the steps that the losses have taken."""
     return payload.get("saves", 0), payload["steps"]
 

@@ -20,12 +20,12 @@ Reference:
     learning HMC trajectory lengths (the quotient by :math:`T`).
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.population import Population
 from pyro_ebm.mcmc.ranks import current
 from pyro_ebm.mcmc.state import State, to_device
@@ -233,11 +233,11 @@ class TrajectoryAdaptation:
         r"""Sets :math:`T` to its running average."""
         self.learned = self.learned._replace(length=self.learned.log_mean.exp())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The state of the search, for :meth:`load_state_dict`."""
         return self.learned._asdict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another one was."""
         device = self.length.device
         self.learned = Learned(**{name: to_device(x, device) for name, x in state.items()})

@@ -6,12 +6,13 @@ the window they make the new factor :math:`L` of the inverse mass matrix: with g
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.fisher import dense_covariance, diagonal_scales, low_rank_factor
 from pyro_ebm.mcmc.ranks import ProcessGroup
 from pyro_ebm.mcmc.state import to_device
@@ -91,11 +92,11 @@ class PooledCovariance:
         pooled.moment = ranks.total(self.moment + between)
         return pooled
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The sums so far, for :meth:`load_state_dict`."""
         return {"count": self.count, "mean": self.mean, "moment": self.moment}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from the sums of another one."""
         for name in ("count", "mean", "moment"):
             setattr(self, name, to_device(state[name], device))
@@ -127,11 +128,11 @@ class MetricWindow(ABC):
         """The new factor, of the kind of the one so far; a collective call."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was added so far, for :meth:`load_state_dict`."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another window was."""
 
 
@@ -187,7 +188,7 @@ class Moments(MetricWindow):
         new = (wide @ cholesky_or_diagonal(sigma)).to(old.dtype)
         return torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old).contiguous()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was added so far, for :meth:`load_state_dict`."""
         return {
             "positions": self.positions.state_dict(),
@@ -195,7 +196,7 @@ class Moments(MetricWindow):
             "waiting": [list(row) for row in self._waiting],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another window was."""
         self.positions.load_state_dict(state["positions"], device)
         self.gradients.load_state_dict(state["gradients"], device)
@@ -243,17 +244,17 @@ class Rows(MetricWindow):
         )
         return new if all(bool(part.isfinite().all()) for part in new) else old
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was added so far, for :meth:`load_state_dict`."""
         return {"seen": self._seen, "rows": [list(row) for row in self._rows]}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another window was."""
         self._seen = state["seen"]
         self._rows = [_of_device(row, device) for row in state["rows"]]
 
 
-def check_full_mass(value: Any, has_grad: bool) -> FullMass:
+def check_full_mass(value: object, has_grad: bool) -> FullMass:
     """The setting ``full_mass`` of a kernel, if it is one.
 
     Raises:
@@ -350,6 +351,8 @@ def _centered(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows - mean) * weight[..., None]
 
 
-def _of_device(row: Any, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+def _of_device(
+    row: Sequence[Tensor | None], device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
     z, grad, weight = (to_device(x, device) for x in row)
     return z, grad, weight

@@ -1,11 +1,9 @@
 """Which chains are out: far above the others' potentials."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.ranks import ProcessGroup
 from pyro_ebm.mcmc.state import to_device
 
@@ -75,7 +73,7 @@ class Population:
         total = ranks.total(torch.cat([(weight * rows).sum(0), weight.sum(0)], -1))
         return (total[:, :-1] / total[:, -1:]).reshape(x.shape[1:])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was seen so far, for :meth:`load_state_dict`."""
         return {
             "out": self.out,
@@ -85,7 +83,7 @@ class Population:
             "moment": self._moment,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another one was."""
         self._count, self.settled = state["count"], state["settled"]
         self.out, self._mean, self._moment = (

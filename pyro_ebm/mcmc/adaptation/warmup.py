@@ -23,12 +23,10 @@ Reference:
     sampler.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
 from pyro_ebm.mcmc.adaptation.metric import Kind, MetricWindow, first_factor, new_window
 from pyro_ebm.mcmc.adaptation.population import Population
@@ -215,7 +213,7 @@ class Adaptation:
             start, end = self._windows[0]
             self._window = new_window(self.kind, self.targets, self.dim, end - start)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was learned so far, for :meth:`load_state_dict`."""
         factor = self.inverse_mass_sqrt
         return {
@@ -229,7 +227,7 @@ class Adaptation:
             "averaging": self._averaging.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another adaptation with the same arguments was."""
         device = self.step_size.device
         self.t, self._windows = state["t"], [(start, end) for start, end in state["windows"]]

@@ -19,7 +19,7 @@ Other observed sites keep their data: a site that depends on :math:`x` does not 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -29,7 +29,9 @@ from torch.distributions import TransformedDistribution
 from torch.func import grad
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
+from pyro_ebm.distributions.core.supports import as_function
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.base import Kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
@@ -230,7 +232,7 @@ class InnerChain(Auxiliary):
         renewed = self.adaptation.update(draw.position.flatten(0, 1), draw.accept_prob.flatten())
         return renewed and self.adaptation.adapt_step_size
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was learned so far, for :meth:`load_state_dict`."""
         return {
             "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
@@ -239,7 +241,7 @@ class InnerChain(Auxiliary):
             "too_short": self._too_short,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another inner chain was, after :meth:`bind`."""
         assert self.adaptation is not None
         self.adaptation.load_state_dict(state["adaptation"])
@@ -320,7 +322,7 @@ def auxiliary_of(
     return InnerChain(kernel, num_steps)
 
 
-def check_inner_kernel(name: str, kernel: Any) -> None:
+def check_inner_kernel(name: str, kernel: object) -> None:
     """Raises a ValueError for a kernel that cannot draw auxiliaries.
 
     Args:
@@ -353,7 +355,7 @@ def _draws_exactly(energy: UnnormalizedEnergy) -> bool:
     return True
 
 
-def _exact(energy: Any) -> Callable[..., Tensor]:
+def _exact(energy: ExactSampler) -> Callable[..., Tensor]:
     return energy.exact_sample
 
 
@@ -371,13 +373,13 @@ def draw_inside(
         return draw(fn, x)
     if isinstance(fn, MaskedDistribution):
         x = without_masked(x, fn._mask, fn.event_dim)
-    transforms: list[Any] = fn.transforms if isinstance(fn, TransformedDistribution) else []
+    transforms = fn.transforms if isinstance(fn, TransformedDistribution) else []
     for transform in reversed(transforms):
-        x = transform.inv(x)
+        x = as_function(transform.inv)(x)
     result = draw_inside(fn.base_dist, x, draw)
     y = result.y
     for transform in transforms:
-        y = transform(y)
+        y = as_function(transform)(y)
     return result._replace(y=y)
 
 

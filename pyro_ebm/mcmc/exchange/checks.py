@@ -6,10 +6,11 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance
 from torch.distributions import TransformedDistribution
 
-from pyro_ebm.distributions.core.supports import is_unbounded
+from pyro_ebm.distributions.core.supports import as_function, is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.mixture import Mixture
 from pyro_ebm.models.checks.intractability import MovingNormalizer, NormalizerError
+from pyro_ebm.models.sites.latents import SampleSite
 
 
 def refuse_parts(one: MovingNormalizer) -> None:
@@ -35,7 +36,7 @@ def refuse_parts(one: MovingNormalizer) -> None:
         raise NormalizerError(f"{alone}. This is not for ExchangeKernel: {why}")
 
 
-def refuse_site(one: MovingNormalizer, node: Any) -> None:
+def refuse_site(one: MovingNormalizer, node: SampleSite) -> None:
     """A log Z cancels if there is one factor of it for each row, on a support that stays.
 
     Args:
@@ -65,7 +66,7 @@ def refuse_site(one: MovingNormalizer, node: Any) -> None:
         return
     while not isinstance(fn, UnnormalizedEnergy):
         for transform in reversed(fn.transforms if isinstance(fn, TransformedDistribution) else []):
-            x = transform.inv(x)
+            x = as_function(transform.inv)(x)
             if latents := get_provenance(x):
                 moved = one._replace(parts={"support": latents})
                 raise NormalizerError(

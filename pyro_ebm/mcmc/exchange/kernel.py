@@ -33,12 +33,13 @@ Reference:
     for spatial models with intractable normalizing constants (inner chains from the data).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.exchange.auxiliary import Auxiliary, check_inner_kernel
 from pyro_ebm.mcmc.exchange.potential import ExchangePotential
 from pyro_ebm.mcmc.exchange.terms import UNDECIDED
@@ -139,7 +140,7 @@ class ExchangeKernel(MHKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         num_inner_steps: int | None = None,
         inner_kernel: PyroKernel | None = None,
         **kwargs: Unpack[ProposalSettings],
@@ -180,7 +181,7 @@ class ExchangeKernel(MHKernel):
         """The position of the whole model, where this kernel moves a block of it."""
         return self.potential.insert(z) if isinstance(self.potential, BlockPotential) else z
 
-    def make_potential(self, *args: Any, **kwargs: Any) -> ExchangePotential:
+    def make_potential(self, *args: object, **kwargs: object) -> ExchangePotential:
         """The potential of the model at its arguments."""
         self.restore_params()
         if self.model is None:
@@ -248,7 +249,7 @@ class ExchangeKernel(MHKernel):
         self._watch.add(accepted, still, lost, chains, self.potential.dtype)
         return after, info
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[State, Tensor, Tensor, Tensor, Tensor]:
         """The proposals, their log ratios and errors, how many inner chains stand still, and u."""
         new_z, log_q_ratio, log_u = super().draw(state)
         new = self.evaluate(new_z)
@@ -279,11 +280,11 @@ class ExchangeKernel(MHKernel):
             info = info._replace(accept_prob=info.accept_prob * (1 - still))
         return choose(accepted, new, state), info
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was learned, by the inner chains too, see :meth:`Kernel.state_dict`."""
         return {**super().state_dict(), "auxiliaries": self._exchange.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
         super().load_state_dict(state)
         self._exchange.load_state_dict(state["auxiliaries"])

@@ -11,7 +11,7 @@ and the potential here holds everything but the :math:`Z_i`: by itself it is tha
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -22,9 +22,12 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from pyro_ebm.distributions.checks.boundary import check_inside
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.distributions.core.supports import stated_support
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.exchange.auxiliary import (
     Auxiliary,
     AuxiliaryDraw,
@@ -43,7 +46,8 @@ from pyro_ebm.models.checks.intractability import (
 )
 from pyro_ebm.models.over_chains import OverChains, Way, saved_way
 from pyro_ebm.models.provenance import trace_latents
-from pyro_ebm.models.runs import latents_of
+from pyro_ebm.models.runs import latents_of, sample_sites, site_of
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.rows import random_state_put_back
 
@@ -110,14 +114,14 @@ class ExchangePotential(ModelPotential):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        model: Model,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
         num_inner_steps: int | None = None,
         inner_kernel: Kernel | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        init_strategy: InitStrategy = init_to_uniform,
         keep_discrete: bool = False,
     ):
         super().__init__(
@@ -126,7 +130,7 @@ class ExchangePotential(ModelPotential):
         with starting_points_only(), poutine.block(), eval_mode(self.modules):
             trace = self._first_run()
         # each energy at some value of the latents, and the data where they lie in its support
-        self._examples = {name: _example(trace.nodes[name]) for name in self._moved}
+        self._examples = {name: _example(site_of(trace, name)) for name in self._moved}
         self.auxiliaries = self._choose(num_inner_steps, inner_kernel)
         with self.evaluating():
             self._check_data()
@@ -175,9 +179,9 @@ class ExchangePotential(ModelPotential):
             trace = trace_latents(self.bound)
         latents, discrete = set(), set()
         for name, node in latents_of(trace).items():
-            (discrete if node["fn"].support.is_discrete else latents).add(name)
+            (discrete if stated_support(node["fn"]).is_discrete else latents).add(name)
         for one in moved:
-            refuse_site(one, trace.nodes[one.name])
+            refuse_site(one, site_of(trace, one.name))
             # where it is not known which latents were read, any may have been
             if guilty := discrete & (one.latents or discrete) - {one.name}:
                 raise NormalizerError(
@@ -268,7 +272,7 @@ class ExchangePotential(ModelPotential):
         self, z: Tensor, points: dict[str, Tensor], trace: poutine.Trace | None = None
     ) -> Terms:
         trace = self.trace_at(z) if trace is None else trace
-        nodes: Any = trace.nodes
+        nodes = sample_sites(trace)
         apart = self._sums_apart
         parts = [surplus_of(nodes[k], _data(nodes[k]), y, apart) for k, y in points.items()]
         surplus, square, data = (torch.stack(part).sum() for part in zip(*parts, strict=True))
@@ -295,7 +299,7 @@ class ExchangePotential(ModelPotential):
     ) -> AuxiliaryDraws:
         trace, sites = self.trace_at(z), {}
         for name, auxiliary in auxiliaries.items():
-            node = trace.nodes[name]
+            node = site_of(trace, name)
             draw = functools.partial(
                 auxiliary, zero=zero, num_steps=num_steps, position=starts.get(name)
             )
@@ -303,7 +307,7 @@ class ExchangePotential(ModelPotential):
         points = {name: draw.y for name, draw in sites.items()}
         return AuxiliaryDraws(sites, self._terms_of_one(z, points, trace))
 
-    def _agree(self, draw: Callable[..., AuxiliaryDraws], *args: Any) -> bool:
+    def _agree(self, draw: Callable[..., AuxiliaryDraws], *args: object) -> bool:
         """Whether some draws have the terms that a run of the model gives them."""
         some = tree_map(lambda x: x[:2], args)
         with random_state_put_back():
@@ -338,14 +342,14 @@ class ExchangePotential(ModelPotential):
             draws = self.draw(z, tuning=True, num_steps=1)
             searching = {k: chain for k, chain in searching.items() if chain.search(draws.sites[k])}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What inner chains have learned, and whether draws are vectorized."""
         chains = {name: chain.state_dict() for name, chain in self.inner_chains.items()}
         ways = [self._draw_ways.get(tuning) for tuning in (False, True)]
         vectorize = [None if way is None else way == "vmap" for way in ways]
         return {"inner_chains": chains, "draws_vectorize": vectorize}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another one was, after :meth:`bind_auxiliaries`."""
         for name, chain in self.inner_chains.items():
             chain.load_state_dict(state["inner_chains"][name])
@@ -358,7 +362,7 @@ class ExchangePotential(ModelPotential):
             chain.acceptance_rate = float(draws.sites[name].accept_prob.mean())
 
 
-def _warn_slow(reason: str, *_: Any) -> None:
+def _warn_slow(reason: str, *_: object) -> None:
     warnings.warn(
         "the auxiliary draws cannot be vectorized over chains, so they are made one chain after"
         f" another, which is slower ({reason})",
@@ -366,18 +370,18 @@ def _warn_slow(reason: str, *_: Any) -> None:
     )
 
 
-def _data(node: Any) -> Tensor:
+def _data(node: SampleSite) -> Tensor:
     """The value of a site, one row for each factor 1 / Z."""
     value, fn = node["value"], node["fn"]
     return value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
 
 
-def _rows(node: Any) -> Tensor:
+def _rows(node: SampleSite) -> Tensor:
     """Where its auxiliary starts."""
     return without_masked(_data(node), node["mask"], node["fn"].event_dim)
 
 
-def _example(node: Any) -> tuple[UnnormalizedEnergy, Tensor]:
+def _example(node: SampleSite) -> tuple[UnnormalizedEnergy, Tensor]:
     found: list[tuple[UnnormalizedEnergy, Tensor]] = []
 
     def remember(energy: UnnormalizedEnergy, x: Tensor) -> AuxiliaryDraw:

@@ -35,11 +35,13 @@ compared with its own :math:`x`. A rule that accepts if :math:`\log u < \log r -
 terms of one side only, has no such symmetry, and another stationary distribution.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+
+from pyro_ebm.models.sites.latents import SampleSite
 
 UNITS = 16.0
 UNDECIDED = 0.1
@@ -67,7 +69,7 @@ class Surplus(NamedTuple):
     r""":math:`\sum_i \log f(x_i \mid \theta)`."""
 
 
-def surplus_of(node: Any, x: Tensor, y: Tensor, summed_apart: bool = False) -> Surplus:
+def surplus_of(node: SampleSite, x: Tensor, y: Tensor, summed_apart: bool = False) -> Surplus:
     r"""The surplus of a site at a position.
 
     Args:

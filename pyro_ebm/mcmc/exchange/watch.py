@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_ebm.files import Saved
+from pyro_ebm.mcmc.exchange.auxiliary import InnerChain
 
 ENOUGH, FEW = 10, 4
 """Fewer moves than this prove nothing, or only if they are most of all."""
@@ -36,7 +38,12 @@ class Watch:
         self.reported: list[str] = []
 
     def add(
-        self, accepted: Tensor, still: Tensor, lost: Tensor, chains: Mapping[str, Any], dtype: Any
+        self,
+        accepted: Tensor,
+        still: Tensor,
+        lost: Tensor,
+        chains: Mapping[str, InnerChain],
+        dtype: torch.dtype,
     ) -> None:
         """Counts a move of every chain.
 
@@ -62,7 +69,7 @@ class Watch:
         """How many moves were lost."""
         return 0 if self.counts is None else int(self.counts[3].sum())
 
-    def _look(self, counts: Tensor, chains: Mapping[str, Any], dtype: Any) -> None:
+    def _look(self, counts: Tensor, chains: Mapping[str, InnerChain], dtype: torch.dtype) -> None:
         moves, accepted, still, lost = counts.double().cpu()
         total = still.sum() / accepted.sum()
         of_one = (still >= ENOUGH) & (still > MAX_STILL_OF_ONE * accepted)
@@ -98,15 +105,15 @@ class Watch:
             self.reported.append(what)
             warnings.warn(message, stacklevel=7)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The counts so far, for :meth:`load_state_dict`."""
         return {"steps": self.steps, "counts": self.counts, "reported": list(self.reported)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from the counts of another one."""
         self.steps, self.counts = state["steps"], state["counts"]
         self.reported = list(state["reported"])
 
 
-def _listed(values: Iterable[Any]) -> str:
+def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(repr, values))

@@ -8,7 +8,7 @@ it moves one (:meth:`PyroKernel.setup`, :meth:`PyroKernel.sample`).
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pyro
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
@@ -26,6 +28,7 @@ from pyro_ebm.mcmc.potentials.lone_energy import lone_energy
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.runs import BoundModel
+from pyro_ebm.models.sites.latents import InitStrategy
 from pyro_ebm.models.sites.site import sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
@@ -34,7 +37,7 @@ class DiscreteSettings(TypedDict, total=False):
     """Settings of the model that every kernel takes."""
 
     max_plate_nesting: int | None
-    init_strategy: Callable[..., Any]
+    init_strategy: InitStrategy
 
 
 class ModelSettings(DiscreteSettings, total=False):
@@ -63,18 +66,18 @@ class PyroKernel(Kernel, MCMCKernel):
     """Whether discrete latents that it does not move are left to others, and not summed out."""
     _state: State | None = None
     _mean_accept, _seen = 0.0, 0
-    _stats: dict[str, list[Any]] | None = None
-    _last_stats: dict[str, Any] | None = None
+    _stats: dict[str, list[float]] | None = None
+    _last_stats: dict[str, float] | None = None
     shipped_params: bytes | None = None
     """The parameter store of the process that pickled the kernel."""
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        init_strategy: InitStrategy = init_to_uniform,
     ):
         if model is not None and potential_fn is not None:
             raise ValueError("give model or potential_fn, not both")
@@ -97,7 +100,7 @@ class PyroKernel(Kernel, MCMCKernel):
 
     # -- many chains ---------------------------------------------------------------------------
 
-    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+    def make_potential(self, *args: object, **kwargs: object) -> Potential:
         """The potential of the model at its arguments, or of the ``potential_fn``."""
         self.restore_params()
         if self.model is not None:
@@ -143,7 +146,7 @@ class PyroKernel(Kernel, MCMCKernel):
 
     # -- one chain, as Pyro's MCMC runs it -------------------------------------------------------
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         """Prepares one chain: potential, start, adaptation and statistics, all anew."""
         potential = self.make_potential(*args, **kwargs)
         z = self.initial_position(potential, 1)
@@ -176,7 +179,7 @@ class PyroKernel(Kernel, MCMCKernel):
         return {k: v.squeeze(0) for k, v in self.potential.unravel(self._state.z).items()}
 
     @property
-    def last_stats(self) -> dict[str, Any]:
+    def last_stats(self) -> dict[str, float]:
         """The statistics of the last transition of :meth:`sample`."""
         return self._last_stats or {}
 
@@ -201,7 +204,7 @@ class PyroKernel(Kernel, MCMCKernel):
             ]
         )
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> Saved:
         """Statistics of the draws: divergent ones, mean acceptance, and all of them per draw."""
         stats = {name: torch.tensor(values) for name, values in (self._stats or {}).items()}
         diverging = stats.get("diverging", torch.zeros(0, dtype=torch.bool))
@@ -232,7 +235,7 @@ class PyroKernel(Kernel, MCMCKernel):
 
     # -- worker processes ------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A worker process starts with an empty parameter store: its parameters travel along.
         # (The store's own get_state() would strip the live parameters of their bookkeeping, and
         # tensors would travel as files that are closed before the worker has opened them.)
@@ -255,7 +258,7 @@ class PyroKernel(Kernel, MCMCKernel):
                 store.setdefault(name, transform_to(constraint)(unconstrained), constraint)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Model) -> None:
     """Raises a ValueError unless it may be a Pyro model; a kernel can be called too."""
     if isinstance(model, MCMCKernel):
         raise ValueError(f"model must be a Pyro model, or a distribution, got {model!r}, a kernel")

@@ -1,23 +1,24 @@
 """A Pyro model, with its arguments, as a potential."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_ebm.distributions.checks.boundary import inside
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled
 from pyro_ebm.distributions.core.introspection import modules
 from pyro_ebm.distributions.core.sampler import starting_points_only
-from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.supports import as_function, plain_support, stated_support
 from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.models.checks.first_run import validated_trace
@@ -27,9 +28,10 @@ from pyro_ebm.models.checks.intractability import check_normalizers
 from pyro_ebm.models.checks.validity import Unvalidated, not_finite_sites, what_to_check
 from pyro_ebm.models.masks import FillMasked, idle_elements, masked_elements, with_normal
 from pyro_ebm.models.provenance import HostReads, trace_latents
-from pyro_ebm.models.runs import BoundModel, latents_of, side_runs, value_of
+from pyro_ebm.models.runs import BoundModel, latents_of, side_runs, site_of, value_of
 from pyro_ebm.models.sites.discrete_sites import UNBOUNDED, WithinBounds, site_support_values
 from pyro_ebm.models.sites.init import started
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 from pyro_ebm.models.sites.site import Site, to_support
 from pyro_ebm.models.transforms import transforms_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
@@ -77,12 +79,12 @@ class ModelPotential(FunctionPotential):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        model: Model,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
+        init_strategy: InitStrategy = init_to_uniform,
         keep_discrete: bool = False,
     ):
         check_callable("model", model, "a Pyro model, or a distribution")
@@ -131,7 +133,7 @@ class ModelPotential(FunctionPotential):
         """Discrete latents that are summed out, at some value."""
         sites = []
         for name, transform in mapped.items():
-            z = _to_reals(transform, value_of(trace, name))
+            z = as_function(transform)(value_of(trace, name))
             sites.append(Site(name, z.shape, z.dtype, transform, z.device, values[name]))
         super().__init__(potential_fn, sites, modules=unique(held, called))
         if any(_is_masked(node) for node in latents_of(trace).values()):
@@ -201,11 +203,11 @@ class ModelPotential(FunctionPotential):
         return self._unvalidated.trace_at({**self.summed_out, **self.constrain(z)})
 
 
-def _is_discrete(fn: Any) -> bool:
-    return fn.has_enumerate_support or fn.support.is_discrete
+def _is_discrete(fn: TorchDistribution) -> bool:
+    return fn.has_enumerate_support or stated_support(fn).is_discrete
 
 
-def _is_masked(node: Any) -> bool:
+def _is_masked(node: SampleSite) -> bool:
     mask = unmasked(node["fn"], node["mask"])[1]
     return mask is not None and not bool(mask.all())
 
@@ -236,11 +238,11 @@ def _potential(
 
 def _position(site: Site, trace: poutine.Trace) -> Tensor:
     """The unconstrained value of a site, infinite where the value lies on the boundary."""
-    x, fn = value_of(trace, site.name), cast(Any, trace.nodes[site.name]["fn"])
-    z = _to_reals(site.transform, x)
+    x, fn = value_of(trace, site.name), site_of(trace, site.name)["fn"]
+    z = as_function(site.transform)(x)
     if site.support_values is None and site.transform is not identity_transform:
         try:
-            support = plain_support(fn.support)
+            support = plain_support(stated_support(fn))
         except NotImplementedError:  # the distribution has none
             return z
         if not inside(support, x, site.transform.inv).all():
@@ -248,12 +250,7 @@ def _position(site: Site, trace: poutine.Trace) -> Tensor:
     return z
 
 
-def _to_reals(transform: Transform, x: Tensor) -> Tensor:
-    z: Any = transform(x)
-    return z
-
-
-def _uniform_radius(init_strategy: Callable[..., Any]) -> float | None:
+def _uniform_radius(init_strategy: InitStrategy) -> float | None:
     """The radius of Pyro's uniform start, which can be drawn for all chains at once."""
     if init_strategy is init_to_uniform:
         return 2.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_ebm.files import CheckpointError, random_state, set_random_state
+from pyro_ebm.files import CheckpointError, Saved, random_state, set_random_state
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
@@ -98,7 +98,7 @@ class VectorizedRun:
     def advance(
         self,
         bar: Bar,
-        hook_fn: Callable[..., Any] | None = None,
+        hook_fn: Callable[..., object] | None = None,
         after: Callable[["VectorizedRun"], None] | None = None,
     ) -> None:
         """Makes all transitions that are left.
@@ -143,7 +143,7 @@ class VectorizedRun:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Everything that the coming transitions depend on, the random state included.
 
         Draws in memory are not in it, those that a store does not have yet are.
@@ -169,7 +169,7 @@ class VectorizedRun:
             "random": random_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], exact: bool = False) -> None:
+    def load_state_dict(self, state: Saved, exact: bool = False) -> None:
         """Goes on from where another run was; the draws that were in memory are to be put back.
 
         Args:

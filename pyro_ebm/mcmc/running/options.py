@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -32,7 +32,7 @@ class Options(Protocol):
     given_transforms: Mapping[str, Transform] | None
     save_params: list[str] | None
     save_warmup: bool
-    hook_fn: Callable[..., Any] | None
+    hook_fn: Callable[..., object] | None
     mp_context: str | None
     disable_progbar: bool
     disable_validation: bool | None
@@ -55,8 +55,8 @@ class Runner(ABC):
 
     kernel: MCMCKernel
     options: Options
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
     @abstractmethod
     def run(self) -> Results:
@@ -88,7 +88,9 @@ class Runner(ABC):
             self.kernel.initial_params = before
 
 
-def check_chain_method(method: Any, kernel: MCMCKernel, only_vectorized: Mapping[str, Any]) -> str:
+def check_chain_method(
+    method: str | None, kernel: MCMCKernel, only_vectorized: Mapping[str, object]
+) -> str:
     """The chain method, by default the kernel's; raises a ValueError if the kernel cannot do it.
 
     The arguments ``only_vectorized`` are refused by the other methods, where they are not None.
@@ -113,7 +115,11 @@ def check_chain_method(method: Any, kernel: MCMCKernel, only_vectorized: Mapping
 
 
 def check_run(
-    initial_params: Any, num_chains: int, hook_fn: Any, transforms: Any, save_params: Any
+    initial_params: Mapping[str, Tensor] | None,
+    num_chains: int,
+    hook_fn: object,
+    transforms: Mapping[str, Transform] | None,
+    save_params: list[str] | None,
 ) -> None:
     """Raises a ValueError unless these arguments of a run are what they should be."""
     if transforms is not None:

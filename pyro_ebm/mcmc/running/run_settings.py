@@ -23,7 +23,7 @@ RunSettings = dict[str, str]
 NOT_COMPARED = {"model", "potential_fn", "transforms", "init_strategy", "ignore_jit_warnings"}
 
 
-def fingerprint(value: Any, name: str) -> RunSettings:
+def fingerprint(value: object, name: str) -> RunSettings:
     """The parts of a value, each with its name and a description.
 
     Example:
@@ -33,7 +33,7 @@ def fingerprint(value: Any, name: str) -> RunSettings:
     return dict(_described(value, name))
 
 
-def _described(value: Any, name: str) -> Iterator[tuple[str, str]]:
+def _described(value: object, name: str) -> Iterator[tuple[str, str]]:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         yield name, _short(repr(value))
     elif isinstance(value, Tensor):

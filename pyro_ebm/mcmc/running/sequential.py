@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.results import Results
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.running.options import Runner
 from pyro_ebm.mcmc.running.progress import Bar, cut_short
@@ -27,9 +28,9 @@ class Chain:
     """The unconstrained draws of one chain."""
 
     warmup: list[Params] = field(default_factory=list)
-    warmup_stats: list[dict[str, Any]] = field(default_factory=list)
+    warmup_stats: list[Saved] = field(default_factory=list)
     draws: list[Params] = field(default_factory=list)
-    reported: dict[str, Any] = field(default_factory=dict)
+    reported: Saved = field(default_factory=dict)
 
 
 class SequentialRunner(Runner):
@@ -67,7 +68,7 @@ class SequentialRunner(Runner):
         transforms = options.given_transforms
         if transforms is None:
             transforms = getattr(kernel, "transforms", None) or {}
-        parts: dict[str, Any] = {"transforms": transforms, "model": getattr(kernel, "model", None)}
+        parts: Saved = {"transforms": transforms, "model": getattr(kernel, "model", None)}
         if options.save_warmup:
             parts["warmup_samples"] = stack([chain.warmup for chain in chains], transforms)
             parts["warmup_fields"] = stack_stats([chain.warmup_stats for chain in chains])
@@ -106,7 +107,7 @@ class SequentialRunner(Runner):
                 if options.hook_fn is not None:
                     options.hook_fn(kernel, params, stage + label, step)
 
-    def _validation(self) -> contextlib.AbstractContextManager[Any]:
+    def _validation(self) -> contextlib.AbstractContextManager[object]:
         if isinstance(self.kernel, PyroKernel) or self.options.disable_validation is None:
             return contextlib.nullcontext()
         return pyro.validation_enabled(not self.options.disable_validation)
@@ -166,7 +167,7 @@ def stack(chains: list[list[Params]], transforms: Mapping[str, Transform]) -> di
     return found
 
 
-def stack_stats(chains: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+def stack_stats(chains: list[list[Saved]]) -> dict[str, Tensor]:
     """Statistics of each transition, shape ``(chains, steps)``; none of Pyro's own kernels."""
     names = chains[0][0] if chains[0] else ()
     return {

@@ -1,9 +1,8 @@
 """A model as Pyro's own kernels evaluate it, with the checks that this package makes of its own."""
 
-from typing import Any
-
 import pyro
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 
 from pyro_ebm.models.checks.fixed_density import FixedLatents, moving_support
 from pyro_ebm.models.checks.fixed_supports import moving_supports
@@ -47,11 +46,11 @@ class CheckedModel:
                 if not tracked.nodes[name]["fn"].support.is_discrete:
                     raise ValueError(moving_support(name, str(sorted(latents) or "another latent")))
         self._rejects = rejects
-        self._handlers: list[Any] = [FixedLatents(enumerates=True)]
+        self._handlers: list[Messenger] = [FixedLatents(enumerates=True)]
         if rejects:
             self._handlers.append(Unvalidated(what_to_check(tracked, validated, reads.latents)))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """A run of the model."""
         run = self.model
         for handler in reversed(self._handlers):

@@ -66,15 +66,15 @@ class FixedLatents(Messenger):
     def __init__(self, enumerates: bool = False):
         super().__init__()
         self.enumerates = enumerates
-        self._known: dict[str, tuple[tuple[int, ...], Any]] | None = None
-        self._seen: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._known: dict[str, tuple[tuple[int, ...], type | None]] | None = None
+        self._seen: dict[str, tuple[tuple[int, ...], type | None]] = {}
 
     def __enter__(self) -> "FixedLatents":
         self._seen = {}
         return super().__enter__()
 
-    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
+    def __exit__(self, exc_type: type | None, *error: Any) -> None:
+        super().__exit__(exc_type, *error)
         if exc_type is not None:
             return
         if self._known is None:
@@ -183,7 +183,7 @@ def random_part(runs: Sequence[Callable[[], poutine.Trace]]) -> str:
     return "the log density of the model"
 
 
-def _densities(trace: Any) -> dict[str, Tensor]:
+def _densities(trace: poutine.Trace) -> dict[str, Tensor]:
     return {
         name: scale_and_mask(
             node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]),
@@ -225,12 +225,12 @@ def _differ(a: Tensor, b: Tensor, num_eps: int) -> bool:
     return not torch.allclose(a, b, rtol=0.0, atol=atol, equal_nan=True)
 
 
-def _same_states(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
+def _same_states(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
-    if isinstance(a, Mapping):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         return all(_same_states(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same_states, a, b))
     return a == b
 

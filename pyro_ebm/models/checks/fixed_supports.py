@@ -13,8 +13,6 @@ through, so these runs are scattered far (:mod:`pyro_ebm.models.checks.scattered
 only beyond that, or in a gap, is missed.
 """
 
-from typing import Any
-
 import torch
 from pyro.ops.provenance import detach_provenance, get_provenance
 
@@ -60,7 +58,7 @@ def moving_supports(bound: BoundModel) -> dict[str, frozenset[str]]:
     return {k: suspected[k] or reads.latents - {k} for k in supports if k in moved | unseen}
 
 
-def _same(first: Any, other: Any) -> bool | None:
+def _same(first: object, other: object) -> bool | None:
     """Whether two supports are equal up to rounding; None where one of them is no support."""
     a, b = bounds_of(first), bounds_of(other)
     if type(first) is not type(other) or len(a) != len(b):

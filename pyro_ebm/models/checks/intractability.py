@@ -24,8 +24,8 @@ there the user's word ``constant_normalizer=True`` waives the check.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -34,7 +34,9 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.checks.elbo_guard import register_posterior_check
+from pyro_ebm.distributions.core.supports import stated_support
 from pyro_ebm.models.checks.fixed_density import (
     FixedLatents,
     NotFixedError,
@@ -44,6 +46,7 @@ from pyro_ebm.models.checks.scattered import FAR_OUT, init_uniform_discrete
 from pyro_ebm.models.checks.suspects import Key, Suspect, same_values, suspects_at, suspects_of
 from pyro_ebm.models.provenance import HostReads, OnlyValuesCount, trace_latents
 from pyro_ebm.models.runs import BoundModel, latents_of, side_runs
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 
 NUM_RERUNS, NUM_RERUNS_AFTER_READS = 4, 64
 
@@ -53,10 +56,10 @@ class NormalizerError(ValueError):
 
 
 def check_normalizers(
-    model: Callable[..., Any],
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    init_strategy: Callable[..., Any] = init_to_uniform,
+    model: Model,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
+    init_strategy: InitStrategy = init_to_uniform,
 ) -> None:
     r"""Refuses a model in which an unknown or learned log Z depends on a latent.
 
@@ -149,7 +152,8 @@ def moving_normalizers(bound: BoundModel) -> list[MovingNormalizer]:
             bound = fixed
             _check_repeats(bound, tracked)
         unknown = any(not suspect.is_known for suspect in suspects.values())
-        discrete = any(site["fn"].support.is_discrete for site in latents_of(tracked).values())
+        fns = [site["fn"] for site in latents_of(tracked).values()]
+        discrete = any(stated_support(fn).is_discrete for fn in fns)
         again = reads.latents or (unknown and discrete)
         same_data = poutine.replay(bound.model, trace=_subsamples(tracked))
         rare = InitMessenger(init_uniform_discrete)(same_data)
@@ -187,7 +191,7 @@ def moving_normalizers(bound: BoundModel) -> list[MovingNormalizer]:
     ]
 
 
-def lags(site: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def lags(site: SampleSite, other: SampleSite) -> bool:
     """Whether the density at a site differs between two runs, and its known log Z does not.
 
     Args:

@@ -5,7 +5,6 @@ unconstrained values of one magnitude from .1 to 1,000, with all elements on one
 both. Values of discrete sites are uniform, so that rare ones have their turn.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -21,8 +20,10 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.core.sampler import starting_points_only
+from pyro_ebm.distributions.core.supports import stated_support
 from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.discrete_sites import site_support_values
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 from pyro_ebm.models.sites.site import Site
 
 # what arithmetic, indices and a user's own assertions may raise at values that no chain has
@@ -46,7 +47,7 @@ def scattered_trace(bound: BoundModel, i: int) -> poutine.Trace | None:
             return None
 
 
-def _scattered(i: int) -> Callable[..., Any]:
+def _scattered(i: int) -> InitStrategy:
     scale, side = 10 ** (4 * torch.rand(()) - 1), (i % 3 - 1) * 2.0
 
     def start(site: Any) -> Any:
@@ -68,14 +69,14 @@ def _scattered(i: int) -> Callable[..., Any]:
     return start
 
 
-def init_uniform_discrete(site: Any) -> Tensor | None:
+def init_uniform_discrete(site: SampleSite) -> Tensor | None:
     """A uniform draw of the values of a discrete site, so that rare ones have their turn.
 
     Returns:
         The draw, or None for a continuous site and where the draw is impossible.
     """
     name, fn = site["name"], site["fn"]
-    if not fn.support.is_discrete:
+    if not stated_support(fn).is_discrete:
         return None
     try:
         support_values = site_support_values(name, fn)

@@ -2,27 +2,34 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
-from torch.distributions import Independent, MixtureSameFamily, TransformedDistribution
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    TransformedDistribution,
+)
 
 from pyro_ebm.distributions.core.introspection import bounds_of
-from pyro_ebm.distributions.core.supports import uniform_start
+from pyro_ebm.distributions.core.supports import as_function, uniform_start
 from pyro_ebm.distributions.core.wrappers import parts_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
 from pyro_ebm.models.over_chains import is_close
 from pyro_ebm.models.runs import sample_sites
+from pyro_ebm.models.sites.latents import SampleSite
 
 NUM_PROBES = 4  # further points at which energies are compared
 
 
 Key = tuple[str, int]
 """A site, and which of the densities in its distribution."""
+Value = Tensor | float | None
 
 
 @dataclasses.dataclass
@@ -31,11 +38,11 @@ class Suspect:
 
     name: str
     energies: tuple[UnnormalizedEnergy, ...]
-    fn: Any
+    fn: Distribution
     """The distribution that is made of them: the energy itself, or a mixture."""
     points: tuple[Tensor, ...]
     """Points of the density's support, without provenance: first that of the site."""
-    counted: tuple[Any, ...]
+    counted: tuple[Value, ...]
     """How often the density counts: the scale and the masks around it."""
 
     @property
@@ -64,7 +71,7 @@ class Suspect:
         log_z, density = parts["log Z"], frozenset().union(*moving)
         return not (log_z and density) or bool(log_z & density)
 
-    def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Any]]:
+    def evaluate(self, points: Iterable[Tensor]) -> dict[str, list[Value]]:
         """All that the constants may depend on, at fixed points."""
         density = {
             "energy": [self._log_density(x) for x in points],
@@ -100,13 +107,15 @@ def suspects_of(trace: poutine.Trace) -> dict[Key, Suspect]:
     }
 
 
-def suspects_at(site: Mapping[str, Any]) -> Iterator[Suspect]:
+def suspects_at(site: SampleSite) -> Iterator[Suspect]:
     """Those at one site of a trace."""
-    value = detach_provenance(cast(Tensor, site["value"]))
+    value = detach_provenance(site["value"])
     yield from _suspects_in(site["name"], site["fn"], value, (site["scale"], site["mask"]))
 
 
-def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Iterator[Suspect]:
+def _suspects_in(
+    name: str, fn: Distribution, x: Tensor, counted: tuple[Value, ...]
+) -> Iterator[Suspect]:
     if isinstance(fn, UnnormalizedEnergy):
         if fn.constant_normalizer:
             return
@@ -120,7 +129,7 @@ def _suspects_in(name: str, fn: Any, x: Tensor, counted: tuple[Any, ...]) -> Ite
         yield from _suspects_in(name, fn.base_dist, x, (*counted, fn._mask))
     elif isinstance(fn, TransformedDistribution):  # a bijection leaves Z as it is
         for transform in reversed(fn.transforms):
-            x = detach_provenance(cast(Tensor, transform.inv(x)))
+            x = detach_provenance(as_function(transform.inv)(x))
         yield from _suspects_in(name, fn.base_dist, x, counted)
     elif energies := [p for p in energies_of(fn) if not p.constant_normalizer]:  # a mixture
         unknown = tuple(energy for energy in energies if not energy.is_normalized)
@@ -140,7 +149,7 @@ def _probes(p: UnnormalizedEnergy, x: Tensor) -> list[Tensor]:
     return [detach_provenance(uniform_start(p.support, x.shape, like)) for _ in range(NUM_PROBES)]
 
 
-def same_values(a: list[Any], b: list[Any]) -> bool:
+def same_values(a: list[Value], b: list[Value]) -> bool:
     """Whether what two evaluations of a suspect gave is equal up to rounding."""
     return len(a) == len(b) and all(map(_is_close, a, b))
 

@@ -13,7 +13,7 @@ where the support of that latent lies within what is allowed: a positive latent 
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
@@ -22,18 +22,14 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    Independent,
-    TransformedDistribution,
-    constraints,
-)
+from torch.distributions import Distribution, Independent, TransformedDistribution, constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_ebm.distributions.core.introspection import elementwise, tensors_of
 from pyro_ebm.distributions.core.supports import plain_support
 from pyro_ebm.distributions.core.wrappers import PARTS, VIEWS, layers, unvalidated
 from pyro_ebm.models.runs import latents_of, sample_sites, value_of
+from pyro_ebm.models.sites.latents import SampleSite
 
 
 class Checked(NamedTuple):
@@ -65,7 +61,7 @@ class Unvalidated(Messenger):
         super().__init__()
         self.checked = {} if checked is None else checked
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: SampleSite) -> None:
         # a part of a distribution may have been made outside the model, with validation on
         if not isinstance(msg["fn"], Distribution):
             return
@@ -90,7 +86,7 @@ def what_to_check(
     found = {}
     latents = latents_of(tracked)
     for name, node in sample_sites(tracked).items():
-        fn: Any = node["fn"]
+        fn = node["fn"]
         if name in validated.nodes and _is_told_not_to(validated.nodes[name]["fn"]):
             continue
         names = {
@@ -107,7 +103,9 @@ def what_to_check(
     return found
 
 
-def _may_leave(argument: Tensor, constraint: Any, latents: Mapping[str, Any]) -> bool:
+def _may_leave(
+    argument: Tensor, constraint: constraints.Constraint, latents: Mapping[str, SampleSite]
+) -> bool:
     """Whether an argument moves, and is not the own value of a latent that is always allowed."""
     sources = get_provenance(argument)
     return bool(sources) and not any(
@@ -117,7 +115,7 @@ def _may_leave(argument: Tensor, constraint: Any, latents: Mapping[str, Any]) ->
     )
 
 
-def _invalid_parts(fn: Any, value: Tensor, checked: Checked | None) -> Iterator[str]:
+def _invalid_parts(fn: Distribution, value: Tensor, checked: Checked | None) -> Iterator[str]:
     """What of a site is invalid, in words."""
     if checked is None:
         return
@@ -143,7 +141,9 @@ def not_finite_sites(trace: poutine.Trace, checked: Mapping[str, Checked]) -> li
     return bad
 
 
-def _log_prob(fn: Any, checked: Checked, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _log_prob(
+    fn: Distribution, checked: Checked, value: Tensor, *args: object, **kwargs: object
+) -> Tensor:
     """The log density, and minus infinity where the distribution does not exist."""
     log_prob = fn.log_prob(value, *args, **kwargs)
     valid = _valid(fn, checked.arguments)
@@ -156,7 +156,7 @@ def _log_prob(fn: Any, checked: Checked, value: Tensor, *args: Any, **kwargs: An
     return log_prob + torch.where(valid, 0.0, -torch.inf).to(log_prob)
 
 
-def _inside(fn: Any, value: Tensor) -> Tensor:
+def _inside(fn: Distribution, value: Tensor) -> Tensor:
     """Where a value lies in the support, or is masked."""
     if isinstance(fn, MaskedDistribution):
         return _inside(fn.base_dist, value) | ~torch.as_tensor(fn._mask)
@@ -165,9 +165,9 @@ def _inside(fn: Any, value: Tensor) -> Tensor:
     return _check(_support(fn), value)
 
 
-def _valid(fn: Any, names: frozenset[str] | None) -> Any:
+def _valid(fn: Distribution, names: frozenset[str] | None) -> Tensor | Literal[True]:
     """Where a distribution exists, of a shape that broadcasts with its batch; or True."""
-    valid: Any = True
+    valid: Tensor | Literal[True] = True
     for inner in _parts(fn):
         ok = _valid(inner, names)
         # what is an event here is a batch of the parts: of components, of independent variables
@@ -185,14 +185,14 @@ def _valid(fn: Any, names: frozenset[str] | None) -> Any:
     return valid
 
 
-def _arguments(fn: Any) -> Iterator[tuple[Any, str, Any]]:
+def _arguments(fn: Distribution) -> Iterator[tuple[Distribution, str, constraints.Constraint]]:
     """The distribution or the part of it, the name and the constraint of each given argument."""
     yield from _own_arguments(fn)
     for part in _parts(fn):
         yield from _arguments(part)
 
 
-def _parts(fn: Any) -> Iterator[Any]:
+def _parts(fn: Distribution) -> Iterator[Distribution]:
     """The distributions that it is made of, unless its own arguments are all of theirs."""
     if not (isinstance(fn, TransformedDistribution) and fn.arg_constraints):
         for name in PARTS:
@@ -200,7 +200,7 @@ def _parts(fn: Any) -> Iterator[Any]:
                 yield part
 
 
-def _own_arguments(fn: Any) -> Iterator[tuple[Any, str, Any]]:
+def _own_arguments(fn: Distribution) -> Iterator[tuple[Distribution, str, constraints.Constraint]]:
     try:
         constrained = fn.arg_constraints
     except NotImplementedError:
@@ -215,7 +215,7 @@ def _own_arguments(fn: Any) -> Iterator[tuple[Any, str, Any]]:
             yield fn, name, constraint
 
 
-def _shows(constraint: Any) -> bool | None:
+def _shows(constraint: constraints.Constraint | None) -> bool | None:
     """Whether what is not allowed gives NaN, or an error, by itself; None if it is not known."""
     if constraint is None or constraints.is_dependent(constraint):
         return None
@@ -225,7 +225,7 @@ def _shows(constraint: Any) -> bool | None:
 _SHOW = (constraints.real, constraints.real_vector, constraints.positive_definite)
 
 
-def _is_within(support: Any, constraint: Any) -> bool:
+def _is_within(support: constraints.Constraint, constraint: constraints.Constraint) -> bool:
     """Whether a constraint holds on all of a support, as far as their bounds show."""
     parts = [elementwise(part) for part in (plain_support(support), constraint)]
     if constraints.simplex in parts:
@@ -249,24 +249,24 @@ _BOUNDED = tuple(
 _ENDS = (("lower_bound", -torch.inf), ("upper_bound", torch.inf))
 
 
-def _storage(x: Any) -> int:
+def _storage(x: Tensor) -> int:
     return detach_provenance(x).untyped_storage().data_ptr()
 
 
-def _check(constraint: Any, value: Any) -> Tensor:
+def _check(constraint: constraints.Constraint, value: Tensor) -> Tensor:
     if constraint is constraints.simplex:  # its sum is known up to rounding only
         return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-3)
     return constraint.check(value)
 
 
-def _support(fn: Any) -> Any:
+def _support(fn: Distribution) -> Any:
     try:
         return fn.support
     except (NotImplementedError, AttributeError):
         return None
 
 
-def _is_told_not_to(fn: Any) -> bool:
+def _is_told_not_to(fn: object) -> bool:
     """Whether it was made with ``validate_args=False``, where others validate."""
     if not Distribution._validate_args:
         return False

@@ -1,20 +1,22 @@
 """Discrete sites of a model, and the values that their variables take."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import elementwise
-from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.supports import plain_support, stated_support
 from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.models.sites.latents import SampleSite
 
 
-def site_support_values(name: str, fn: Any) -> Tensor | None:
+def site_support_values(name: str, fn: TorchDistribution) -> Tensor | None:
     """The support values ``(K, b)`` of the variables of a discrete site; None if it is continuous.
 
     They are ``UNBOUNDED``, none, where its elements are whole numbers without a bound.
@@ -29,19 +31,19 @@ def site_support_values(name: str, fn: Any) -> Tensor | None:
                 [1],
                 [2]])
     """
-    if not fn.support.is_discrete:
+    if not stated_support(fn).is_discrete:
         return None
     fn = innermost(fn, VIEWS)
     error: Exception | None = None
     if isinstance(fn, UnnormalizedEnergy) or fn.has_enumerate_support:
         try:
             if isinstance(fn, UnnormalizedEnergy):
-                return support_values_of(fn.support, fn.event_shape)
+                return support_values_of(stated_support(fn), fn.event_shape)
             size = torch.Size(fn.event_shape).numel()  # a tuple, of a SpanningTree
             return fn.enumerate_support(expand=False).reshape(-1, max(size, 1))
         except (NotImplementedError, ValueError) as raised:
             error = raised
-    if is_integer(fn.support):
+    if is_integer(stated_support(fn)):
         return UNBOUNDED
     raise ValueError(
         f"site {name!r} ({type(fn).__name__}) has no finite set of values that all its elements"
@@ -57,7 +59,7 @@ UNBOUNDED = torch.empty(0, 1)
 """The support values of whole numbers without fixed bounds."""
 
 
-def is_integer(support: Any) -> bool:
+def is_integer(support: constraints.Constraint) -> bool:
     """Whether the elements of a support are whole numbers, with bounds or without.
 
     Example:
@@ -86,9 +88,9 @@ class WithinBounds(Messenger):
         super().__init__()
         self.names = names
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: SampleSite) -> None:
         if msg["name"] in self.names:
-            support = elementwise(plain_support(msg["fn"].support))
+            support = elementwise(plain_support(stated_support(msg["fn"])))
             x = torch.as_tensor(msg["value"])
             for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
                 if (end := getattr(support, bound, None)) is not None:

@@ -19,14 +19,16 @@ from torch.autograd.functional import jacobian
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.distributions.core.supports import is_unbounded
+from pyro_ebm.distributions.core.supports import as_function, is_unbounded
 
 NUM_POINTS = 8
 NEAR, FAR = 2.0, 20.0
 MAX_DETERMINANT = 50  # columns
 
 
-def check_transform(name: str, transform: Transform, support: Any, x: Tensor) -> None:
+def check_transform(
+    name: str, transform: Transform, support: constraints.Constraint, x: Tensor
+) -> None:
     """Raises a ValueError unless a transform maps the support of a site onto the reals.
 
     Args:
@@ -71,7 +73,7 @@ def check_from_reals(name: str, transform: Transform, z: Tensor) -> None:
         z: an unconstrained value of the site, of its shape and dtype.
     """
     check_codomain(name, transform)
-    inverse: Any = transform.inv
+    inverse = as_function(transform.inv)
     if why := _objection(transform, constraints.dependent, inverse(z)):
         raise ValueError(
             f"transforms={{{name!r}: {_shown(transform)}}} must map site {name!r} onto the reals,"
@@ -95,7 +97,7 @@ def check_codomain(name: str, transform: Transform) -> None:
         )
 
 
-def _objection(transform: Transform, support: Any, x: Tensor) -> str | None:
+def _objection(transform: Transform, support: constraints.Constraint, x: Tensor) -> str | None:
     """Why it is no bijection from the support to the reals, in words."""
     if not transform.bijective:
         return "it is not bijective"
@@ -108,12 +110,11 @@ def _objection(transform: Transform, support: Any, x: Tensor) -> str | None:
     return f"it fails, with {type(error).__name__} ({error})"
 
 
-def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
-    inverse: Any = transform.inv
+def _objections(transform: Transform, support: constraints.Constraint, x: Tensor) -> Iterator[str]:
+    inverse, to_reals = as_function(transform.inv), as_function(transform)
     codomain, domain = _declared(transform, "codomain"), _declared(transform, "domain")
     if codomain is not None and not is_unbounded(codomain):
         yield f"it maps to {codomain}"
-    to_reals: Any = transform
     like = to_reals(x)
     generator = torch.Generator(like.device).manual_seed(0)
 
@@ -130,10 +131,10 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
             yield f"its inverse maps {_point(z)} to {_point(there)}, which is outside"
         if not _close(to_reals(there), z):
             yield f"it does not bring {_point(z)} back, from {_point(there)}"
-        if (why := _wrong_determinant(inverse, z, there)) is not None:
+        if (why := _wrong_determinant(transform.inv, z, there)) is not None:
             yield why
     try:
-        onto: Any = biject_to(support)
+        onto = biject_to(support)
         like = onto.inv(x)
     except NotImplementedError:  # there is no other bijection to compare with
         return
@@ -149,7 +150,7 @@ def _objections(transform: Transform, support: Any, x: Tensor) -> Iterator[str]:
             yield f"its inverse does not reach {_point(point)}"
 
 
-def _wrong_determinant(inverse: Any, z: Tensor, x: Tensor) -> str | None:
+def _wrong_determinant(inverse: Transform, z: Tensor, x: Tensor) -> str | None:
     """Whether its Jacobian's determinant is another one than the derivatives say, in words."""
     if not 0 < x.numel() == z.numel() <= MAX_DETERMINANT:  # a simplex has fewer dimensions
         return None
@@ -171,7 +172,7 @@ def _declared(transform: Transform, name: str) -> Any:
         return None
 
 
-def _inside(support: Any, x: Tensor) -> bool:
+def _inside(support: constraints.Constraint, x: Tensor) -> bool:
     if constraints.is_dependent(support):
         return bool(x.isfinite().all())
     return bool(x.isfinite().all() and support.check(x).all())
@@ -190,7 +191,7 @@ def _point(x: Tensor) -> str:
     return values[0] if x.numel() == 1 else f"({', '.join(values)}{more})"
 
 
-def _shown(transform: Any) -> str:
+def _shown(transform: Transform) -> str:
     inverse = getattr(transform, "_inv", None)
     if type(transform).__name__ == "_InverseTransform":
         return f"{inverse!r}.inv"

@@ -1,22 +1,21 @@
 """Where the latents of a model start."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
 from pyro_ebm.distributions.core.supports import uniform_start
 from pyro_ebm.models.sites.discrete_sites import is_integer
-from pyro_ebm.models.sites.latents import support_of, transform_of
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, support_of, transform_of
 from pyro_ebm.ops.arguments import shown
 
 
-def started(init_strategy: Callable[..., Any]) -> Callable[..., Any]:
+def started(init_strategy: InitStrategy) -> InitStrategy:
     """An ``init_strategy`` that also has values for sites for which one of Pyro's has none.
 
     A site whose distribution cannot be sampled starts uniformly on (-2, 2) before its bijection;
@@ -25,7 +24,7 @@ def started(init_strategy: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(_start, init_strategy)
 
 
-def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
+def _start(init_strategy: InitStrategy, site: SampleSite) -> object:
     name, fn = site["name"], site["fn"]
     support, restated = support_of(name, fn)
     if support.is_discrete:
@@ -39,13 +38,12 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
                 f"the discrete site {name!r} starts at a draw, and {type(fn).__name__} cannot be"
                 " drawn from: use another distribution"
             ) from error
-    if restated:
-        site = {**site, "fn": _Restated(fn, support)}
+    given = {**site, "fn": _Restated(fn, support)} if restated else site
     try:
-        start = init_strategy(site)
+        start = init_strategy(given)
     except NotImplementedError:
         try:
-            start = init_to_sample(site)
+            start = init_to_sample(given)
         except NotImplementedError:
             transform_of(name, fn)  # which says so if there is no bijection either
             like = (tensors_of(support) or [torch.empty(())])[0]
@@ -60,8 +58,8 @@ def _start(init_strategy: Callable[..., Any], site: Any) -> Any:
 class _Restated:
     """A distribution with an equal support that ``biject_to`` has a bijection for."""
 
-    def __init__(self, fn: Any, support: constraints.Constraint):
+    def __init__(self, fn: TorchDistribution, support: constraints.Constraint):
         self._fn, self.support = fn, support
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._fn, name)

@@ -1,7 +1,8 @@
 """What a latent site must have to be sampled: a density on a support that the reals map onto."""
 
+from collections.abc import Callable
 from math import pi
-from typing import Any
+from typing import Any, TypedDict
 
 from pyro.distributions import (
     Delta,
@@ -10,14 +11,34 @@ from pyro.distributions import (
     SineSkewed,
     constraints,
 )
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
 from torch.distributions import VonMises, biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.distributions.core.supports import plain_support
+from pyro_ebm.distributions.core.supports import plain_support, stated_support
 from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 
+InitStrategy = Callable[..., object]
+"""Gives a site its first value."""
 
-def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
+
+class SampleSite(TypedDict):
+    """A sample site of a trace, or its message: Pyro's type of it is that of all kinds of sites."""
+
+    name: str
+    fn: TorchDistribution
+    value: Tensor
+    is_observed: bool
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    scale: Any  # a number or a tensor
+    mask: Tensor | bool | None
+    cond_indep_stack: tuple[CondIndepStackFrame, ...]
+
+
+def support_of(name: str, fn: TorchDistribution) -> tuple[constraints.Constraint, bool]:
     """The support of a latent site, as a constraint that ``biject_to`` has a bijection for if any.
 
     Returns:
@@ -31,7 +52,7 @@ def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
         (PositiveDefinite(), True)
     """
     try:
-        support = fn.support  # a new object each time
+        support = stated_support(fn)  # a new object each time
     except NotImplementedError as error:
         raise ValueError(
             f"the distribution {type(fn).__name__} of site {name!r} has no support, so"
@@ -44,7 +65,7 @@ def support_of(name: str, fn: Any) -> tuple[constraints.Constraint, bool]:
     return plain, plain is not support
 
 
-def transform_of(name: str, fn: Any) -> Transform:
+def transform_of(name: str, fn: TorchDistribution) -> Transform:
     """From the support of a continuous latent site to the reals.
 
     Raises:

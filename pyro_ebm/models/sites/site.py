@@ -1,12 +1,13 @@
 """One latent of a model, as a kernel's flat position holds it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_ebm.distributions.core.supports import as_function
 from pyro_ebm.models.sites.given_transforms import check_from_reals
 
 
@@ -56,8 +57,7 @@ class Site(NamedTuple):
 
 def to_support(transform: Transform, z: Tensor) -> Tensor:
     """The point of the support at the unconstrained ``z``; ``transform`` goes the other way."""
-    inverse: Any = transform.inv
-    return inverse(z)
+    return as_function(transform.inv)(z)
 
 
 def sites_of(

@@ -19,7 +19,7 @@ Reference:
 
 import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ class AnnealingPath(Potential):
         values, grads = found
         return self.combine(*values), self.combine(*grads)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "last": None, "here": None}
 
     def draw(self, num: int) -> Tensor:

@@ -8,12 +8,14 @@ Reference:
     Tierney (1994), Markov chains for exploring posterior distributions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
@@ -107,7 +109,7 @@ class CompositeKernel(PyroKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         kernels: Sequence[TransitionKernel] | None = None,
         **kwargs: Unpack[ModelSettings],
     ):
@@ -155,7 +157,7 @@ class CompositeKernel(PyroKernel):
     def _exchange(self) -> TransitionKernel | None:
         return next((kernel for kernel in self.kernels if kernel.samples_intractable), None)
 
-    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+    def make_potential(self, *args: object, **kwargs: object) -> Potential:
         """The potential of the model at its arguments."""
         if (exchange := self._exchange) is None:
             return super().make_potential(*args, **kwargs)
@@ -242,12 +244,12 @@ class CompositeKernel(PyroKernel):
         for kernel, _ in self._bound:
             kernel.check_graphs()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What each kernel has learned, and the positions that it saw last."""
         parts = [{"kernel": k.state_dict(), "rest": block.rest.clone()} for k, block in self._bound]
         return {**super().state_dict(), "parts": parts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
         super().load_state_dict(state)
         for (kernel, block), part in zip(self._bound, state["parts"], strict=True):

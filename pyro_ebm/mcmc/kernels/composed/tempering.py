@@ -20,11 +20,12 @@ Reference:
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.base import refuse_temperature
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
@@ -151,7 +152,7 @@ class TemperingKernel(PyroKernel):
 
     # -- many chains ---------------------------------------------------------------------------
 
-    def make_potential(self, *args: Any, **kwargs: Any) -> Potential:
+    def make_potential(self, *args: object, **kwargs: object) -> Potential:
         """The potential of the inner kernel's model."""
         self.restore_params()
         inner = self.kernel.copy()
@@ -174,17 +175,17 @@ class TemperingKernel(PyroKernel):
         betas = torch.tensor(self.betas, dtype=potential.dtype, device=potential.device)
         return TemperedPotential(potential, betas)
 
-    def init(self, z: Tensor) -> Any:
+    def init(self, z: Tensor) -> TemperedState:
         """All replicas at the first positions, shape ``(chains, dim)``."""
         inner, _ = self._parts
         return self._outward(inner.init(self._replicated(z)))
 
-    def evaluate(self, z: Tensor) -> Any:
+    def evaluate(self, z: Tensor) -> TemperedState:
         """All replicas at the positions ``z``, shape ``(chains, dim)``."""
         inner, _ = self._parts
         return self._outward(inner.evaluate(self._replicated(z)))
 
-    def step(self, state: Any) -> tuple[Any, Info]:
+    def step(self, state: TemperedState) -> tuple[TemperedState, Info]:
         """A transition of every replica, then exchanges between neighbours."""
         inner, _ = self._parts
         replicas, info = inner.step(state.replicas)
@@ -279,7 +280,7 @@ class TemperingKernel(PyroKernel):
         grad = None if replicas.grad is None else self._rows(replicas.grad)[:, 0].flatten(0, 1)
         return TemperedState(z, potential, grad, replicas)
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> Saved:
         """Statistics of the draws, with the rates of exchange."""
         rates = [] if self._swaps is None else self.swap_rates.tolist()
         return {**super().diagnostics(), "swap rates": rates}

@@ -15,12 +15,12 @@ Reference:
     distributions. Zhang, Liu and Liu (2022), A Langevin-like sampler for discrete distributions.
 """
 
-from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.kernels.accept import accept, accept_valid
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
 from pyro_ebm.mcmc.kernels.transition import GraphSettings, TransitionKernel
@@ -141,12 +141,12 @@ class GibbsWithGradientsKernel(GradientKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         **kwargs: Unpack[GraphSettings],
     ):
         super().__init__(model, adapt_step_size=False, adapt_mass_matrix=False, **kwargs)
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, ...]:
         """A Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
         return noise, log_uniform(state.potential)
@@ -221,7 +221,7 @@ class DiscreteLangevinKernel(GradientKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         step_size: float = 0.2,
         adjusted: bool = True,
         adapt_step_size: bool | None = None,
@@ -262,7 +262,7 @@ class DiscreteLangevinKernel(GradientKernel):
             )
         return state
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, ...]:
         """The step size, a Gumbel variable for each move, and the uniform."""
         noise = gumbel((state.z.shape[0], self.variables.num_moves), state.z)
         return self.step_size_of(state), noise, log_uniform(state.potential)

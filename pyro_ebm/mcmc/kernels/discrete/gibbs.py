@@ -15,12 +15,13 @@ Reference:
     of images. Smolensky (1986), Information processing in dynamical systems.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.kernels.accept import accept_valid
 from pyro_ebm.mcmc.kernels.discrete.variables import Variables, gumbel
 from pyro_ebm.mcmc.kernels.transition import GraphSettings, TransitionKernel
@@ -62,7 +63,7 @@ class GibbsKernel(TransitionKernel):
     discrete = True
     _columns: Sequence[tuple[Tensor, Tensor]] = ()
 
-    def __init__(self, model: Callable[..., Any] | None = None, **kwargs: Unpack[GraphSettings]):
+    def __init__(self, model: Model | None = None, **kwargs: Unpack[GraphSettings]):
         super().__init__(model, adapt_step_size=False, adapt_mass_matrix=False, **kwargs)
 
     def check(self, potential: Potential) -> None:
@@ -88,7 +89,7 @@ class GibbsKernel(TransitionKernel):
             diverging = diverging | info.diverging
         return state, Info(torch.ones_like(state.potential), diverging)
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, ...]:
         """The random numbers of a sweep of blocks."""
         return self.potential.gibbs_noise(state.z)
 

@@ -26,12 +26,13 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept
 from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
 from pyro_ebm.mcmc.kernels.transition import AdaptationSettings
@@ -80,7 +81,7 @@ class BarkerKernel(LocalKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float = 0.1,
         spread: float = 1.0,
@@ -95,7 +96,7 @@ class BarkerKernel(LocalKernel):
         )
         self.spread = float(spread)
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, Factor | None, Tensor, Tensor]:
         """The jumps, the inverse mass matrix, and the uniforms of signs and of the acceptance."""
         length = (1 - self.spread**2) ** 0.5 + self.spread * torch.randn_like(state.z)
         return (

@@ -22,6 +22,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.internals.lookup import Operation
 from pyro_ebm.mcmc.adaptation.chees import TrajectoryAdaptation, van_der_corput
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, choose, decide
 from pyro_ebm.mcmc.kernels.transition import AdaptationSettings, TransitionKernel, check_positive
@@ -88,7 +90,7 @@ class ChEESKernel(TransitionKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float = 0.1,
         trajectory_length: float = 2.0,
@@ -107,7 +109,7 @@ class ChEESKernel(TransitionKernel):
 
     # -- the mathematics -----------------------------------------------------------------------
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, Factor | None, Tensor, Tensor, Sequence[int]]:
         """Step size, inverse mass matrix, momentum, uniform, and each target's number of steps."""
         return (
             self.step_size_of(state),
@@ -205,7 +207,7 @@ class ChEESKernel(TransitionKernel):
         return state, momentum, accepted, info
 
     @property
-    def compiled_fn(self) -> Callable[..., Any]:
+    def compiled_fn(self) -> Operation:
         """One leapfrog step with its acceptance, however many a transition makes."""
         return self.leap
 

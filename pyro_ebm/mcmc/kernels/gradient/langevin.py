@@ -10,11 +10,12 @@ algorithm (ULA), whose stationary distribution is off by :math:`O(\varepsilon)`:
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
 from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
@@ -86,7 +87,7 @@ class LangevinKernel(LocalKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float | Callable[[int], float] = 0.1,
         adjusted: bool = True,
@@ -142,7 +143,7 @@ class LangevinKernel(LocalKernel):
             )
         return state
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, Factor | None, Tensor, Tensor, Tensor | None]:
         """Step size, inverse mass matrix, temperature, noise, and the uniform if ``adjusted``."""
         if self.schedule is not None:
             now = _scheduled(self.schedule, self._steps)

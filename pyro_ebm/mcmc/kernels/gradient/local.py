@@ -7,11 +7,9 @@ trajectory goes straight. So the warmup begins with the transitions of
 the warmup is over). The rest of the warmup, and all draws, are made by the kernel itself.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -63,7 +61,7 @@ class LocalKernel(TransitionKernel):
                 self._find_step_size(state)
         return state, info
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
         super().load_state_dict(state)
         if self._explorer is None:

@@ -11,12 +11,13 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import accept
 from pyro_ebm.mcmc.kernels.gradient_free.proposals import (
@@ -81,7 +82,7 @@ class MHKernel(TransitionKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         proposal: Proposal | Distribution | Mapping[str, Distribution] | None = None,
         adapt_step_size: bool = True,
@@ -133,7 +134,7 @@ class MHKernel(TransitionKernel):
         """Whether its proposal moves sites like this one."""
         return self.proposal.moves(site)
 
-    def draw(self, state: State) -> tuple[Any, ...]:
+    def draw(self, state: State) -> tuple[Tensor, ...]:
         """The proposed positions, the log ratio of their densities, and the uniform."""
         assert self._bound is not None
         q = self._bound.adapted(self.step_size_of(state), self.inverse_mass_sqrt)

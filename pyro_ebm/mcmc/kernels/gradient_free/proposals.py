@@ -7,12 +7,12 @@ symmetric, the log density :math:`\log q(z' \mid z)`.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.distributions.core.supports import as_function
 from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.mcmc.kernels.transition import check_positive
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -201,8 +201,8 @@ class Independence(Proposal):
             return q.sample(n)
         assert potential is not None
         # a transform of one tensor gives one
-        transforms: Mapping[str, Any] = potential.transforms
-        drawn: dict[str, Any] = {name: transforms[name](p.sample(n)) for name, p in q.items()}
+        maps = {name: as_function(potential.transforms[name]) for name in q}
+        drawn = {name: maps[name](p.sample(n)) for name, p in q.items()}
         return potential.ravel(drawn)
 
     def log_prob(self, new: Tensor, old: Tensor) -> Tensor:

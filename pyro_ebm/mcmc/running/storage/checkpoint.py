@@ -19,12 +19,10 @@ import contextlib
 import datetime
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pyro_ebm import files
-from pyro_ebm.files import CheckpointError
+from pyro_ebm.files import CheckpointError, Saved
 from pyro_ebm.mcmc.ranks import ProcessGroup
 from pyro_ebm.mcmc.running.chains import VectorizedRun
 from pyro_ebm.mcmc.running.run_settings import RunSettings, differences, machine
@@ -51,7 +49,7 @@ def refuse_to_replace(path: files.PathLike) -> None:
         raise CheckpointError(f"{folder} holds the draws of another run: move it away")
 
 
-def read_checkpoint(path: files.PathLike, ranks: ProcessGroup) -> dict[str, Any]:
+def read_checkpoint(path: files.PathLike, ranks: ProcessGroup) -> Saved:
     """The state file of this rank, of the last transition after which all ranks have saved one.
 
     Raises:
@@ -73,7 +71,7 @@ def read_checkpoint(path: files.PathLike, ranks: ProcessGroup) -> dict[str, Any]
     return payload
 
 
-def _mark(payload: dict[str, Any]) -> tuple[int, int]:
+def _mark(payload: Saved) -> tuple[int, int]:
     """Which save it is: the one after so many transitions."""
     return 0, payload["run"]["t"]
 
@@ -180,7 +178,7 @@ class Checkpoint:
 
     # -- going on ------------------------------------------------------------------------------
 
-    def compare(self, payload: Mapping[str, Any]) -> None:
+    def compare(self, payload: Saved) -> None:
         """Raises a CheckpointError if a state is that of another run."""
         if found := differences(self.settings, payload["settings"]):
             more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
@@ -194,7 +192,7 @@ class Checkpoint:
                 stacklevel=5,
             )
 
-    def load(self, run: VectorizedRun, payload: Mapping[str, Any]) -> None:
+    def load(self, run: VectorizedRun, payload: Saved) -> None:
         """Restores a run as it was saved.
 
         Raises:
