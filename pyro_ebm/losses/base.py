@@ -14,7 +14,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 from pyro import poutine
@@ -43,6 +43,15 @@ from pyro_ebm.losses.traces import (
 )
 from pyro_ebm.ops.arguments import check_count
 from pyro_ebm.ops.distributed import pooled_mean
+
+
+class LossSettings(TypedDict, total=False):
+    """What every loss takes of Pyro's ELBOs."""
+
+    num_particles: int
+    max_plate_nesting: int
+    retain_graph: bool | None
+    ignore_jit_warnings: bool
 
 
 class EnergyLoss(Trace_ELBO):
@@ -123,7 +132,7 @@ class EnergyLoss(Trace_ELBO):
         self.steps_taken = 0
         self.not_finite: list[str] = []  # the sites that made the last loss NaN or infinite
         self._trained: frozenset[str] | None = None
-        self._rows_seen: set[tuple[Any, ...]] = set()
+        self._rows_seen: set[tuple[object, ...]] = set()
 
     # -- the mathematics: what a new loss writes -------------------------------------------------
 
@@ -202,19 +211,19 @@ class EnergyLoss(Trace_ELBO):
         """Takes back what :meth:`state_dict` gave."""
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What the loss was made with, by the names of its arguments."""
         attributes = self._attributes()
         return {name: attributes[name] for name in self._defaults() if name in attributes}
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self) -> dict[str, object]:
         """The attributes in which its settings are found."""
         return vars(self)
 
     @classmethod
-    def _defaults(cls) -> dict[str, Any]:
+    def _defaults(cls) -> dict[str, object]:
         """The arguments of the loss and of its bases, with their defaults."""
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for kind in cls.__mro__:
             if issubclass(kind, EnergyLoss) and "__init__" in vars(kind):
                 for name, parameter in inspect.signature(vars(kind)["__init__"]).parameters.items():
@@ -228,7 +237,9 @@ class EnergyLoss(Trace_ELBO):
 
     # -- traces ----------------------------------------------------------------------------------
 
-    def _get_trace(self, model: Model, guide: Model, args: Any, kwargs: Any) -> Any:
+    def _get_trace(
+        self, model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[poutine.Trace, poutine.Trace]:
         model_trace, guide_trace, noise = traces_of(model, guide, args, kwargs)
         validating = is_validation_enabled()
         if validating:
@@ -256,8 +267,9 @@ class EnergyLoss(Trace_ELBO):
             refuse_score_function(replaced, guide_trace)
         if validating:
             nesting: Any = self.max_plate_nesting  # infinite until it is known
-            for node in (*samples(model_trace).values(), *samples(guide_trace).values()):
-                check_site_shape(node, nesting)
+            for trace in (model_trace, guide_trace):
+                for name in samples(trace):
+                    check_site_shape(trace.nodes[name], nesting)
         return model_trace, guide_trace
 
     def _ordinary_term(self, site: EnergySite) -> Tensor | None:
@@ -355,5 +367,5 @@ class EnergyLoss(Trace_ELBO):
         return total.detach() if self.evaluating else total
 
 
-def _equal(value: Any, default: Any) -> bool:
+def _equal(value: object, default: object) -> bool:
     return value is default or (type(value) is type(default) and bool(value == default))

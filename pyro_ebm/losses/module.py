@@ -187,7 +187,7 @@ class EnergyLossModule(ELBOModule):
             )
 
 
-def networks_of(*functions: Any) -> list[nn.Module]:
+def networks_of(*functions: object) -> list[nn.Module]:
     """The networks with parameters or buffers that functions hold, none inside another.
 
     Example:
@@ -200,13 +200,13 @@ def networks_of(*functions: Any) -> list[nn.Module]:
     return [m for i, m in found.items() if i not in inside]
 
 
-def _held_by(function: Any) -> Iterator[nn.Module]:
+def _held_by(function: object) -> Iterator[nn.Module]:
     parts = [function, *vars(getattr(function, "__self__", object)).values()]
     for part in parts if hasattr(function, "__self__") else [function]:
         yield from (m for m in sources(part) if isinstance(m, nn.Module))
 
 
-def _free(name: str, taken: Any) -> str:
+def _free(name: str, taken: nn.ModuleDict | nn.ParameterDict) -> str:
     """The name as a key of a module, numbered if it is taken."""
     name = name.replace("$$$", "_").replace(".", "_")
     numbers = (f"{name}_{k}" if k else name for k in range(len(taken) + 1))

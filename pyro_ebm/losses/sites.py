@@ -1,8 +1,7 @@
 """An energy site of a trace, without the wrappers of its distribution."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -12,6 +11,7 @@ from torch import Tensor
 from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.distributions.core.wrappers import unmasked
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.models.sites.latents import SampleSite
 from pyro_ebm.ops.arguments import check_tensor
 
 
@@ -87,8 +87,8 @@ class EnergySite:
 
 def find_site(
     name: str,
-    site: Mapping[str, Any],
-    noise: Mapping[str, Any] | None = None,
+    site: SampleSite,
+    noise: SampleSite | None = None,
     latents: Iterable[Tensor] = (),
 ) -> EnergySite:
     """An energy site, without the wrappers of its distribution.
@@ -134,7 +134,7 @@ def find_site(
     )
 
 
-def _check_dtype(name: str, energy: UnnormalizedEnergy, x: Any) -> None:
+def _check_dtype(name: str, energy: UnnormalizedEnergy, x: Tensor) -> None:
     check_tensor(f"the data at site {name!r}", x)
     if x.layout != torch.strided:
         raise ValueError(f"the data at site {name!r} are {x.layout}: use x.to_dense()")

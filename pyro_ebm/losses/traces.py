@@ -1,7 +1,6 @@
 """The traces of model and guide: which energy sites there are, and what a loss refuses of them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,13 +12,15 @@ from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.core.introspection import modules
 from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.sites import EnergySite, find_site
+from pyro_ebm.models.runs import site_of
+from pyro_ebm.models.sites.latents import SampleSite
 from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.leaves import leaves
 
 
 def traces_of(
-    model: Model, guide: Model, args: Any, kwargs: Any
-) -> tuple[Trace, Trace, dict[str, Any]]:
+    model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Trace, Trace, dict[str, SampleSite]]:
     """The traces of model and guide, and the guide's nodes at observed sites: the noise.
 
     Raises:
@@ -34,7 +35,7 @@ def traces_of(
     replayed = poutine.replay(model, trace=guide_trace)
     model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     noise = {
-        name: guide_trace.nodes[name]
+        name: site_of(guide_trace, name)
         for name, site in samples(model_trace).items()
         if site["is_observed"] and name in guide_trace
     }
@@ -49,9 +50,10 @@ def traces_of(
     return model_trace, guide_trace, noise
 
 
-def samples(trace: Trace) -> dict[str, Any]:
+def samples(trace: Trace) -> dict[str, SampleSite]:
     """The sample sites of a trace, by name."""
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    nodes = trace.nodes.items()
+    return {name: site_of(trace, name) for name, site in nodes if site["type"] == "sample"}
 
 
 def parameters_in(trace: Trace) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ def not_finite(*traces: Trace) -> list[str]:
     return [name for name, site in sites if not torch.isfinite(site["log_prob_sum"]).all()]
 
 
-def energy_sites(model_trace: Trace, noise: Mapping[str, Any]) -> dict[str, EnergySite]:
+def energy_sites(model_trace: Trace, noise: Mapping[str, SampleSite]) -> dict[str, EnergySite]:
     """The energy sites of a model's trace, by name."""
     nodes = samples(model_trace)
     latents = {

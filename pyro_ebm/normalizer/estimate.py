@@ -72,6 +72,10 @@ TAKES = {
 OPTIONS = set().union(*TAKES.values())
 
 
+Given = dict[str, Any]
+"""The arguments of a method, by name."""
+
+
 def estimate_log_normalizer(
     p: UnnormalizedEnergy,
     method: str | None = None,
@@ -240,7 +244,7 @@ def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
             ' method="quadrature" in one or two dimensions, else "ais"'
         )
     variables = p.event_shape.numel() // support_values.shape[1]
-    q: Any = unvalidated(p)
+    q = unvalidated(p)
     inner = (1,) * len(p.batch_shape)
     like = p.starting_points()  # a state as the energy expects it
 
@@ -256,7 +260,7 @@ def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
 # -- the choice of a method, and checks of the arguments -------------------------------------------
 
 
-def _chosen(p: UnnormalizedEnergy, given: dict[str, Any]) -> tuple[str, NormalizerEstimate | None]:
+def _chosen(p: UnnormalizedEnergy, given: Given) -> tuple[str, NormalizerEstimate | None]:
     """The first method that the energy and the arguments are for; an exact one is done already."""
     if given.keys() <= TAKES["exact"]:
         with contextlib.suppress(ValueError), torch.no_grad():  # it is not for this energy
@@ -268,7 +272,7 @@ def _chosen(p: UnnormalizedEnergy, given: dict[str, Any]) -> tuple[str, Normaliz
     return "ais", None
 
 
-def _check_energy(p: Any) -> None:
+def _check_energy(p: object) -> None:
     if isinstance(p, UnnormalizedEnergy):
         if 0 in p.batch_shape + p.event_shape:
             raise ValueError(
@@ -298,7 +302,7 @@ def _check_rows(p: UnnormalizedEnergy) -> None:
         check_repeats(lambda: (unvalidated(p).unnormalized_log_prob(x),), lambda: "the energy")
 
 
-def _check_arguments(method: str, given: dict[str, Any]) -> None:
+def _check_arguments(method: str, given: Given) -> None:
     if not isinstance(method, str) or method not in TAKES:
         raise ValueError(f"method must be one of {list(TAKES)}, got {method!r}")
     if unknown := sorted(given.keys() - TAKES[method]):
@@ -316,7 +320,7 @@ def _check_arguments(method: str, given: dict[str, Any]) -> None:
         raise ValueError(f"the temperatures are given by one of {ways}, not by all")
 
 
-def _check_numbers(given: dict[str, Any]) -> None:
+def _check_numbers(given: Given) -> None:
     least = {"num_samples": 2, "num_temperatures": 2}
     for name in ("num_samples", "num_chains", "num_steps", "num_temperatures", "max_units"):
         if name in given:
@@ -327,7 +331,7 @@ def _check_numbers(given: dict[str, Any]) -> None:
         raise ValueError(f"ess_drop must lie in (0, 1), got {drop}")
 
 
-def _checked_samples(samples: Any, p: UnnormalizedEnergy) -> Tensor:
+def _checked_samples(samples: object, p: UnnormalizedEnergy) -> Tensor:
     """Draws of the density, shape ``(n, *batch, *event)``."""
     shape = p.batch_shape + p.event_shape
     if not isinstance(samples, Tensor) or samples.dim() < 1 or len(samples) < 2:

@@ -9,7 +9,6 @@ is where its chains do not keep up, makes the likelihood too *high*.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from pyro_ebm.distributions.checks.arguments import expands
 from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.normalizer.estimate_result import digits, places
+from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, digits, places
 from pyro_ebm.ops.arguments import check_tensor, shown
 from pyro_ebm.ops.eval_mode import eval_mode
 
@@ -66,7 +65,9 @@ class LogLikelihood:
 
 
 @torch.no_grad()
-def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = None) -> LogLikelihood:
+def mean_log_likelihood(
+    p: UnnormalizedEnergy, data: Tensor, estimate: NormalizerEstimate | Tensor | float | None = None
+) -> LogLikelihood:
     r"""The mean log-likelihood of data, with both of its errors.
 
     .. math:: \mathrm{sd}^2 = \frac{\operatorname{Var}(\log \tilde p(x))}{n}
@@ -126,7 +127,7 @@ def mean_log_likelihood(p: UnnormalizedEnergy, data: Tensor, estimate: Any = Non
     mean, n = density.mean(0), len(density)
     data_error = density.std(0) / math.sqrt(n) if n > 1 else torch.full_like(mean, torch.inf)
 
-    def at(log_z: Any) -> Tensor | None:
+    def at(log_z: object) -> Tensor | None:
         if log_z is None:
             return None
         try:

@@ -1,7 +1,6 @@
 """Proposals: normalized distributions with exact draws that cover the support of an energy."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -14,6 +13,7 @@ from pyro_ebm.distributions.core.supports import contains, support_of
 from pyro_ebm.distributions.core.wrappers import improper_part
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
+from pyro_ebm.models.runs import site_of
 from pyro_ebm.ops.arguments import shown
 
 Proposal = TorchDistribution | Callable[[], object]
@@ -107,12 +107,11 @@ def _of_guide(guide: Callable[[], object]) -> TorchDistribution:
             f"proposal must be a distribution, or a guide with one sample site, got {shown(guide)}"
         )
     trace = prune_subsample_sites(poutine.trace(guide).get_trace())
-    latents = [trace.nodes[name] for name in trace.stochastic_nodes]
+    latents = [site_of(trace, name) for name in trace.stochastic_nodes]
     if len(latents) != 1:
         names = [site["name"] for site in latents]
         raise ValueError(
             f"a guide that proposes must have one sample site, and this one has {names}: give its"
             " distribution as proposal="
         )
-    proposal: Any = latents[0]["fn"]
-    return proposal
+    return latents[0]["fn"]

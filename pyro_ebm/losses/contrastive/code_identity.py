@@ -9,7 +9,7 @@ reads. Where there is something that it cannot follow, a value has no identity.
 
 import functools
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,9 +50,9 @@ class CodeIdentity:
         False
     """
 
-    def __init__(self, *values: Any):
-        self.held: list[Any] = []
-        self._parts: list[Any] = []
+    def __init__(self, *values: object):
+        self.held: list[object] = []
+        self._parts: list[object] = []
         self._seen: dict[int, int] = {}
         self.key: Hashable = None
         self.reason = ""
@@ -64,7 +64,7 @@ class CodeIdentity:
         else:
             self.key = tuple(self._parts)
 
-    def _add(self, value: Any) -> None:
+    def _add(self, value: object) -> None:
         kind = type(value)
         if kind in SCALARS:
             self._parts += (kind, value)
@@ -84,7 +84,7 @@ class CodeIdentity:
             self.held.append(value)
             self._look_into(value, kind)
 
-    def _same(self, value: Any) -> None:
+    def _same(self, value: object) -> None:
         self.held.append(value)
         self._parts.append(id(value))
 
@@ -133,7 +133,7 @@ class CodeIdentity:
         else:
             raise _UnsureError(f"it reads an object of type {kind.__name__}")
 
-    def _attributes(self, values: dict[Any, Any]) -> None:
+    def _attributes(self, values: Mapping[Any, object]) -> None:
         self._parts.append(len(values))
         for name, value in values.items():
             if type(name) not in SCALARS:

@@ -19,13 +19,13 @@ Reference:
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.files import Saved
-from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.contrastive.monitor import Monitor
 from pyro_ebm.losses.contrastive.negatives import NegativeSampler
 from pyro_ebm.losses.sites import EnergySite
@@ -99,9 +99,9 @@ class ContrastiveDivergence(EnergyLoss):
         num_chains: int | None = None,
         restart_prob: float = 0.0,
         energy_penalty: float = 0.0,
-        monitor: Callable[[UnnormalizedEnergy], Any] | None = None,
+        monitor: Callable[[UnnormalizedEnergy], object] | None = None,
         monitor_every: int = 100,
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(**kwargs)
         check_number("energy_penalty", energy_penalty)
@@ -111,7 +111,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.energy_penalty = energy_penalty
         self.monitor = Monitor(monitor, monitor_every)
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self) -> dict[str, object]:
         monitor = {"monitor": self.monitor.estimate, "monitor_every": self.monitor.every}
         return {**vars(self), **vars(self.negatives), **monitor}
 

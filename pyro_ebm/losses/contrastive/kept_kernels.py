@@ -14,11 +14,12 @@ what a run without one does, to the last bit; a compiled one, ``jit_compile=True
 import copy
 import warnings
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.files import Saved
 from pyro_ebm.internals.tracing import is_capturing
 from pyro_ebm.losses.contrastive.code_identity import CodeIdentity
 from pyro_ebm.mcmc.engine.engine import Engine
@@ -35,8 +36,8 @@ class _Kept(NamedTuple):
 
     kernel: Kernel
     potential: "KeptPotential"
-    fresh: dict[str, Any]
-    held: list[Any]
+    fresh: Saved
+    held: list[object]
 
 
 class KeptKernels:
@@ -55,7 +56,7 @@ class KeptKernels:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Hashable, list[Any] | _Kept] = {}
+        self._seen: dict[Hashable, list[object] | _Kept] = {}
         self._misses = 0
 
     def bound(

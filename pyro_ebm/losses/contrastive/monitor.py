@@ -1,7 +1,6 @@
 """Estimates of log Z and of the likelihood while a loss trains."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class Monitor:
         ValueError: for a number of steps below 1.
     """
 
-    def __init__(self, estimate: Callable[[UnnormalizedEnergy], Any] | None, every: int):
+    def __init__(self, estimate: Callable[[UnnormalizedEnergy], object] | None, every: int):
         if estimate is not None and not callable(estimate):
             raise TypeError(f"monitor must be a function of an energy, got {shown(estimate)}")
         self.estimate, self.every = estimate, check_count("monitor_every", every)

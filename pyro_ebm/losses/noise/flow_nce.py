@@ -19,17 +19,21 @@ Reference:
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
+from pyro.poutine import Trace
+from pyro.poutine.runtime import Message
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.files import Saved
+from pyro_ebm.losses.base import LossSettings
 from pyro_ebm.losses.noise.nce import NCE
 from pyro_ebm.losses.noise.noise import Noise
 from pyro_ebm.losses.sites import EnergySite
@@ -96,7 +100,7 @@ class FlowNCE(NCE):
         smoothing: float = 0.9,
         broad_noise: TorchDistribution | None = None,
         broad_weight: float = 0.1,
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(noise_ratio, **kwargs)
         every = isinstance(alternate, int) and not isinstance(alternate, bool) and alternate >= 1
@@ -236,10 +240,12 @@ class FlowNCE(NCE):
         rates = self.pooled(rates, torch.stack([self._rows[name] for name in sites]))
         return float(rates[rates.isfinite()].mean())
 
-    def _get_trace(self, *args: Any) -> Any:
+    def _get_trace(
+        self, model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[Trace, Trace]:
         self._contrasted: set[str] = set()
         self._rows: dict[str, Tensor] = {}
-        traces = super()._get_trace(*args)
+        traces = super()._get_trace(model, guide, args, kwargs)
         if self.turn == "flow":  # whatever else the loss trains is of the energy's player
             for trace in traces:
                 for name, site in trace.nodes.items():
@@ -267,11 +273,11 @@ class FlowNCE(NCE):
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         return -grads[0]
 
 
@@ -287,7 +293,7 @@ def reverse(x: Tensor) -> Tensor:
     return _Reverse.apply(x)
 
 
-def _detach(site: dict[str, Any]) -> None:
+def _detach(site: Message) -> None:
     """Detaches the terms of a site."""
     for name in ("log_prob", "log_prob_sum"):
         site[name] = site[name].detach()

@@ -17,13 +17,14 @@ Reference:
 """
 
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_ebm.files import Saved
+from pyro_ebm.losses.base import LossSettings
 from pyro_ebm.losses.noise.noise import Noise, NoiseLoss
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.distributed import gathered
@@ -80,7 +81,7 @@ class NCE(NoiseLoss):
         noise_ratio: int = 4,
         self_normalized: bool = False,
         init_log_normalizer: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(noise_ratio, **kwargs)
         self.self_normalized, self.init_log_normalizer = self_normalized, init_log_normalizer

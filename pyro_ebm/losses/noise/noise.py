@@ -1,7 +1,7 @@
 """The noise at an energy site, and the base of the losses that tell data from it."""
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_ebm.distributions.core.supports import support_of
 from pyro_ebm.distributions.core.wrappers import inside_event
 from pyro_ebm.distributions.energy import find_energy
-from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_count
 
@@ -46,7 +46,7 @@ class NoiseLoss(EnergyLoss):
 
     needs_noise = True
 
-    def __init__(self, noise_ratio: int, **kwargs: Any):
+    def __init__(self, noise_ratio: int, **kwargs: Unpack[LossSettings]):
         super().__init__(**kwargs)
         self.noise_ratio = check_count("noise_ratio", noise_ratio)
         self._sites_checked: set[str] = set()

@@ -5,11 +5,12 @@ Reference:
     models (ranking).
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.losses.base import LossSettings
 from pyro_ebm.losses.noise.noise import Noise, NoiseLoss
 from pyro_ebm.losses.sites import EnergySite
 
@@ -35,7 +36,7 @@ class RankingNCE(NoiseLoss):
         >>> loss = RankingNCE(noise_ratio=16)
     """
 
-    def __init__(self, noise_ratio: int = 10, **kwargs: Any):
+    def __init__(self, noise_ratio: int = 10, **kwargs: Unpack[LossSettings]):
         super().__init__(noise_ratio, **kwargs)
 
     def classify(self, site: EnergySite, noise: Noise) -> Tensor:

@@ -23,14 +23,14 @@ class Stateful(Protocol):
         """Its state."""
         ...
 
-    def load_state_dict(self, state_dict: Saved) -> Any:
+    def load_state_dict(self, state_dict: Saved) -> object:
         """Restores what :meth:`state_dict` returned."""
 
 
 Piece = torch.Generator | EnergyLoss | PyroOptim | Stateful
 
 
-def state_of(piece: Piece) -> Any:
+def state_of(piece: Piece) -> Saved | Tensor:
     """The state of a network, optimiser, loss, generator, or anything with ``state_dict``.
 
     Example:
@@ -70,7 +70,9 @@ def differences(piece: Piece, state: Any) -> Iterator[str]:
             yield from _differences_of_moments(state, parameters)
 
 
-def _differences_of_module(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+def _differences_of_module(
+    mine: Mapping[str, object], saved: Mapping[str, object]
+) -> Iterator[str]:
     missing, unknown = sorted(mine.keys() - saved.keys()), sorted(saved.keys() - mine.keys())
     if missing:
         yield f"the file does not hold {missing}"
@@ -79,7 +81,9 @@ def _differences_of_module(mine: Mapping[str, Any], saved: Mapping[str, Any]) ->
     yield from misfits(mine, saved)
 
 
-def misfits(mine: Mapping[str, Any], saved: Mapping[str, Any], what: str = "") -> Iterator[str]:
+def misfits(
+    mine: Mapping[str, object], saved: Mapping[str, object], what: str = ""
+) -> Iterator[str]:
     """The names of both whose tensors have different shapes or dtypes, and what they have.
 
     Args:

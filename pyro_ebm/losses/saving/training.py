@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -46,7 +45,7 @@ REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError
 _saves: dict[str, int] = {}  # the number of the last save, by the file it is in
 
 
-def save_training(path: str | os.PathLike[str], /, *parts: Any, **progress: Any) -> None:
+def save_training(path: str | os.PathLike[str], /, *parts: object, **progress: object) -> None:
     """Writes a training to one file, whole or not at all; the file before stays beside it.
 
     Args:
@@ -116,11 +115,11 @@ def save_training(path: str | os.PathLike[str], /, *parts: Any, **progress: Any)
 def load_training(
     path: str | os.PathLike[str],
     /,
-    *parts: Any,
+    *parts: object,
     args: tuple[object, ...] = (),
     kwargs: Mapping[str, object] | None = None,
     missing_ok: bool = False,
-) -> dict[str, Any]:
+) -> Saved:
     """Loads what :func:`save_training` wrote, into parts made as they were made before.
 
     Everything is compared first: nothing changes unless all of it fits. A piece that then refuses
@@ -193,7 +192,7 @@ def _set_store(values: Mapping[str, Tensor]) -> None:
         store[name].copy_(value)
 
 
-def _put_back(piece: Piece, state: Any) -> None:
+def _put_back(piece: Piece, state: object) -> None:
     """Restores the state before; a piece that refuses it must not keep the others from theirs."""
     with suppress(*REFUSALS):
         restore(piece, state)

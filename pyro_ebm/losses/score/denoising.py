@@ -7,13 +7,13 @@ Reference:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.core.supports import is_unbounded
-from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.score.weighted_score import record_norm, smooth_log_prob
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import shown
@@ -47,7 +47,7 @@ class DenoisingScoreMatching(EnergyLoss):
         self,
         sigma: float | Sequence[float] = 0.1,
         control_variate: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(**kwargs)
         try:

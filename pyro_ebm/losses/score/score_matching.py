@@ -16,12 +16,12 @@ Reference:
     estimator of the trace of the influence matrix.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.score.weighted_score import weighted_score
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_count
@@ -72,7 +72,7 @@ class ScoreMatching(EnergyLoss):
         method: str = "exact",
         num_projections: int = 1,
         distribution: str = "rademacher",
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(**kwargs)
         if method not in METHODS:

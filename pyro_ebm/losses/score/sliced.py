@@ -4,12 +4,12 @@ Reference:
     Song et al. (2019), Sliced score matching: a scalable approach to density and score estimation.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.score.weighted_score import weighted_score
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_count
@@ -44,7 +44,7 @@ class SlicedScoreMatching(EnergyLoss):
         num_projections: int = 1,
         variance_reduced: bool = True,
         distribution: str = "rademacher",
-        **kwargs: Any,
+        **kwargs: Unpack[LossSettings],
     ):
         super().__init__(**kwargs)
         check_count("num_projections", num_projections)

@@ -8,10 +8,11 @@ Reference:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_ebm.distributions.checks.boundary import boundary_error, ends_of, margins, too_many
 from pyro_ebm.distributions.core.introspection import elementwise
@@ -87,7 +88,7 @@ def smooth_log_prob(
     return log_prob
 
 
-def boundary_weight(support: Any, x: Tensor) -> Tensor | None:
+def boundary_weight(support: constraints.Constraint, x: Tensor) -> Tensor | None:
     r"""A weight that is 0 at the boundary: squared distance to it.
 
     Returns:

@@ -11,6 +11,7 @@ from pyro.distributions import (
     SineSkewed,
     constraints,
 )
+from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
@@ -35,6 +36,8 @@ class SampleSite(TypedDict):
     kwargs: dict[str, object]
     scale: Any  # a number or a tensor
     mask: Tensor | bool | None
+    score_parts: ScoreParts
+    log_prob_sum: Tensor
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
 
 

@@ -8,7 +8,7 @@ where the chains are; the proposal; and its acceptance. An
 serves all temperatures, and random numbers are drawn outside: both ways give the same weights.
 """
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -133,7 +133,9 @@ class Annealer:
                 known = self._look(state.z)
         return state, known, falls[0]
 
-    def leap(self, state: State, known: Parts | None, again: bool, draws: tuple[Any, ...]) -> Leap:
+    def leap(
+        self, state: State, known: Parts | None, again: bool, draws: tuple[object, ...]
+    ) -> Leap:
         """One transition at the present temperature.
 
         Args:

@@ -72,7 +72,7 @@ class FunctionPath(AnnealingPath):
         like = torch.empty(0, dtype=self.sites[0].dtype, device=self.sites[0].device)
         return EnergyPotential(p, like=like)
 
-    def _start(self, p: Any, proposal: Any) -> None:
+    def _start(self, p: Any, proposal: Proposal | None) -> None:
         q = p.base if proposal is None else proposal
         if q is None:
             if not hasattr(p, "exact_sample"):

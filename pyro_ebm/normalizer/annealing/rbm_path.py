@@ -79,12 +79,12 @@ class LayersPath(AnnealingPath):
         return cls(target, x.mean(0), torch.where(scale > 0, scale, own))
 
     @classmethod
-    def suits(cls, p: Any) -> bool:
+    def suits(cls, p: object) -> bool:
         """Whether an energy is a machine that this path leads to."""
         return isinstance(p, RBM | GaussianRBM) and isinstance(p, TwoLayers)
 
     @classmethod
-    def starting_at(cls, proposal: Any, target: EnergyPotential) -> "LayersPath | None":
+    def starting_at(cls, proposal: object, target: EnergyPotential) -> "LayersPath | None":
         """The path from a product of Bernoulli, or normal, distributions; None from another."""
         inner = proposal.base_dist if isinstance(proposal, Independent) else None
         if isinstance(target.energy, RBM) and isinstance(inner, Bernoulli):
