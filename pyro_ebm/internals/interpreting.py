@@ -10,7 +10,7 @@ which measures and rewrites a function in its first calls and is left out.
 import warnings
 from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ class _Look:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.node.all_input_nodes, inputs, strict=True))
         args, kwargs = map_arg((self.node.args, self.node.kwargs), values.__getitem__)
-        operation: Any = self.node.target
+        operation = self.node.target
+        assert callable(operation)
         operation(*args, **kwargs)
         return []
 

@@ -29,14 +29,14 @@ from pyro.ops.provenance import (
     track_provenance,
 )
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.internals.lookup import Args, Kwargs, Operation
 from pyro_ebm.internals.pyro_runtime import set_provenance
 from pyro_ebm.models.batched import READS
-from pyro_ebm.models.runs import BoundModel
+from pyro_ebm.models.runs import BoundModel, is_subsample
+from pyro_ebm.models.sites.latents import SampleSite
 
 
 def trace_latents(bound: BoundModel) -> poutine.Trace:
@@ -57,8 +57,8 @@ def trace_latents(bound: BoundModel) -> poutine.Trace:
 class _TrackLatents(Messenger):
     """Marks every latent's value by the site's name; observed values keep where they came from."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+    def _pyro_post_sample(self, msg: SampleSite) -> None:
+        if not msg["is_observed"] and not is_subsample(msg):
             value = detach_provenance(msg["value"])
             msg["value"] = track_provenance(value, frozenset({msg["name"]}))
 

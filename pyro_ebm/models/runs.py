@@ -90,6 +90,12 @@ def site_of(trace: poutine.Trace, name: str) -> SampleSite:
     return node
 
 
+def is_subsample(site: SampleSite) -> bool:
+    """Whether a site is a choice of data."""
+    message: Any = site
+    return site_is_subsample(message)
+
+
 def sample_sites(trace: poutine.Trace) -> dict[str, SampleSite]:
     """The sample sites of a trace but for choices of data."""
     return {

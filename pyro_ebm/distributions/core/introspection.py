@@ -5,10 +5,10 @@ import dis
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from pyro.distributions import constraints
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -150,7 +150,7 @@ def elementwise(support: constraints.Constraint) -> constraints.Constraint:
     return support
 
 
-def bounds_of(support: object) -> list[Any]:
+def bounds_of(support: object) -> list[Tensor | float]:
     """The tensors and numbers that a constraint is made of.
 
     Example:
@@ -165,6 +165,11 @@ def bounds_of(support: object) -> list[Any]:
     elif not isinstance(support, list | tuple):
         return []
     return [bound for part in support for bound in bounds_of(part)]
+
+
+def detached(x: Tensor | float) -> Tensor | float:
+    """A tensor without its provenance; a number as it is."""
+    return detach_provenance(x) if isinstance(x, Tensor) else x
 
 
 def tensors_of(support: object) -> list[Tensor]:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_ebm.distributions.core.discrete import support_values_of
-from pyro_ebm.distributions.core.introspection import elementwise, readable
+from pyro_ebm.distributions.core.introspection import detached, elementwise, readable
 from pyro_ebm.distributions.core.positive_definite import positive_definite
 from pyro_ebm.ops.arguments import shown
 
@@ -261,9 +260,9 @@ def _bounds(support: constraints.Constraint) -> tuple[Tensor | float, Tensor | f
     return -math.inf if low is None else low, math.inf if high is None else high
 
 
-def _at_most(one: Any, other: Any) -> bool:
+def _at_most(one: Tensor | float, other: Tensor | float) -> bool:
     # a look of ours is no read of the model's
-    one, other = detach_provenance(one), detach_provenance(other)
+    one, other = detached(one), detached(other)
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return bool((torch.as_tensor(one) <= torch.as_tensor(other)).all())
     return one <= other

@@ -1,7 +1,7 @@
 """The states of the pieces of a training: what is saved, whether it fits, how it is restored."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import pyro
@@ -70,9 +70,7 @@ def differences(piece: Piece, state: Any) -> Iterator[str]:
             yield from _differences_of_moments(state, parameters)
 
 
-def _differences_of_module(
-    mine: Mapping[str, object], saved: Mapping[str, object]
-) -> Iterator[str]:
+def _differences_of_module(mine: Saved, saved: Saved) -> Iterator[str]:
     missing, unknown = sorted(mine.keys() - saved.keys()), sorted(saved.keys() - mine.keys())
     if missing:
         yield f"the file does not hold {missing}"
@@ -81,9 +79,7 @@ def _differences_of_module(
     yield from misfits(mine, saved)
 
 
-def misfits(
-    mine: Mapping[str, object], saved: Mapping[str, object], what: str = ""
-) -> Iterator[str]:
+def misfits(mine: Saved, saved: Saved, what: str = "") -> Iterator[str]:
     """The names of both whose tensors have different shapes or dtypes, and what they have.
 
     Args:

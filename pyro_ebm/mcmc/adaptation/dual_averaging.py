@@ -37,9 +37,9 @@ class TensorAveraging(DualAveraging):
         self._x_avg: Tensor = torch.zeros_like(self.prox_center)
         self._g_avg: Tensor = torch.zeros_like(self.prox_center)
 
-    def get_state(self) -> Any:
+    def get_state(self) -> tuple[Tensor, Tensor]:
         """The latest point, and the average of all."""
-        return super().get_state()
+        return self._x_t, self._x_avg
 
     def step(self, g: Tensor) -> None:
         """Takes one more gradient, of the shape of the center."""

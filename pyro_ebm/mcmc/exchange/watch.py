@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.files import Saved
-from pyro_ebm.mcmc.exchange.auxiliary import InnerChain
 
 ENOUGH, FEW = 10, 4
 """Fewer moves than this prove nothing, or only if they are most of all."""
@@ -42,7 +41,7 @@ class Watch:
         accepted: Tensor,
         still: Tensor,
         lost: Tensor,
-        chains: Mapping[str, InnerChain],
+        chains: Mapping[str, object],
         dtype: torch.dtype,
     ) -> None:
         """Counts a move of every chain.
@@ -69,7 +68,7 @@ class Watch:
         """How many moves were lost."""
         return 0 if self.counts is None else int(self.counts[3].sum())
 
-    def _look(self, counts: Tensor, chains: Mapping[str, InnerChain], dtype: torch.dtype) -> None:
+    def _look(self, counts: Tensor, chains: Mapping[str, object], dtype: torch.dtype) -> None:
         moves, accepted, still, lost = counts.double().cpu()
         total = still.sum() / accepted.sum()
         of_one = (still >= ENOUGH) & (still > MAX_STILL_OF_ONE * accepted)

@@ -6,7 +6,6 @@ the last bit.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,6 @@ class VectorizedRun:
         self.t, self.goal = 0, options.warmup_steps + options.num_samples
         kernel.planned_steps = self.goal
         kernel.bind(potential, options.warmup_steps)
-        self.state: Any = None
         self.records: dict[str, DrawBuffer] = {}
 
     def start(self, z: Tensor) -> None:

@@ -7,7 +7,6 @@ their potentials, see :meth:`~pyro_ebm.mcmc.running.chains.VectorizedRun.load_st
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,10 +73,10 @@ def _defines(part: object, is_parameter: bool) -> bool:
 def _tensor(x: Tensor) -> str:
     dense = x.to_dense() if x.is_sparse else x
     data = dense.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {_hash(data)}"
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {_hash(data.data)}"
 
 
-def _hash(data: Any) -> str:
+def _hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
 

@@ -24,13 +24,13 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_ebm.distributions.core.wrappers import innermost
 from pyro_ebm.files import random_state
-from pyro_ebm.models.runs import sample_sites
+from pyro_ebm.models.runs import is_subsample, sample_sites
+from pyro_ebm.models.sites.latents import SampleSite
 from pyro_ebm.ops.rows import random_state_put_back
 
 NUM_REPEATS, NUM_REPEATS_AFTER_DRAWS = 2, 64
@@ -82,9 +82,9 @@ class FixedLatents(Messenger):
         for name in self._known.keys() - self._seen.keys():
             raise NotFixedError(_comes_and_goes(name))
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: SampleSite) -> None:
         # handlers around the model, which condition it on latents, have not had their turn yet
-        if msg["is_observed"] or site_is_subsample(msg):
+        if msg["is_observed"] or is_subsample(msg):
             return
         name, fn = msg["name"], msg["fn"]
         shape = tuple(fn.batch_shape + fn.event_shape)

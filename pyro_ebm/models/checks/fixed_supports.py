@@ -14,9 +14,9 @@ only beyond that, or in a gap, is missed.
 """
 
 import torch
-from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.ops.provenance import get_provenance
 
-from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
+from pyro_ebm.distributions.core.introspection import bounds_of, detached, tensors_of
 from pyro_ebm.models.checks.intractability import NUM_RERUNS, NUM_RERUNS_AFTER_READS
 from pyro_ebm.models.checks.scattered import scattered_trace
 from pyro_ebm.models.provenance import HostReads, trace_latents
@@ -65,7 +65,7 @@ def _same(first: object, other: object) -> bool | None:
         return False
     found: bool | None = True
     for one, two in zip(a, b, strict=True):
-        x, y = (torch.as_tensor(detach_provenance(bound)) for bound in (one, two))
+        x, y = (torch.as_tensor(detached(bound)) for bound in (one, two))
         if x.shape != y.shape:
             return False
         if not y.isfinite().all() and x.isfinite().all():

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -16,7 +15,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from pyro_ebm.distributions.core.introspection import bounds_of
+from pyro_ebm.distributions.core.introspection import bounds_of, detached
 from pyro_ebm.distributions.core.supports import as_function, uniform_start
 from pyro_ebm.distributions.core.wrappers import parts_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
@@ -154,10 +153,10 @@ def same_values(a: list[Value], b: list[Value]) -> bool:
     return len(a) == len(b) and all(map(_is_close, a, b))
 
 
-def _is_close(a: Any, b: Any) -> bool:
+def _is_close(a: Value, b: Value) -> bool:
     if a is None or b is None:
         return a is b
-    a, b = (torch.as_tensor(detach_provenance(x)) for x in (a, b))
+    a, b = (torch.as_tensor(detached(x)) for x in (a, b))
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b.to(a.dtype))
     return is_close(a, b.to(a))

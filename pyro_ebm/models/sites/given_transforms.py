@@ -11,7 +11,6 @@ differentiation.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +89,7 @@ def check_codomain(name: str, transform: Transform) -> None:
     """
     codomain, domain = _declared(transform, "codomain"), _declared(transform, "domain")
     if codomain is not None and not is_unbounded(codomain):
-        way_out = ", such as its inverse, .inv" if is_unbounded(domain) else ""
+        way_out = ", such as its inverse, .inv" if domain and is_unbounded(domain) else ""
         raise ValueError(
             f"transforms={{{name!r}: {_shown(transform)}}} maps to {codomain}, and is to map site"
             f" {name!r} to the reals: give one that does{way_out}"
@@ -164,7 +163,7 @@ def _wrong_determinant(inverse: Transform, z: Tensor, x: Tensor) -> str | None:
     return f"its log_abs_det_jacobian at {_point(x)} gives {-got:.3g} for {-want:.3g}"
 
 
-def _declared(transform: Transform, name: str) -> Any:
+def _declared(transform: Transform, name: str) -> constraints.Constraint | None:
     """The domain or codomain that a transform declares; None if it declares none."""
     try:
         return getattr(transform, name)

@@ -19,7 +19,6 @@ Reference:
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +50,10 @@ class LayersPath(AnnealingPath):
     """
 
     def __init__(self, target: EnergyPotential, loc: Tensor, scale: Tensor | None = None):
-        machine: Any = target.energy
+        machine = target.energy
+        assert isinstance(machine, RBM | GaussianRBM)
         super().__init__(target, machine.num_hidden * math.log(2.0))
-        self.machine: RBM | GaussianRBM = machine
-        self.loc, self.scale = loc, scale
+        self.machine, self.loc, self.scale = machine, loc, scale
         self.blocks = target.blocks
         if scale is None:
             units = Bernoulli(logits=loc, validate_args=False)
