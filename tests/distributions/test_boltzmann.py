@@ -688,7 +688,7 @@ def test_the_posterior_of_a_coupling_is_exact():
     j = torch.linspace(-0.5, 1.5, 2001)
     grid = machine(j[:, None])
     weight = (dist.Normal(0.0, 1.0).log_prob(j) + grid.log_prob(data[:, None]).sum(0)).softmax(0)
-    mcmc = MCMC(LangevinKernel(model), 200, 100, num_chains=20, disable_progbar=True)
+    mcmc = MCMC(LangevinKernel(model), 50, 60, num_chains=100, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["j"]
     assert_mean(draws, (weight * j).sum())

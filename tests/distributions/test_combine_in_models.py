@@ -58,7 +58,7 @@ def test_chains_of_a_product_have_its_moments():
         UnnormalizedEnergy(Quadratic(torch.tensor([1.0, -1.0]), 3.0, event_dim=1), (2,)),
         dist.Normal(torch.tensor([-1.0, 3.0]), 1.0).to_event(1),
     )
-    mcmc = MCMC(LangevinKernel(p), num_samples=300, warmup_steps=200, num_chains=20)
+    mcmc = MCMC(LangevinKernel(p), num_samples=60, warmup_steps=80, num_chains=200)
     mcmc.run()
     (draws,) = mcmc.get_samples(group_by_chain=True).values()
     assert_moments(draws, torch.tensor([0.5, 0.0]), 0.25)
@@ -228,7 +228,7 @@ def test_the_posterior_through_a_product_whose_log_z_is_known():
         p = product(dist.Normal(theta, 1.0), dist.Normal(0.0, 1.0))
         pyro.sample("x", p, obs=torch.tensor(1.0))
 
-    mcmc = MCMC(LangevinKernel(model), num_samples=300, warmup_steps=200, num_chains=20)
+    mcmc = MCMC(LangevinKernel(model), num_samples=60, warmup_steps=80, num_chains=200)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["theta"]
     assert_moments(draws, 2 / 3, 2 / 3)  # precision 1 + (1/2)^2 / (1/2)

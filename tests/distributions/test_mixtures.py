@@ -148,9 +148,9 @@ def test_chains_start_in_the_components_in_proportion_to_the_weights():
     assert_share(p.sample((4000,)) > 0, 0.25)  # chains that have not crossed
     mcmc = MCMC(
         LangevinKernel(mixture([1.0, 1.0], [dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0)])),
-        num_samples=300,
-        warmup_steps=200,
-        num_chains=20,
+        num_samples=60,
+        warmup_steps=100,
+        num_chains=200,
     )
     mcmc.run()
     (draws,) = mcmc.get_samples(group_by_chain=True).values()
@@ -241,7 +241,7 @@ def test_weights_may_be_latent():
             )
 
     x = torch.tensor([-9.0] * 3 + [9.0] * 6)
-    mcmc = MCMC(LangevinKernel(model), num_samples=300, warmup_steps=200, num_chains=20)
+    mcmc = MCMC(LangevinKernel(model), num_samples=60, warmup_steps=80, num_chains=200)
     mcmc.run(x)  # the posterior is Dirichlet(4, 7)
     draws = mcmc.get_samples(group_by_chain=True)["weights"][..., :1]
     assert_moments(draws, 4 / 11, 28 / (121 * 12))

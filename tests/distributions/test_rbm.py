@@ -302,7 +302,7 @@ def test_a_posterior_of_the_bias_wants_log_z():
     x = torch.bernoulli(torch.full((50, 3), 0.7))
     with pytest.raises(NormalizerError):
         MCMC(LangevinKernel(bernoulli_regression), 5, 5, disable_progbar=True).run(x, False)
-    mcmc = MCMC(LangevinKernel(bernoulli_regression), 400, 400, num_chains=10, disable_progbar=True)
+    mcmc = MCMC(LangevinKernel(bernoulli_regression), 60, 80, num_chains=100, disable_progbar=True)
     mcmc.run(x, True)  # vectorized over chains, log Z included
     # without weights the units are independent: Normal prior, Bernoulli likelihood
     grid = torch.linspace(-3, 4, 2000, dtype=torch.float64)[:, None]
