@@ -2,7 +2,11 @@
 
 import datetime
 import os
+import runpy
 import socket
+import sys
+import traceback
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import pyro
@@ -16,7 +20,9 @@ TIMEOUT = 60  # seconds
 
 # New processes are forks of one that has imported what takes long.
 processes = mp.get_context("forkserver")
-processes.set_forkserver_preload(["pyro_ebm", "matplotlib.pyplot"])
+processes.set_forkserver_preload(
+    ["pyro_ebm", "matplotlib.pyplot", "sklearn.datasets", "torch._dynamo", "pytest"]
+)
 
 
 class Ranks:
@@ -58,6 +64,42 @@ def run(function, args, reseed):
     with seeds.reseeded(reseed):
         pyro.set_rng_seed(dist.get_rank())
         return function(*args)
+
+
+def as_script(path, flags, folder, out, no_warning=None, **environment):
+    """Run a script in this process as ``python path flags`` would, its output to a file."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    with open(out, "w", buffering=1) as stream:
+        sys.stdout = sys.stderr = stream
+        sys.argv = [str(path), *flags.split()]
+        if no_warning:
+            warnings.filterwarnings("error", no_warning)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+def as_two_ranks(path, flags, folder):
+    """What a script prints, run by two processes that find in their environment who they are."""
+    folder.mkdir()
+    outs = [folder.with_suffix(f".rank{rank}") for rank in (0, 1)]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pair = [
+        processes.Process(
+            target=as_script, args=(path, flags, folder, out), kwargs={**group, "RANK": str(rank)}
+        )
+        for rank, out in enumerate(outs)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(2 * TIMEOUT)
+    text = "".join(out.read_text() for out in outs)
+    assert [process.exitcode for process in pair] == [0, 0], text
+    return text
 
 
 def free_port():

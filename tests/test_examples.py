@@ -1,16 +1,11 @@
 """Every example runs with small flags, in an empty folder, and says and draws what it should."""
 
-import os
-import runpy
-import sys
-import traceback
-import warnings
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 
-from tests.ranks import processes
+from tests.ranks import as_script, processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,26 +93,12 @@ def test_every_example_is_listed():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
 
 
-def as_script(path, flags, folder, out, strict):
-    """Run a script in this process as ``python path flags`` would, its output to a file."""
-    os.chdir(folder)
-    with open(out, "w", buffering=1) as stream:
-        sys.stdout = sys.stderr = stream
-        sys.argv = [path, *flags.split()]
-        if strict:
-            warnings.filterwarnings("error", TOO_SHORT)
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except BaseException:
-            traceback.print_exc()
-            raise
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
     flags, pictures, words = EXAMPLES[name]
     out = tmp_path / "output.txt"
-    args = (str(ROOT / "examples" / name), flags, str(tmp_path), str(out), TOO_SHORT not in words)
+    strict = None if TOO_SHORT in words else TOO_SHORT
+    args = (ROOT / "examples" / name, flags, tmp_path, out, strict)
     process = processes.Process(target=as_script, args=args)
     process.start()
     process.join(600)

@@ -1,4 +1,4 @@
-"""The distributed example under torchrun: beside one process, and with one of two ranks killed."""
+"""The distributed example: beside one process, and under torchrun with each rank killed once."""
 
 import os
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import as_two_ranks
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_training.py"
 FLAGS = "--num-steps 60 --every 10 --batch-size 64 --channels 8 --checkpoint t.ckpt"
 TIMEOUT = 200  # seconds
@@ -19,7 +21,7 @@ ALONE = "rank 0 trains alone"
 BEGUN = re.compile(r"rank (\d) of 2, process (\d+): from step (\d+)")
 
 
-def torchrun(folder, kill_after=()):
+def torchrun(folder, kill_after):
     """What the example prints; a rank is killed each time that one of these lines appears."""
     folder.mkdir()
     command = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=2 {EXAMPLE}"
@@ -53,6 +55,13 @@ def torchrun(folder, kill_after=()):
     return lines
 
 
+def left_alone(folder):
+    """What the example prints in two processes that nobody kills."""
+    text = as_two_ranks(EXAMPLE, FLAGS, folder / "alone")
+    assert list((folder / "alone").iterdir()) == []
+    return text.splitlines()
+
+
 def exists(pid):
     try:
         os.kill(pid, 0)
@@ -79,7 +88,7 @@ def test_a_killed_rank_changes_nothing(tmp_path):
     assert "failed (exitcode: -9) local_rank: 1" in text  # torchrun says who it was
 
     rows = table(lines)
-    assert rows == table(torchrun(tmp_path / "left alone"))
+    assert rows == table(left_alone(tmp_path))
     assert [row[0] for row in rows] == [10, 20, 30, 40, 50, 60]
     fallen = rows[0][1] - rows[-1][1]
     assert fallen > 1
@@ -91,4 +100,4 @@ def test_a_killed_rank_changes_nothing(tmp_path):
 def test_ranks_killed_in_turn_change_nothing(tmp_path):
     kills = [("step 20: saved", 1), ("step 50: saved", 0)]
     lines = torchrun(tmp_path / "killed", kills)
-    assert table(lines) == table(torchrun(tmp_path / "left alone"))
+    assert table(lines) == table(left_alone(tmp_path))

@@ -1,6 +1,7 @@
 """Runs on two ranks go on exactly after kills and full disks, and name a rank that is gone."""
 
 import datetime
+import functools
 import os
 import signal
 import time
@@ -32,11 +33,18 @@ class Stop(Exception):
     pass
 
 
-def interrupted(folder, at, every, name):
-    """A run that is stopped, on each rank after another transition, and goes on."""
-    whole = sampler(name, save_warmup=True)
+@functools.cache
+def whole_run(name="langevin", **settings):
+    """A run that nothing stops, without a file: one for all tests."""
+    whole = sampler(name, **settings)
     pyro.set_rng_seed(3)
     whole.run(Y)
+    return everything(whole)
+
+
+def interrupted(folder, at, every, name):
+    """A run that is stopped, on each rank after another transition, and goes on."""
+    whole = whole_run(name, save_warmup=True)
     settings = {"checkpoint": Path(folder) / "run.ckpt", "checkpoint_every": every}
 
     def stop(kernel, params, stage, i):
@@ -49,7 +57,7 @@ def interrupted(folder, at, every, name):
         stopped.run(Y)
     again = sampler(name, save_warmup=True, **settings)
     again.resume(Y)
-    return everything(whole), everything(again), torch.rand(3)
+    return whole, everything(again), torch.rand(3)
 
 
 @pytest.mark.parametrize("at", [33, 130])
@@ -70,9 +78,7 @@ def one_save_apart(folder, at, gone_back):
         if (stage == "Sample") * 80 + i == at:
             raise Stop
 
-    pyro.set_rng_seed(3)
-    whole = sampler()
-    whole.run(Y)
+    whole = whole_run()
     pyro.set_rng_seed(3)
     with pytest.raises(Stop):
         sampler(hook_fn=stop, **settings).run(Y)
@@ -85,7 +91,7 @@ def one_save_apart(folder, at, gone_back):
         again.resume(Y)
     except CheckpointError as error:
         return str(error)
-    return everything(whole), everything(again)
+    return whole, everything(again)
 
 
 @pytest.mark.parametrize("at", [50, 125])
@@ -125,9 +131,7 @@ def on_a_full_disk(folder, fails, stop_at):
             raise Stop
 
     settings = {"checkpoint": Path(folder) / "run.ckpt", "checkpoint_every": 20}
-    pyro.set_rng_seed(3)
-    whole = sampler()
-    whole.run(Y)
+    whole = whole_run()
     pyro.set_rng_seed(3)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -136,7 +140,7 @@ def on_a_full_disk(folder, fails, stop_at):
             sampler(hook_fn=stop, **settings).run(Y)
     again = sampler(**settings)
     again.resume(Y)
-    return everything(whole), everything(again), [str(w.message) for w in caught]
+    return whole, everything(again), [str(w.message) for w in caught]
 
 
 @pytest.mark.parametrize(

@@ -81,18 +81,18 @@ def drawn(name, num_samples, num_chains):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_64_chains_on_two_ranks(ranks, name):
-    (draws, learned), (_, theirs) = ranks(drawn, name, 150, 64)
+def test_many_chains_on_two_ranks(ranks, name):
+    (draws, learned), (_, theirs) = ranks(drawn, name, 60, 160)
     assert all(torch.equal(a, b) for a, b in zip(learned, theirs, strict=True))
     x, scale = draws["x"], draws["scale"]
-    assert x.shape == (64, 150, 2)
-    assert scale.shape == draws["lp"].shape == (64, 150)
-    assert x[:, -1, 0].unique().numel() == 64  # each rank's chains are its own
-    for part in (slice(None), slice(32), slice(32, None)):  # of all, of each rank
+    assert x.shape == (160, 60, 2)
+    assert scale.shape == draws["lp"].shape == (160, 60)
+    assert x[:, -1, 0].unique().numel() == 160  # each rank's chains are its own
+    for part in (slice(None), slice(80), slice(80, None)):  # of all, of each rank
         assert_moments(x[part], Y / 2, 0.5)
         assert_moments(scale[part].log(), 0.0, 0.25)
     assert (draws["step_size"] == learned[0]).all()
-    alone, learned_alone = drawn(name, 150, 64)  # in this process, without a group
+    alone, learned_alone = drawn(name, 60, 160)  # in this process, without a group
     assert_moments(alone["x"], Y / 2, 0.5)
     assert abs((learned[0] / learned_alone[0]).log()) < 0.2
     rates = [d["acceptance_rate"].mean() for d in (draws, alone)]
@@ -198,7 +198,7 @@ def composite(kind):
         "composite": lambda: CompositeKernel(mixed, [GibbsKernel(), ChEESKernel()]),
         "replicas": lambda: TemperingKernel(LangevinKernel(normal), [1.0, 0.5]),
     }
-    mcmc = MCMC(kernels[kind](), 200, 100, num_chains=10, distributed=True, disable_progbar=True)
+    mcmc = MCMC(kernels[kind](), 50, 60, num_chains=60, distributed=True, disable_progbar=True)
     mcmc.run(*([Y] if kind == "replicas" else []))
     return everything(mcmc), mcmc.kernel.adaptation.step_size
 
@@ -224,9 +224,9 @@ def precision(x):
 def exchanged(x):
     mcmc = MCMC(
         ExchangeKernel(precision, inner_kernel=LangevinKernel(), num_inner_steps=10),
-        100,
-        60,
-        num_chains=12,
+        30,
+        40,
+        num_chains=50,
         distributed=True,
         disable_progbar=True,
     )

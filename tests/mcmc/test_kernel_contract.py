@@ -147,12 +147,17 @@ OTHERS = {
     "composite": (CompositeKernel, mixed),
     "composite-continuous": (lambda *a: CompositeKernel(*a, kernels=[ChEESKernel()]), model),
     "tempering-composite": (lambda *a: TemperingKernel(CompositeKernel(*a), [1.0, 0.5]), mixed),
-    "exchange": (ExchangeKernel, ising),
+    "exchange": (lambda *a: ExchangeKernel(*a, num_inner_steps=20), ising),
     "exchange-chain": (
-        lambda *a: ExchangeKernel(*a, inner_kernel=GibbsKernel(), proposal=RandomWalk(1.0)),
+        lambda *a: ExchangeKernel(
+            *a, num_inner_steps=5, inner_kernel=GibbsKernel(), proposal=RandomWalk(1.0)
+        ),
         ising,
     ),
-    "exchange-composite": (lambda *a: CompositeKernel(*a, kernels=[ExchangeKernel()]), ising),
+    "exchange-composite": (
+        lambda *a: CompositeKernel(*a, kernels=[ExchangeKernel(num_inner_steps=20)]),
+        ising,
+    ),
 }
 CASES = {**{name: (make, model) for name, make in KERNELS.items()}, **OTHERS}
 
