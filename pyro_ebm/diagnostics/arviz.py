@@ -283,7 +283,7 @@ def _renamed(groups: Groups, dims: Mapping[str, Sequence[str | None]]) -> Groups
     return {g: {k: rename(g, v) for k, v in vs.items()} for g, vs in groups.items()}
 
 
-def _to_library(groups: Groups, coords: Mapping[str, ArrayLike]) -> Any:
+def _to_library(groups: Groups, coords: Mapping[str, ArrayLike]) -> object:
     """The groups as data of the ArviZ that is installed."""
     import arviz
     import xarray

@@ -102,7 +102,7 @@ class OverChains:
             else vmap(self.function, randomness=self._randomness)
         )
 
-    def _at_once(self, way: Way, args: tuple[object, ...]) -> Any:
+    def _at_once(self, way: Way, args: tuple[object, ...]) -> object:
         mapped, num = self._mapped(way), num_chains(args)
         size = self._chunk_size or num
         if num <= size:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.files import Saved
 from pyro_ebm.ops.arguments import check_number
 
 
@@ -64,11 +64,11 @@ class WeightAverage:
             p.copy_(mean)
             mean.copy_(now)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The averages."""
         return {"averages": self.averages, "num_updates": self.num_updates}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         for mine, saved in zip(self.averages, state["averages"], strict=True):
             mine.copy_(saved)

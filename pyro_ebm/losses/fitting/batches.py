@@ -6,18 +6,19 @@ left out for long, and no step has the noise of a handful of rows. A ``DataLoade
 is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_ebm import files
+from pyro_ebm.files import Saved
 from pyro_ebm.ops.arguments import check_count, check_tensor
 
-Batch = tuple[Any, ...]
+Batch = tuple[object, ...]
+Tensors = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 DEFAULT_SIZE = 100
 
@@ -48,7 +49,7 @@ class Rows:
             yield tuple(x[rows] for x in self.tensors)
 
 
-def rows_of(data: Any, batch_size: int | None, shuffle: bool) -> Rows:
+def rows_of(data: Tensors, batch_size: int | None, shuffle: bool) -> Rows:
     """The rows of a tensor, or of a tuple of tensors.
 
     Raises:
@@ -88,17 +89,20 @@ class Batches:
     """
 
     def __init__(
-        self, data: Any, batch_size: int | None = None, shuffle: bool = True, resumable: bool = True
+        self,
+        data: Tensors | DataLoader,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        resumable: bool = True,
     ):
-        self.rows: Any = data
-        if not isinstance(data, DataLoader):
-            self.rows = rows_of(data, batch_size, shuffle)
-        elif batch_size is not None:
+        if isinstance(data, DataLoader) and batch_size is not None:
             raise ValueError("batch_size: a DataLoader has its own; leave it out")
+        loader = isinstance(data, DataLoader)
+        self.rows = data if loader else rows_of(data, batch_size, shuffle)
         self.resumable = resumable
         self.position = 0  # how many batches of this pass are handed out
-        self._start: dict[str, Any] = {}  # where the generators were before this pass
-        self._pass: Iterator[Any] = iter(())
+        self._start: Saved = {}  # where the generators were before this pass
+        self._pass: Iterator[object] = iter(())
         self._peeked: Batch | None = None
 
     def __len__(self) -> int:
@@ -109,8 +113,8 @@ class Batches:
         """How many rows a pass has; None where nobody knows."""
         if isinstance(self.rows, Rows):
             return self.rows.num_rows
-        sampler: Any = self.rows.sampler  # of an iterable dataset it is endless
-        return len(sampler) if hasattr(sampler, "__len__") else None
+        sampler = self.rows.sampler  # of an iterable dataset it is endless
+        return len(sampler) if isinstance(sampler, Sized) else None
 
     def peek(self) -> Batch:
         """The batch that comes next."""
@@ -142,12 +146,12 @@ class Batches:
         """That of a ``DataLoader``."""
         return getattr(self.rows, "generator", None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Where the generators were when this pass began, and how far it has come."""
         sizes = [self.num_rows, self.rows.batch_size]
         return {"start": self._start, "position": self.position, "sizes": sizes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes to that batch; the global generators are to be set afterwards."""
         rows, size = state["sizes"]
         if (rows, size) != (self.num_rows, self.rows.batch_size):

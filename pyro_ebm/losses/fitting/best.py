@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_ebm import files
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.fitting.average import WeightAverage
 from pyro_ebm.ops.arguments import check_callable, check_count, check_number
 from pyro_ebm.ops.distributed import gathered
@@ -32,7 +32,7 @@ class Best:
 
     def __init__(
         self,
-        metric: Callable[[], Any],
+        metric: Callable[[], object],
         every: int,
         patience: int | None,
         module: nn.Module,
@@ -45,7 +45,7 @@ class Best:
         self.module, self.average, self.pooled = module, average, pooled
         self.steps: list[int] = []
         self.values: list[float] = []
-        self.weights: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def __call__(self, step: int, last: bool = False) -> None:
         """Evaluates it after a step, if that is due."""
@@ -83,11 +83,11 @@ class Best:
         """Makes the weights the best ones."""
         self.module.load_state_dict(self.weights)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """The evaluations, and the best weights."""
         return {"steps": self.steps, "values": self.values, "weights": self.weights}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
         self.weights = dict(state["weights"])

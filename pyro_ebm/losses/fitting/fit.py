@@ -27,15 +27,16 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from pyro.infer import ELBO
+from torch.utils.data import DataLoader
 
+from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.losses.base import EnergyLoss
-from pyro_ebm.losses.fitting.batches import Batches, steps_of
+from pyro_ebm.losses.fitting.batches import Batches, Tensors, steps_of
 from pyro_ebm.losses.fitting.best import Best
 from pyro_ebm.losses.fitting.loop import History, Row, run
 from pyro_ebm.losses.fitting.rates import Optim, Schedule, falling, make_schedule
@@ -74,10 +75,10 @@ class FitResult:
 
 
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Model,
+    guide: Model,
     loss: ELBO,
-    data: Any,
+    data: Tensors | DataLoader,
     num_steps: int | None = None,
     batch_size: int | None = None,
     *,
@@ -88,13 +89,13 @@ def fit(
     schedule: Schedule | None = falling,
     clip_norm: float | None = None,
     average: float | None = None,
-    metric: Callable[[], Any] | None = None,
+    metric: Callable[[], object] | None = None,
     metric_every: int = 100,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
     resume: bool = False,
-    callbacks: Sequence[Callable[[int, Row], Any]] = (),
+    callbacks: Sequence[Callable[[int, Row], object]] = (),
     distributed: bool = False,
     disable_progbar: bool = False,
 ) -> FitResult:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pyro_ebm.files import Saved
 from pyro_ebm.losses.fitting.batches import Batches
 
 Row = Mapping[str, float]
@@ -43,12 +43,12 @@ class History:
         n = self.num_steps
         return {name: np.array(c + [math.nan] * (n - len(c))) for name, c in self.columns.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """All of it."""
         arrays = self.arrays().items()
         return {"num_steps": self.num_steps, "columns": {k: torch.tensor(a) for k, a in arrays}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self.num_steps = state["num_steps"]
         self.columns = {name: column.tolist() for name, column in state["columns"].items()}

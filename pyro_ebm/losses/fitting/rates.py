@@ -87,8 +87,8 @@ def _of_pyro(
     if optim.pt_clip_args:
         raise ValueError("optim has clip_args, for each parameter: give clip_norm in their place")
     make: Any = optim.pt_optim_constructor
-    settings: Any = optim.pt_optim_args
-    groups: list[Any] = list(parameters.values())
+    settings = optim.pt_optim_args
+    groups = list(parameters.values())
     if not isinstance(settings, dict):  # a function of the parameter's name
         store = pyro.get_param_store()
         names = [store.param_name(p) or name for name, p in parameters.items()]

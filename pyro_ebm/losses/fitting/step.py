@@ -1,7 +1,6 @@
 """A gradient step, and what must hold before the first one."""
 
 import math
-from typing import Any
 
 import pyro
 import torch
@@ -53,7 +52,7 @@ class GradientStep:
             self.together = DistributedDataParallel(module, find_unused_parameters=True)
         self.num_known = -1  # parameters in the store when the leaves were last looked at
 
-    def __call__(self, *batch: Any) -> Row:
+    def __call__(self, *batch: object) -> Row:
         """Takes the step."""
         self.optimizer.zero_grad()
         loss = (self.together or self.module)(*batch)
