@@ -25,10 +25,9 @@ from pathlib import Path
 import matplotlib
 import pyro
 import torch
-from pyro.infer import SVI
 from sklearn.datasets import make_moons
 
-from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy, fit
 from pyro_ebm.losses import ContrastiveDivergence, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
 
@@ -77,15 +76,8 @@ def train(loss, data, num_steps, batch_size):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = Moons(data)
-    # A loss is a sum over rows, in the hundreds: do not let the optimizer clip its gradient at 10.
-    rates = {"lr": 2e-3, "lrd": 0.1 ** (1 / num_steps), "clip_norm": float("inf")}
-    svi = SVI(model, lambda x: None, pyro.optim.ClippedAdam(rates), loss=loss)
-    gaps = []
-    for _ in range(num_steps):
-        svi.step(data[torch.randint(len(data), (batch_size,))])
-        now = loss.diagnostics
-        gaps.append(now["energy_data"] - now["energy_negatives"])
-    return model, gaps
+    fitted = fit(model, lambda x: None, loss, data, num_steps, batch_size, disable_progbar=True)
+    return model, fitted.history["energy_data"] - fitted.history["energy_negatives"]
 
 
 # ---- what training does not see ----------------------------------------------------------------

@@ -28,10 +28,9 @@ import matplotlib
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
 from sklearn.datasets import load_digits
 
-from pyro_ebm import MCMC, ChEESKernel, UnnormalizedEnergy
+from pyro_ebm import MCMC, ChEESKernel, UnnormalizedEnergy, fit
 from pyro_ebm.losses import DenoisingScoreMatching, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
 
@@ -55,11 +54,8 @@ def learn_energy(x, sigma, num_steps, batch_size=128):
         with pyro.plate("data", len(x)):
             pyro.sample("x", density, obs=x)
 
-    rates = {"lr": 1e-3, "lrd": 0.05 ** (1 / num_steps), "clip_norm": float("inf")}
     loss = DenoisingScoreMatching(sigma=sigma)
-    svi = SVI(model, lambda x: None, pyro.optim.ClippedAdam(rates), loss=loss)
-    for _ in range(num_steps):
-        svi.step(x[torch.randint(len(x), (batch_size,))])
+    fit(model, lambda x: None, loss, x, num_steps, batch_size, lr=1e-3, disable_progbar=True)
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     return density

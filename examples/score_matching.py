@@ -28,9 +28,8 @@ import matplotlib
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
 
-from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy, fit
 from pyro_ebm.losses import (
     DenoisingScoreMatching,
     ScoreMatching,
@@ -89,11 +88,7 @@ def train(loss, data, num_steps, batch_size):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = Energy(data)
-    # A loss is a sum over rows, in the hundreds: do not let the optimizer clip its gradient at 10.
-    rates = {"lr": 2e-3, "lrd": 0.1 ** (1 / num_steps), "clip_norm": float("inf")}
-    svi = SVI(model, lambda x: None, pyro.optim.ClippedAdam(rates), loss=loss)
-    for _ in range(num_steps):
-        svi.step(data[torch.randint(len(data), (batch_size,))])
+    fit(model, lambda x: None, loss, data, num_steps, batch_size, disable_progbar=True)
     return model
 
 

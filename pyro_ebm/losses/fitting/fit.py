@@ -1,6 +1,6 @@
 r"""Training in one call.
 
-A step of :func:`fit` is that of a loop by hand: the gradient of the loss on a minibatch, cut to a
+A step of :func:`~pyro_ebm.fit` is that of a loop by hand: the gradient of the loss on a minibatch, cut to a
 length if it is asked for, a step of the optimiser, a step of its schedule,
 
 .. math:: g_k = \nabla_\theta \mathcal L(\theta_k; x_{B_k}), \qquad
@@ -49,7 +49,7 @@ from pyro_ebm.ops.distributed import gathered, rank, rank_path, world_size
 
 @dataclass(repr=False)
 class FitResult:
-    """What :func:`fit` returns."""
+    """What :func:`~pyro_ebm.fit` returns."""
 
     history: dict[str, np.ndarray]
     """Numbers of each step: ``loss``, ``gradient_norm``, ``lr`` (of the first group of parameters),
@@ -57,7 +57,7 @@ class FitResult:
     loss: ELBO
     """The loss, with its chains, turns and settings."""
     module: EnergyLossModule
-    """``loss(model, guide)`` with all parameters, for evaluation and :func:`save_training`."""
+    """``loss(model, guide)`` with all parameters, for evaluation and :func:`~pyro_ebm.save_training`."""
     num_steps: int
     """How many steps were made."""
     stopped_by: str
@@ -66,10 +66,11 @@ class FitResult:
     """With a metric, the step of the weights that are left."""
 
     def __repr__(self) -> str:
+        loss = repr(self.loss) if isinstance(self.loss, EnergyLoss) else type(self.loss).__name__
         best = "" if self.best_step is None else f", best_step={self.best_step}"
         last = ", ".join(f"{name} {v[-1]:.4g}" for name, v in self.history.items() if len(v))
         return (
-            f"FitResult({self.loss!r}, num_steps={self.num_steps}, stopped_by={self.stopped_by!r}"
+            f"FitResult({loss}, num_steps={self.num_steps}, stopped_by={self.stopped_by!r}"
             f"{best}; last: {last})"
         )
 
@@ -102,8 +103,8 @@ def fit(
     r"""Trains a model and its guide by a loss, on minibatches.
 
     All that the model and the guide use is trained: networks, whether or not ``pyro.module`` names
-    them, and parameters of ``pyro.param``, in place. Afterwards they are in Pyro's store, for
-    ``SVI``, ``Predictive`` or another ``fit``.
+    them, and parameters of ``pyro.param``, in place: ``SVI``, ``Predictive`` or another ``fit`` go
+    on with them.
 
     Args:
         model: as for ``SVI``. Its plate counts all data, and the batch is a part of it:
@@ -147,7 +148,8 @@ def fit(
             bit for bit, where it would have without an interruption (as after
             :func:`~pyro_ebm.load_training`).
         callbacks: functions called as ``callback(step, numbers)`` after each step, with those that
-            the history keeps. One that returns True ends the training.
+            the history keeps. One that returns True ends the training (on all ranks, if there are
+            several).
         distributed: whether the ranks of the process group train together, each on its shard of
             the data, by ``DistributedDataParallel``; the plate is then ``world_size() *
             len(shard)`` large (:class:`~pyro_ebm.losses.EnergyLossModule`). Without a group it
@@ -155,7 +157,7 @@ def fit(
         disable_progbar: whether to show no progress.
 
     Returns:
-        A :class:`FitResult`, with the history. Ctrl-C, too, returns what there is, with a warning.
+        A :class:`~pyro_ebm.losses.FitResult`, with the history. Ctrl-C, too, returns what there is, with a warning.
 
     Raises:
         ValueError: for an argument out of range, or one that does not fit another; a plate that
