@@ -1,7 +1,7 @@
 r"""Training in one call.
 
-A step of :func:`~pyro_ebm.fit` is that of a loop by hand: the gradient of the loss on a minibatch, cut to a
-length if it is asked for, a step of the optimiser, a step of its schedule,
+A step of :func:`~pyro_ebm.fit` is that of a loop by hand: the gradient of the loss on a minibatch,
+cut to a length if it is asked for, a step of the optimiser, a step of its schedule,
 
 .. math:: g_k = \nabla_\theta \mathcal L(\theta_k; x_{B_k}), \qquad
           \theta_{k+1} = \theta_k - \epsilon\, s(k / K)\;
@@ -57,7 +57,7 @@ class FitResult:
     loss: ELBO
     """The loss, with its chains, turns and settings."""
     module: EnergyLossModule
-    """``loss(model, guide)`` with all parameters, for evaluation and :func:`~pyro_ebm.save_training`."""
+    """``loss(model, guide)`` with all parameters, to evaluate and to save."""
     num_steps: int
     """How many steps were made."""
     stopped_by: str
@@ -157,7 +157,8 @@ def fit(
         disable_progbar: whether to show no progress.
 
     Returns:
-        A :class:`~pyro_ebm.losses.FitResult`, with the history. Ctrl-C, too, returns what there is, with a warning.
+        A :class:`~pyro_ebm.losses.FitResult`, with the history. Ctrl-C, too, returns what there is,
+        with a warning.
 
     Raises:
         ValueError: for an argument out of range, or one that does not fit another; a plate that
