@@ -453,6 +453,7 @@ def empty_loader():
         ({"lr": -1.0}, "lr must be positive and finite, got -1.0"),
         ({"lr": 0.1, "optim": pyro.optim.Adam({"lr": 0.1})}, "lr: the optimiser .* has its own"),
         ({"optim": "adam"}, "optim must be an optimiser, such as pyro.optim.Adam"),
+        ({"optim": pyro.optim.Adam}, "optim must be an optimiser, such as pyro.optim.Adam"),
         ({"optim": lambda parameters: None}, "optim must make an optimiser"),
         (
             {"optim": torch.optim.SGD([nn.Parameter(torch.zeros(2))])},

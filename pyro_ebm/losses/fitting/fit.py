@@ -167,6 +167,7 @@ def fit(
             those before that step.
         CheckpointError: for a checkpoint of another training, or one that ``resume`` was not
             given for.
+        OSError: if the checkpoint cannot be written; the one before is untouched.
 
     Example:
         >>> from pyro_ebm import ScoreMatching, fit

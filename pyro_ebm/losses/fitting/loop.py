@@ -91,7 +91,7 @@ def run(
         for now in range(done + 1, num_steps + 1):
             row = step(*next(batches))
             history.add(row)
-            if bar.update():  # it was drawn, as it is ten times a second: look at the numbers
+            if bar.update() or now == num_steps:  # it is drawn ten times a second: show the numbers
                 shown = (f"{name} {value:.3g}" for name, value in row.items())
                 bar.set_postfix_str(", ".join(shown), refresh=False)
             for function in after:

@@ -71,7 +71,8 @@ def make_optimizer(
         return _of_pyro(optim, parameters)
     if not isinstance(optim, Optimizer):
         what = "pyro.optim.Adam({'lr': 0.001}), torch.optim.AdamW, or an optimiser of torch"
-        if not callable(optim):
+        of_pyro = getattr(optim, "__module__", "").startswith("pyro.")  # no optimiser yet
+        if of_pyro or not callable(optim):
             raise ValueError(f"optim must be an optimiser, such as {what}, got {shown(optim)}")
         values = list(parameters.values())
         optim = optim(values, lr=rate) if isinstance(optim, type) else optim(values)

@@ -129,7 +129,7 @@ def check_plates(module: EnergyLossModule, batches: Batches, num_ranks: int) -> 
         for frame in site["cond_indep_stack"]:
             full = frame.full_size or frame.size
             here = shape[frame.dim] if frame.dim is not None and -frame.dim <= len(shape) else None
-            whole = here == size < frame.size == full
+            whole = here == size < frame.size == full == total
             if whole or (here == size == frame.size < full and full not in (total, size)):
                 raise ValueError(
                     f"site {name!r}: the plate {frame.name!r} is one of {full} rows, a batch has"
