@@ -311,8 +311,8 @@ def test_noise_and_energy_both_find_the_data(alternate):
             pyro.sample("x", dist.Normal(loc, log_scale.exp()))
 
     loss = FlowNCE(noise_ratio=2, alternate=alternate, threshold=0.55)
-    svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
-    for _ in range(800):
+    svi = SVI(model, guide, Adam({"lr": 0.02}), loss)
+    for _ in range(400):
         svi.step(x)
     store = {name: p.item() for name, p in pyro.get_param_store().items()}
     assert store["m"] == pytest.approx(2.0, abs=0.1)

@@ -112,7 +112,7 @@ def test_batch_norm_in_evaluation_mode_fits():
     net = Rows(nn.BatchNorm1d(8)).eval()
     svi, data = trained(net, ContrastiveDivergence(num_steps=10), steps=0)
     data = torch.randn(512, 2) * torch.tensor([1.0, 0.5])
-    for _ in range(400):
+    for _ in range(250):
         svi.step(data[torch.randint(512, (128,))])
     grid = torch.cartesian_prod(*[torch.linspace(-6.0, 6.0, 121)] * 2)
     p = UnnormalizedEnergy(net, base=BASE).log_prob(grid).detach().softmax(0)

@@ -20,7 +20,7 @@ DENSE = pytest.param(lambda model: LangevinKernel(model, full_mass=True), id="la
 
 
 def draw(kernel):
-    mcmc = MCMC(kernel, 150, 150, num_chains=300, disable_progbar=True)
+    mcmc = MCMC(kernel, 80, 100, num_chains=500, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples(group_by_chain=True)["x"]
 

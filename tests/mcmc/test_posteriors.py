@@ -81,7 +81,7 @@ def assert_same_posterior(name, x):
 
 @pytest.mark.parametrize("make", [LangevinKernel, MHKernel])
 def test_eight_schools(make):
-    x = draw(make(eight_schools, full_mass=True), 300, 300, num_chains=100)
+    x = draw(make(eight_schools, full_mass=True), 150, 250, num_chains=200)
     assert_same_posterior("eight schools", x)
 
 

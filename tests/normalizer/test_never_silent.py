@@ -54,7 +54,7 @@ def test_an_estimate_does_not_follow_a_latent(model):
 
 def test_the_exchange_kernel_takes_an_estimate_for_unknown():
     kernel = ExchangeKernel(made_once, num_inner_steps=20)
-    mcmc = MCMC(kernel, 15, 40, num_chains=500, disable_progbar=True)
+    mcmc = MCMC(kernel, 8, 30, num_chains=500, disable_progbar=True)
     mcmc.run(DATA[:10])
     # p(tau | x) = Gamma(2 + n / 2, 1 + sum x^2 / 2)
     truth = dist.Gamma(2 + 5, 1 + DATA[:10].square().sum() / 2)
