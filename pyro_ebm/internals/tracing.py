@@ -80,6 +80,15 @@ def capture(
         return _make_fx(function, dict(instead))(*tensors)
 
 
+def is_view(node: Node) -> bool:
+    """Whether an operation returns memory of its arguments, and writes nothing."""
+    target: Any = node.target
+    if not isinstance(target, _OpOverload):
+        return False
+    returns = [r.alias_info for r in target._schema.returns]
+    return not target._schema.is_mutable and any(alias is not None for alias in returns)
+
+
 def namespace(node: Node) -> str | None:
     """The library that the operation of a node belongs to; None if it is no operation of torch."""
     target = node.target

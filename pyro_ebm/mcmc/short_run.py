@@ -89,6 +89,7 @@ def short_run(
         nothing = torch.full(energy.batch_shape, torch.nan, device=empty.device)
         return empty, ChainDiagnostics(nothing, nothing, nothing, nothing, 0)
     potential = EnergyPotential(energy)
+    kernel.planned_steps = steps
     kernel.bind(potential, warmup_steps=steps // 2)
     state = kernel.init(potential.initial(n * potential.targets))
     history, accept = [], torch.zeros_like(state.potential)

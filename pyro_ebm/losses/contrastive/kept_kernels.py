@@ -130,14 +130,14 @@ class KeptPotential(EnergyPotential):
 
 
 def runs_as_graph(kernel: Kernel) -> bool:
-    """Whether a kernel, or one inside it, is to be captured.
+    """Whether a kernel, or one inside it, is to be captured; with ``"auto"`` it is not.
 
     Example:
         >>> from pyro_ebm.mcmc import LangevinKernel
         >>> runs_as_graph(LangevinKernel(jit_compile="capture")), runs_as_graph(LangevinKernel())
         (True, False)
     """
-    return bool(kernel.jit_compile) or any(map(runs_as_graph, kernel.parts))
+    return kernel.always_graphs or any(map(runs_as_graph, kernel.parts))
 
 
 def _eager(template: Kernel) -> Kernel:

@@ -5,13 +5,15 @@ same draws to rounding, since random numbers are drawn outside:
 
 - as it is (``jit_compile=False``);
 - *captured* (``"capture"``): the operations on tensors, Pyro model and gradient included, are
-  written down once as a plain graph (``make_fx``), which is then run without Pyro and without
-  autograd. Capturing takes as long as a few hundred transitions;
+  written down once as a plain graph, which is then run without Pyro, without autograd and, on a
+  CPU, without Python. Capturing takes as long as some dozens of transitions;
 - *compiled* (``True``): that graph, turned into machine code by PyTorch's own compiler
   (``inductor``), and on a GPU replayed as one CUDA graph. Compiling takes seconds.
 
-``"auto"`` chooses by how many calls are planned: a short run is not worth a graph, and only a long
-one is worth compiling.
+``"auto"`` chooses by how many calls are planned, or, where more are made than that, by how many
+were made: few calls are not worth a graph, and only many are worth compiling it
+(:mod:`pyro_ebm.mcmc.engine.costs`). Where no run says how many calls there will be, nothing is
+captured.
 
 What a graph depends on beside its inputs is compared before each call, or before the first of
 those that are made in a row. It refers to the parameters that it was captured with, and so sees
@@ -41,6 +43,7 @@ from torch import Tensor
 
 from pyro_ebm.internals.tracing import FAILURES
 from pyro_ebm.mcmc.engine.agreement import agree
+from pyro_ebm.mcmc.engine.costs import WORTH_CAPTURING
 from pyro_ebm.mcmc.engine.graph import FxGraph, SolvesTogether, describe, tensors_of
 from pyro_ebm.mcmc.engine.readings import Readings
 from pyro_ebm.ops.arguments import first_line
@@ -48,7 +51,6 @@ from pyro_ebm.ops.arguments import first_line
 JitCompile = bool | Literal["capture", "auto"]
 MAX_GRAPHS = 8  # kept at a time, of one function
 MAX_SINGULAR = 8  # calls in which a matrix is singular, before capturing is given up
-WORTH_CAPTURING, WORTH_COMPILING = 500, 20_000  # planned calls
 
 
 class GraphError(RuntimeError):
@@ -65,6 +67,11 @@ class Engine:
             training flags. A graph serves one such state.
         ignore_jit_warnings: whether to silence warnings raised while capturing.
         planned: how many calls to expect, for ``"auto"``; None if that is not known.
+
+    Attributes:
+        jit_compile: as asked for; less where that cannot be.
+        calls: how many were made. One that goes on from another, from a checkpoint, takes its
+            number, and chooses as it would have.
 
     Raises:
         ValueError: for another ``jit_compile``.
@@ -90,11 +97,9 @@ class Engine:
     ):
         check_jit_compile(jit_compile)
         self.requested = jit_compile
-        if jit_compile == "auto":
-            calls = WORTH_CAPTURING if planned is None else planned
-            jit_compile = calls >= WORTH_COMPILING or (calls >= WORTH_CAPTURING and "capture")
         self.function, self.state = function, state
         self.jit_compile: JitCompile = jit_compile
+        self.planned, self.calls = planned, 0
         self.ignore_jit_warnings = ignore_jit_warnings
         self._graphs: dict[tuple[Any, ...], FxGraph] = {}
         self._singular = 0
@@ -127,6 +132,7 @@ class Engine:
                 if found is not None:
                     graph.calls, graph.last = graph.calls + n, inputs
                     return found
+        self.calls -= n - 1
         found = self._run(graph, tensors, inputs)
         for _ in range(n - 1):
             found = self(*found[: len(carried)], *fixed)
@@ -153,7 +159,8 @@ class Engine:
 
     def _find(self, inputs: tuple[Any, ...], n: int = 1) -> "tuple[FxGraph | None, list[Tensor]]":
         """The graph for ``n`` calls from such inputs on, if there can be one, and their tensors."""
-        if not self.jit_compile:
+        self.calls += n
+        if not self.uses_graphs:
             return None, []
         described: list[Any] = [None if self.state is None else self.state()]
         tensors: list[Tensor] = []
@@ -168,7 +175,25 @@ class Engine:
                 graph = None
         elif graph.calls + n >= graph.compare_at:
             self._compare(graph, inputs, tensors, n)
+        if graph is not None and not graph.compiled and self._is_worth_compiling(graph):
+            self._compile(graph, tensors)
         return graph, tensors
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether calls run through a graph, if there can be one."""
+        if self.jit_compile == "auto":
+            return self._expected >= WORTH_CAPTURING
+        return bool(self.jit_compile)
+
+    def _is_worth_compiling(self, graph: "FxGraph") -> bool:
+        if self.jit_compile == "auto":
+            return self._expected >= graph.worth_compiling
+        return self.jit_compile is True
+
+    @property
+    def _expected(self) -> int:
+        return -1 if self.planned is None else max(self.planned, self.calls)
 
     def _add_graph(
         self, key: tuple[Any, ...], inputs: Any, tensors: list[Tensor]
@@ -188,8 +213,6 @@ class Engine:
             self._give_up(f"{first_line(error)}{_place(error)}")
             return None
         graph.readings = Readings(self.function, [self])
-        if self.jit_compile is True:
-            self._compile(graph, tensors)
         self._graphs[key] = graph
         return graph
 

@@ -21,6 +21,7 @@ from pyro_ebm.internals.compilers import as_written, compile_unguarded
 from pyro_ebm.internals.interpreting import Interpreted
 from pyro_ebm.internals.recording import FIXED
 from pyro_ebm.internals.tracing import FAILURES, capture, is_followed, namespace
+from pyro_ebm.mcmc.engine.costs import worth_compiling
 from pyro_ebm.mcmc.engine.readings import Readings
 
 
@@ -41,6 +42,8 @@ class FxGraph:
         compared_at: the number of calls when it was last compared with the function.
         compare_at: the number of calls at which it is to be compared again.
         readings: what the function read from elsewhere when it was captured.
+        compiled: whether it was turned into machine code, or could not be.
+        worth_compiling: the number of calls after which that has paid.
 
     Raises:
         RuntimeError: if the function does something that a graph cannot hold.
@@ -72,6 +75,8 @@ class FxGraph:
         _refuse_borrowed(self.graph, self.constants)
         self.captured: Callable[..., Any] = self._interpreted(tensors)
         self.run: Callable[..., Any] = self.captured
+        self.compiled = False
+        self.worth_compiling = worth_compiling(self.graph.graph, self.captured is not self.graph)
         self.replays = False
         self.places, self.layouts = self._look()
 
@@ -109,6 +114,7 @@ class FxGraph:
     def compile(self, tensors: list[Tensor]) -> None:
         """Turns it into machine code, for inputs that lie in memory as these do."""
         arguments = [*tensors, *self.constants]
+        self.compiled = True  # or not to be tried again
         with torch.no_grad():
             if all(x.device.type == "cpu" for x in arguments):
                 # neither guards nor assertions in each call: the caller has looked at the layouts

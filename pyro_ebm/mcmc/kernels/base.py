@@ -45,7 +45,7 @@ class Kernel(HasSettings, ABC):
     temperature: float = 1.0
     """T: the target is the density to the power of 1 / T."""
     planned_steps: int | None = None
-    """How many transitions are to come, if that is known: for ``jit_compile="auto"``."""
+    """How many transitions are to come, which a run says: for ``jit_compile="auto"``."""
     adapt_step_size: bool = False
     adapt_mass_matrix: bool = False
     full_mass: FullMass = False
@@ -105,6 +105,11 @@ class Kernel(HasSettings, ABC):
         """What is wrong with the run that it made, beside what the draws show."""
         return []
 
+    @property
+    def always_graphs(self) -> bool:
+        """Whether transitions are to run as graphs however few they are."""
+        return self.jit_compile not in (False, "auto")
+
     def check(self, potential: Potential) -> None:
         """Raises a ValueError if the potential has sites that the kernel does not move."""
 
@@ -154,7 +159,8 @@ class Kernel(HasSettings, ABC):
         kernel that keeps more between transitions adds to these.
         """
         values = {name.removeprefix("_"): getattr(self, name) for name in self.saved}
-        return {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in values.items()}
+        found = {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in values.items()}
+        return found if self._engine is None else {**found, "calls": self._engine.calls}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where another kernel was, after :meth:`bind` to the same potential.
@@ -162,6 +168,8 @@ class Kernel(HasSettings, ABC):
         Args:
             state: its :meth:`state_dict`; tensors may be on another device.
         """
+        if self._engine is not None:
+            self._engine.calls = state.get("calls", 0)  # which older files do not have
         for name in self.saved:
             value, saved = getattr(self, name), state[name.removeprefix("_")]
             if hasattr(value, "load_state_dict") and saved is not None:

@@ -147,7 +147,12 @@ class PyroKernel(Kernel, MCMCKernel):
     # -- one chain, as Pyro's MCMC runs it -------------------------------------------------------
 
     def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
-        """Prepares one chain: potential, start, adaptation and statistics, all anew."""
+        """Prepares one chain: potential, start, adaptation and statistics, all anew.
+
+        Pyro does not say how many draws will follow: as many as in the warmup are expected.
+        """
+        if self.planned_steps is None:
+            self.planned_steps = 2 * warmup_steps
         potential = self.make_potential(*args, **kwargs)
         z = self.initial_position(potential, 1)
         self.bind(potential, warmup_steps)
@@ -221,6 +226,7 @@ class PyroKernel(Kernel, MCMCKernel):
             GraphError: if draws are in doubt, see :meth:`Kernel.check_graphs`.
         """
         self.check_graphs()
+        self.planned_steps = None
         self._state = None
 
     @property

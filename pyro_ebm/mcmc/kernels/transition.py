@@ -87,8 +87,8 @@ class TransitionKernel(PyroKernel):
             gradients, from positions alone; then ``"auto"`` is diagonal above.
         target_accept_prob: the mean acceptance probability that the step size is adapted to.
         jit_compile: False, ``"capture"``, True or ``"auto"``: whether to run the transition as a
-            graph, and whether to compile that (:mod:`pyro_ebm.mcmc.engine.engine`). Compiling
-            takes seconds, and pays in long runs.
+            graph, and whether to compile that, which takes seconds. ``"auto"`` does what pays, by
+            the length of the run and the size of the graph (:mod:`pyro_ebm.mcmc.engine.engine`).
         ignore_jit_warnings: whether to silence warnings of the capture.
         **kwargs: ``transforms`` from the supports to the reals, where they should not be Pyro's;
             ``max_plate_nesting`` as in Pyro's kernels; ``init_strategy``, where chains start, as in
@@ -113,7 +113,7 @@ class TransitionKernel(PyroKernel):
         adapt_mass_matrix: bool = True,
         full_mass: FullMass = "auto",
         target_accept_prob: float = 0.574,
-        jit_compile: JitCompile = False,
+        jit_compile: JitCompile = "auto",
         ignore_jit_warnings: bool = False,
         **kwargs: Unpack[ModelSettings],
     ):

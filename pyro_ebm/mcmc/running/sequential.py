@@ -89,6 +89,8 @@ class SequentialRunner(Runner):
             kernel.initial_params = self.start_of(index)
         total = options.warmup_steps + options.num_samples
         with Bar(total, 1, options.disable_progbar, index if label else None) as bar:
+            if isinstance(kernel, PyroKernel):
+                kernel.planned_steps = total
             kernel.setup(options.warmup_steps, *self.args, **self.kwargs)
             params = kernel.initial_params
             assert params is not None

@@ -22,6 +22,7 @@ from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import NUM_REPEATED
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.checks.fixed_density import check_repeats
+from pyro_ebm.normalizer.annealing.function_path import FunctionPath
 from pyro_ebm.normalizer.annealing.path import AnnealingPath, Known, Parts
 from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule
 from pyro_ebm.ops.steps.metropolis import select
@@ -71,13 +72,13 @@ class Annealer:
         self.single = kernel if _moves_once(kernel, path) else None
         self.engine = Engine(
             self.leap,
-            self.single is not None and kernel.jit_compile,
+            self.single is not None and not isinstance(path, FunctionPath) and kernel.jit_compile,
             Dependencies(path),
             kernel.ignore_jit_warnings,
             planned=num_steps * (len(schedule.betas) - 2),
         )
         # inside a graph of the kernel's own, evaluations of the path leave no trace
-        as_graph = any(part.jit_compile for part in (kernel, *kernel.parts))
+        as_graph = any(part.always_graphs for part in (kernel, *kernel.parts))
         own_graph = as_graph and self.single is None
         self.remembers = type(kernel).evaluate is Kernel.evaluate and not own_graph
 
@@ -162,7 +163,7 @@ class Annealer:
             return Leap(new, None, fall, None)
         # a chain is where the path was evaluated last, or, rejected, where it was before
         moved = (new.z == last.z).all(-1)
-        if not self.engine.jit_compile and moved.all():  # no branch for a graph
+        if not self.engine.uses_graphs and moved.all():  # no branch for a graph
             return Leap(new, last.parts, fall, None)
         unsure = ~(moved | (new.z == z).all(-1)).all()
         parts = (

@@ -121,7 +121,7 @@ def _objection(kernel: Kernel, path: AnnealingPath) -> str | None:
             return f"{part!r} has a temperature of its own, and annealing has others: leave it at 1"
         if isinstance(part, TemperingKernel):
             return "replicas do not anneal: give the kernel inside the TemperingKernel"
-        if part.jit_compile and isinstance(path, FunctionPath):
+        if part.always_graphs and isinstance(path, FunctionPath):
             return (
                 "a path given as a function makes a new energy at each temperature, which no"
                 " compiled graph sees: use jit_compile=False, or write an AnnealingPath"

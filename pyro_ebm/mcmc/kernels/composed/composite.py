@@ -208,6 +208,7 @@ class CompositeKernel(PyroKernel):
             names = self._names(potential, kernel)
             if names or (kernel is self.kernels[-1] and not potential.sites):
                 kernel, block = kernel.copy(), BlockPotential(potential, names)
+                kernel.planned_steps = self.planned_steps
                 kernel.bind(block, warmup_steps)
                 bound.append((kernel, block))
 

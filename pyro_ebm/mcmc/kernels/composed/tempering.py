@@ -168,6 +168,7 @@ class TemperingKernel(PyroKernel):
         super().bind(potential, warmup_steps)
         self._tempered = self._at_betas(potential)
         self._inner = self.kernel.copy()
+        self._inner.planned_steps = self.planned_steps
         self._inner.bind(self._tempered, warmup_steps)
         self._swaps = self._tempered.betas.new_zeros(len(self.betas) - 1)
 

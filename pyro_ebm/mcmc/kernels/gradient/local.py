@@ -10,6 +10,7 @@ the warmup is over). The rest of the warmup, and all draws, are made by the kern
 from torch import Tensor
 
 from pyro_ebm.files import Saved
+from pyro_ebm.mcmc.engine.engine import JitCompile
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -37,7 +38,9 @@ class LocalKernel(TransitionKernel):
         adapts = adaptation.adapt_step_size and adaptation.adapt_mass_matrix
         explores = adapts and self.learns_from_gradients and self.temperature == 1
         if explores and warmup_steps >= LEAST_WARMUP:
-            self._explorer = ChEESKernel(jit_compile=self.jit_compile and "capture")
+            how: JitCompile = "capture" if self.jit_compile is True else self.jit_compile
+            self._explorer = ChEESKernel(jit_compile=how)
+            self._explorer.planned_steps = self.planned_steps
             self._explorer.bind(potential, warmup_steps)
             self._explorer.share(adaptation)
 
