@@ -6,12 +6,14 @@ import torch
 from pyro.infer.mcmc.adaptation import WarmupAdapter
 from pyro.ops.dual_averaging import DualAveraging
 
+from pyro_ebm import MCMC
 from pyro_ebm.distributions import UnnormalizedEnergy
-from pyro_ebm.mcmc import EnergyPotential, LangevinKernel, MHKernel
+from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, MHKernel
 from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
 from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagonal
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.adaptation.windows import growing_windows, slow_windows
+from tests.benchmarks.real.posteriors import REAL
 from tests.statistics import assert_moments, run_kernel
 
 
@@ -222,6 +224,17 @@ def test_chains_that_start_far_out_come_in():
     assert info.accept_prob.mean(1).min() > 0.4
     # E[x^2] of the density exp(-x^4 / 4) is 2 Gamma(3/4) / Gamma(1/4)
     assert_moments(draws, 0.0, 2 * math.gamma(0.75) / math.gamma(0.25))
+
+
+def test_a_chain_whose_potential_is_all_rounding_comes_in():
+    # Where sigma starts at a ten-thousandth of what it is, the potential is 1e12. Once it is 5e6,
+    # in single precision known to 1/2, every step that fits there is rejected by rounding.
+    posterior = REAL["earn_height"]
+    mcmc = MCMC(ChEESKernel(posterior.model), 100, 200, num_chains=32, disable_progbar=True)
+    mcmc.run(*posterior.tensors())
+    lp = mcmc.get_extra_fields(group_by_chain=True)["lp"]
+    # minus a chi-squared variable of three degrees of freedom over two, from the highest value
+    assert (lp.max() - lp.mean(1)).max() < 8
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pyro_ebm.mcmc.state import to_device
 FAR = 5.0  # deviations
 WIDE = 3.0  # times the deviation of the potential of a Gaussian
 
+TOLERATED = 0.01  # of a chain's height
+
 
 class Population:
     """Compares the potentials of the chains of each target, window by window.
@@ -32,6 +34,7 @@ class Population:
         self.targets, self.dim = targets, dim
         self.out: Tensor | None = None
         self.settled = False
+        self._center: Tensor | None = None  # the medians
         self._count = 0
         self._mean: Tensor | None = None
         self._moment: Tensor | None = None
@@ -57,6 +60,7 @@ class Population:
         farthest = (center + FAR * spread).nan_to_num(torch.inf)
         self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
         usual = max(1.0, self.dim / 2) ** 0.5  # the deviation of a Gaussian's potential
+        self._center = center
         self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
         self._count, self._mean, self._moment = 0, None, None
 
@@ -65,6 +69,18 @@ class Population:
         if self.out is None or len(self.out) != len(z):
             return z.new_ones(len(z))
         return (~self.out).to(z.dtype)
+
+    def tolerance(self, potential: Tensor) -> Tensor:
+        """The error of energy that a chain which is out may make on its way in, ``(chains,)``.
+
+        A hundredth of its height above the median. A potential of 1e7 in single precision is known
+        to 1, and that of a recursion much less well: rounding would reject all steps of a chain that
+        starts there, however short they are, and shorten them for ever.
+        """
+        if self._center is None or self.out is None or len(self.out) != len(potential):
+            return torch.zeros_like(potential)
+        height = potential.reshape(-1, self.targets) - self._center.to(potential.dtype)
+        return (TOLERATED * height.clamp(min=0).reshape(-1)).where(self.out, 0.0)
 
     def mean(self, x: Tensor, ranks: ProcessGroup) -> Tensor:
         """The mean over the chains that are not out, of ``(chains of a target, targets, ...)``."""
@@ -81,11 +97,12 @@ class Population:
             "count": self._count,
             "mean": self._mean,
             "moment": self._moment,
+            "center": self._center,
         }
 
     def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another one was."""
         self._count, self.settled = state["count"], state["settled"]
-        self.out, self._mean, self._moment = (
-            to_device(state[name], device) for name in ("out", "mean", "moment")
+        self.out, self._mean, self._moment, self._center = (
+            to_device(state[name], device) for name in ("out", "mean", "moment", "center")
         )

@@ -130,6 +130,10 @@ class Adaptation:
         """Whether chains are still on their way to the others, in the first half of the warmup."""
         return 2 * self.t < self.warmup_steps and not self.population.settled
 
+    def tolerance(self, potential: Tensor) -> Tensor:
+        """The error of energy that is let pass, ``(chains,)``: of chains that are out, in warmup."""
+        return self.population.tolerance(potential) if self._own else torch.zeros_like(potential)
+
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""
         sharing = accept_prob.reshape(-1, self.step_size.shape[0])

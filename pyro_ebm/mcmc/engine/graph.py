@@ -50,7 +50,8 @@ class FxGraph:
     """
 
     checked = False
-    calls = compared_at = compare_at = 0
+    calls = compared_at = 0
+    compare_at = 10
     last: tuple[Any, ...] = ()
     readings: Readings | None = None
     _returns_alike: bool | None = None  # once it is known
