@@ -158,6 +158,37 @@ def test_auto_compiles_by_the_size_of_the_graph(operations, size, calls, monkeyp
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize(
+    ("function", "size", "work"),
+    [
+        (lambda x: (x.cos().T,), (20, 30), 600),  # the transpose writes nothing
+        (lambda x: (x @ x.T,), (20, 30), 20 * 20 + 20 * 30 * 20 / 8),
+        (lambda x: (x @ x.mT,), (7, 20, 30), 7 * (20 * 20 + 20 * 30 * 20 / 8)),
+    ],
+)
+def test_work_is_what_is_written_and_added_up(function, size, work):
+    found = graph.FxGraph(function, (torch.rand(size),), [torch.rand(size)])
+    assert costs.work(found.graph.graph) == pytest.approx(work)
+
+
+def test_a_small_graph_runs_on_one_thread(monkeypatch):
+    threads = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for size, wanted in ((10, 1), (costs.WORTH_THREADS, 2)):
+            found = graph.FxGraph(lambda x: (2 * x,), (torch.rand(size),), [torch.rand(size)])
+            run = found.run
+            found.run = lambda *x, run=run: threads.append(torch.get_num_threads()) or run(*x)
+            found([torch.rand(size)])
+            found.iterate(2, [torch.rand(size)], 1)
+            assert threads == [wanted] * 3
+            assert torch.get_num_threads() == 2
+            threads.clear()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_auto_compiles_when_as_many_calls_were_made(monkeypatch):
     compiled = []
     monkeypatch.setattr(graph.FxGraph, "compile", lambda self, _: compiled.append(engine.calls))

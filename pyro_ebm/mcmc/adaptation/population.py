@@ -74,8 +74,8 @@ class Population:
         """The error of energy that a chain which is out may make on its way in, ``(chains,)``.
 
         A hundredth of its height above the median. A potential of 1e7 in single precision is known
-        to 1, and that of a recursion much less well: rounding would reject all steps of a chain that
-        starts there, however short they are, and shorten them for ever.
+        to 1, and that of a recursion much less well: rounding would reject all steps of a chain
+        that starts there, however short they are, and shorten them for ever.
         """
         if self._center is None or self.out is None or len(self.out) != len(potential):
             return torch.zeros_like(potential)

@@ -131,7 +131,7 @@ class Adaptation:
         return 2 * self.t < self.warmup_steps and not self.population.settled
 
     def tolerance(self, potential: Tensor) -> Tensor:
-        """The error of energy that is let pass, ``(chains,)``: of chains that are out, in warmup."""
+        """The error of energy that chains which are out may make in warmup, ``(chains,)``."""
         return self.population.tolerance(potential) if self._own else torch.zeros_like(potential)
 
     def pooled(self, accept_prob: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The function runs once, and what is done to tensors is written down: Pyro's hand
 the host reads, shapes that depend on values, random numbers.
 """
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from pyro_ebm.internals.compilers import as_written, compile_unguarded
 from pyro_ebm.internals.interpreting import Interpreted
 from pyro_ebm.internals.recording import FIXED
 from pyro_ebm.internals.tracing import FAILURES, capture, is_followed, namespace
-from pyro_ebm.mcmc.engine.costs import worth_compiling
+from pyro_ebm.mcmc.engine.costs import WORTH_THREADS, one_thread, work, worth_compiling
 from pyro_ebm.mcmc.engine.readings import Readings
 
 
@@ -44,6 +45,7 @@ class FxGraph:
         readings: what the function read from elsewhere when it was captured.
         compiled: whether it was turned into machine code, or could not be.
         worth_compiling: the number of calls after which that has paid.
+        threads: within this it runs, on one thread where it is small.
 
     Raises:
         RuntimeError: if the function does something that a graph cannot hold.
@@ -74,6 +76,8 @@ class FxGraph:
         self.build, _ = _builder(structure[-1])
         self.graph, self.constants = lifted(graph)
         _refuse_borrowed(self.graph, self.constants)
+        small = work(self.graph.graph) < WORTH_THREADS
+        self.threads = one_thread if small else contextlib.nullcontext
         self.captured: Callable[..., Any] = self._interpreted(tensors)
         self.run: Callable[..., Any] = self.captured
         self.compiled = False
@@ -116,7 +120,7 @@ class FxGraph:
         """Turns it into machine code, for inputs that lie in memory as these do."""
         arguments = [*tensors, *self.constants]
         self.compiled = True  # or not to be tried again
-        with torch.no_grad():
+        with torch.no_grad(), self.threads():
             if all(x.device.type == "cpu" for x in arguments):
                 # neither guards nor assertions in each call: the caller has looked at the layouts
                 run = compile_unguarded(self.graph, arguments)
@@ -137,12 +141,12 @@ class FxGraph:
 
     def captured_value(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """What the graph says before it is compiled."""
-        with torch.no_grad():
+        with torch.no_grad(), self.threads():
             return self.captured(*tensors, *self.constants)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The function's value at these inputs."""
-        with torch.no_grad():
+        with torch.no_grad(), self.threads():
             return self.build(self._run([*tensors, *self.constants]))
 
     def iterate(self, n: int, tensors: list[Tensor], carried: int) -> Any:
@@ -160,7 +164,7 @@ class FxGraph:
             return None
         arguments = [*tensors, *self.constants]
         found: Sequence[Tensor] = ()
-        with torch.no_grad():
+        with torch.no_grad(), self.threads():
             for _ in range(n):
                 found = self._run(arguments)
                 if self._returns_alike is None:  # it lays them out in the same way each time
