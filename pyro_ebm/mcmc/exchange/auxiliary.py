@@ -171,7 +171,7 @@ class InnerChain(Auxiliary):
 
     def __init__(self, kernel: Kernel, num_steps: int):
         # no graph of its own: all its steps are part of one batched run of the model
-        self.kernel = kernel.copy(jit_compile=False) if kernel.jit_compile else kernel
+        self.kernel = kernel.copy(jit_compile=False) if kernel.always_graphs else kernel.copy()
         self.num_steps = num_steps
         self._forget()
 
