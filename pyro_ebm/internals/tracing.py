@@ -82,11 +82,10 @@ def capture(
 
 def is_view(node: Node) -> bool:
     """Whether an operation returns memory of its arguments, and writes nothing."""
-    target: Any = node.target
-    if not isinstance(target, _OpOverload):
+    schema = getattr(node.target, "_schema", None)  # of an operation of torch
+    if schema is None or schema.is_mutable:
         return False
-    returns = [r.alias_info for r in target._schema.returns]
-    return not target._schema.is_mutable and any(alias is not None for alias in returns)
+    return any(returned.alias_info is not None for returned in schema.returns)
 
 
 def namespace(node: Node) -> str | None:

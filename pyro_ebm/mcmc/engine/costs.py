@@ -56,7 +56,7 @@ def _operations(graph: Graph) -> list[Node]:
 def _size(node: Node) -> int:
     """How many numbers an operation writes, as far as it is known."""
     value = node.meta.get("val")
-    return 0 if is_view(node) or not hasattr(value, "numel") else value.numel()
+    return value.numel() if isinstance(value, Tensor) and not is_view(node) else 0
 
 
 def work(graph: Graph) -> float:
@@ -71,12 +71,13 @@ def _products(node: Node) -> float:
     """The multiplications of (m, k) by (k, n) matrices, m k n for each pair."""
     if "mm" not in getattr(node.target, "__name__", ""):
         return 0
-    values = [x.meta.get("val") for x in (*node.all_input_nodes[-2:], node)]
-    sizes = [x.numel() for x in values if isinstance(x, Tensor)]
-    if len(sizes) < 3 or 0 in sizes:
+    factors = [x.meta.get("val") for x in node.all_input_nodes[-2:]]
+    product, total = node.meta.get("val"), 1
+    if not isinstance(product, Tensor) or product.numel() == 0:
         return 0
-    pairs = values[-1].shape[:-2].numel()
-    return (sizes[0] * sizes[1] * sizes[2] / pairs) ** 0.5  # (m k)(k n)(m n) = (m k n)^2
+    for x in (product, *factors):  # (m k)(k n)(m n) = (m k n)^2, of each pair
+        total *= x.numel() if isinstance(x, Tensor) else 0
+    return (total / product.shape[:-2].numel()) ** 0.5
 
 
 @contextlib.contextmanager
