@@ -117,13 +117,13 @@ def log_weights(make, kernel, flag, num_steps=1, betas=BETAS):
 @pytest.mark.parametrize(("make", "kernel"), CASES.values(), ids=CASES)
 def test_the_log_weights_are_those_without_graphs(graphs, make, kernel, num_steps):
     eager, *_ = log_weights(make, kernel, False, num_steps)
-    assert graphs == []
+    assert "leap" not in graphs
     found, path = log_weights(make, kernel, "capture", num_steps)
     torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-9)
     assert found[found.isfinite()].std() > 1e-3
     # where nothing is remembered, the later steps at a temperature take the state as it is
     forgets = kernel is LangevinKernel and path.gradients(path.draw(1)) is None
-    assert graphs == ["leap"] * (2 if forgets and num_steps > 1 else 1)
+    assert graphs.count("leap") == (2 if forgets and num_steps > 1 else 1)
 
 
 def test_chains_without_density_keep_a_weight_of_0():

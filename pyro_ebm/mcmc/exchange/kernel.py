@@ -240,7 +240,8 @@ class ExchangeKernel(MHKernel):
     def move(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, counted."""
         new, log_ratio, error, still, log_u = drawn = self.draw(state)
-        after, info = self.run_fn(state, *drawn)
+        discount = still if self.adaptation.active else torch.zeros_like(still)
+        after, info = self.run_fn(state, *drawn[:3], discount, log_u)
         accepted, _ = decide(new, log_ratio, log_u, allowed=_decided(error))
         lost = (error > UNDECIDED) & new.potential.isfinite() & log_ratio.isfinite()
         lost = lost & (log_ratio + error > log_u)
@@ -276,8 +277,8 @@ class ExchangeKernel(MHKernel):
     ) -> tuple[State, Info]:
         """Accepts or rejects the proposals."""
         accepted, info = decide(new, log_ratio, log_u, allowed=_decided(error))
-        if self.adaptation.active:  # a step size is none the better for inner chains that fail
-            info = info._replace(accept_prob=info.accept_prob * (1 - still))
+        # a step size is none the better for inner chains that fail
+        info = info._replace(accept_prob=info.accept_prob * (1 - still))
         return choose(accepted, new, state), info
 
     def state_dict(self) -> Saved:
