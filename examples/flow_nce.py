@@ -25,28 +25,17 @@ from pathlib import Path
 
 import matplotlib
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
 
 from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm.datasets import EightGaussians
 from pyro_ebm.distributions.flow import FlowDistribution, fit_flow, neural_spline_flow
 from pyro_ebm.losses import FlowNCE
 from pyro_ebm.nn import MLPEnergy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-# ---- the data: eight Gaussians on a circle -----------------------------------------------------
-
-
-def eight_gaussians():
-    angle = torch.arange(8) * torch.pi / 4
-    means = 2.8 * torch.stack([angle.cos(), angle.sin()], -1)
-    return dist.MixtureSameFamily(
-        dist.Categorical(torch.ones(8)), dist.Normal(means, 0.35).to_event(1)
-    )
-
 
 # ---- the two players ---------------------------------------------------------------------------
 
@@ -131,7 +120,7 @@ def main():
 
     torch.set_num_threads(1)  # for tensors this small, threads cost more than they bring
     pyro.set_rng_seed(0)
-    truth, game = eight_gaussians(), Game()
+    truth, game = EightGaussians(), Game()
 
     start = time.perf_counter()
     fit_flow(game.flow, truth.sample((20_000,)), args.warm_up, 500, disable_progbar=True)

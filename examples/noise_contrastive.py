@@ -23,7 +23,6 @@ compared with it.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -33,33 +32,14 @@ import torch
 from pyro.infer import SVI
 
 from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm.datasets import Rings
 from pyro_ebm.losses import NCE, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# ---- the data: two rings -----------------------------------------------------------------------
-
-RADII, WIDTH = (1.0, 2.5), 0.2
-
-
-def rings(n):
-    radius = torch.tensor(RADII)[torch.randint(2, (n,))]
-    angle = 2 * math.pi * torch.rand(n)
-    x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
-    return x + WIDTH * torch.randn(n, 2)
-
-
-def rings_log_density(x):
-    """A blurred circle: exp(-(|x|^2 + r^2) / 2 w^2) I_0(|x| r / w^2) / (2 pi w^2)."""
-    rho = x.norm(dim=-1)
-    terms = [
-        -((rho - r) ** 2) / (2 * WIDTH**2) + torch.special.i0e(rho * r / WIDTH**2).log()
-        for r in RADII
-    ]
-    return torch.stack(terms).logsumexp(0) - math.log(len(RADII) * 2 * math.pi * WIDTH**2)
-
+DATA = Rings(noise=0.2, radii=(1.0, 2.5))
 
 # ---- model and guide, and their training -------------------------------------------------------
 
@@ -119,7 +99,7 @@ def plane(half_width=5.0, points=250):
 def picture(data, fits, noises, path):
     x, _ = plane()
     figure, axes = plt.subplots(1, 1 + len(fits), figsize=(13, 3.7), layout="constrained")
-    panels = {"data": rings_log_density(x).exp()}
+    panels = {"data": DATA.log_prob(x).exp()}
     for name, (p, _) in fits.items():
         panels[name] = p.log_prob(x).exp().detach()  # with the log Z it has learned
     for ax, (name, density) in zip(axes, panels.items()):
@@ -145,14 +125,14 @@ def main():
 
     torch.set_num_threads(1)  # for tensors this small, threads cost more than they bring
     pyro.set_rng_seed(0)
-    data, held_out = rings(10_000), rings(5_000)
+    data, held_out = DATA.draw(10_000), DATA.draw(5_000)
     noises = {
         "narrow": gaussian_noise(data, width=0.5),
         "matched": gaussian_noise(data, width=1.2),
         "far": gaussian_noise(data, width=5.0),
     }
     fits, (x, cell) = {}, plane()
-    truth = rings_log_density(held_out)
+    truth = DATA.log_prob(held_out)
     print(f"{'noise':8}seconds  accuracy   log Z learned  by a grid   error of log p at the data")
     for name, noise in noises.items():
         start = time.perf_counter()

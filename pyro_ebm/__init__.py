@@ -40,6 +40,7 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     NCE                       data against noise; learns log Z too
     RankingNCE                a datum against its noise points; needs no log Z
     FlowNCE                   data against a flow that learns
+    datasets                  densities in the plane with exact draws, digits, Ising spins
     save_training             writes a training to one file
     load_training             reads it, to go on exactly
 
@@ -50,7 +51,7 @@ Estimate its log Z:
 More in pyro_ebm.distributions, .mcmc, .losses, .normalizer, .ops, .diagnostics and .files.
 """
 
-from pyro_ebm import nn
+from pyro_ebm import datasets, nn
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distributions import (
     RBM,

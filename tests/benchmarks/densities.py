@@ -33,7 +33,7 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy, datasets
 from pyro_ebm.distributions.flow import FlowDistribution, fit_flow, neural_spline_flow
 from pyro_ebm.losses import (
     NCE,
@@ -47,12 +47,19 @@ from pyro_ebm.losses import (
     gaussian_noise,
 )
 from pyro_ebm.nn import MLPEnergy
-from tests.benchmarks.toy_sets import TOY_SETS, ToySet, grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HALF_WIDTH = 6.0  # of the square on which densities are compared
+
+TOY_SETS: dict[str, datasets.PlanarDistribution] = {
+    "eight_gaussians": datasets.EightGaussians(),
+    "two_moons": datasets.TwoMoons(),
+    "rings": datasets.Rings(),
+    "checkerboard": datasets.Checkerboard(),
+    "pinwheel": datasets.Pinwheel(),
+}
 
 # ---- the losses and their settings -------------------------------------------------------------
 
@@ -130,7 +137,7 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     toy, method = TOY_SETS[name], methods()[method_name]
     steps = max(int(method.pace * steps), 1)
     net = MLPEnergy(2, hidden=(128, 128))
-    some = toy.sample(5000)
+    some = toy.draw(5000)
     base = gaussian_noise(some, width=1.5, full_covariance=False)
 
     def model(x):
@@ -142,10 +149,10 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     guide, flow = noise_guide(method, base)
     start = time.perf_counter()
     if flow is not None:
-        fit_flow(flow, toy.sample(50_000), warm_up, batch_size=500, disable_progbar=True)
+        fit_flow(flow, toy.draw(50_000), warm_up, batch_size=500, disable_progbar=True)
     svi = SVI(model, guide, optimizer(method.lr, steps), method.loss(base))
     for _ in range(steps):
-        svi.step(toy.sample(method.batch))
+        svi.step(toy.draw(method.batch))
     seconds = time.perf_counter() - start
 
     log_z = pyro.param("log_z").detach() if method.learns_log_z else None
@@ -153,7 +160,7 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     result = compare(toy, p.unnormalized_log_prob, points)
     fitted = Fit(name, method_name, result.kl, seconds, steps, result.log_density)
     if log_z is not None:
-        x = toy.sample(10_000)
+        x = toy.draw(10_000)
         with torch.no_grad():
             error = p.unnormalized_log_prob(x) - log_z - toy.log_prob(x)
         fitted.mse = float(error.square().mean())
@@ -190,6 +197,16 @@ def optimizer(lr: float, steps: int) -> Any:
     return pyro.optim.ClippedAdam(rates)
 
 
+def grid(half_width: float = 6.0, points: int = 480) -> tuple[Tensor, float]:
+    """Midpoints of the cells of a square, shape ``(points, points, 2)``, and a cell's area.
+
+    The first index goes up the second coordinate, as in a picture.
+    """
+    side = 2 * half_width / points
+    axis = -half_width + side * (torch.arange(points) + 0.5)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1), side**2
+
+
 @dataclasses.dataclass
 class Comparison:
     kl: float
@@ -198,7 +215,9 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(toy: ToySet, log_prob: Callable[[Tensor], Tensor], points: int) -> Comparison:
+def compare(
+    toy: datasets.PlanarDistribution, log_prob: Callable[[Tensor], Tensor], points: int
+) -> Comparison:
     """KL(p || model) and the model's log Z, by sums over a grid."""
     x, cell = grid(HALF_WIDTH, points)
     exact = toy.log_prob(x)
@@ -252,7 +271,7 @@ def picture(fits: list[Fit], sets: list[str], names: list[str], path: Path) -> N
         points = found[name, names[0]].log_density.shape[0]
         exact = toy.log_prob(grid(HALF_WIDTH, points)[0]).exp()
         top = float(exact.max()) * 1.1
-        row[0].plot(*toy.sample(3000).T, ".", ms=1, color="black", alpha=0.4, mew=0)
+        row[0].plot(*toy.draw(3000).T, ".", ms=1, color="black", alpha=0.4, mew=0)
         row[0].set_ylabel(name.replace("_", " "))
         panels = [exact, *(found[name, n].log_density.exp() for n in names)]
         for ax, density in zip(row[1:], panels):
