@@ -35,7 +35,7 @@ def fit_rbm(
     lr: float = 0.03,
     loss: EnergyLoss | None = None,
     center_rate: float = 0.01,
-    callback: Callable[[int, dict[str, float]], Any] | None = None,
+    callback: Callable[[int, dict[str, float]], object] | None = None,
     disable_progbar: bool = False,
 ) -> list[dict[str, float]]:
     r"""Fits a restricted Boltzmann machine to data.
@@ -126,7 +126,7 @@ def fit_layers(
     network: DeepBeliefNetwork,
     data: Tensor,
     means: bool = True,
-    callback: Callable[[int, int, dict[str, float]], Any] | None = None,
+    callback: Callable[[int, int, dict[str, float]], object] | None = None,
     **kwargs: Any,
 ) -> list[list[dict[str, float]]]:
     r"""Fits a deep belief network greedily, from the bottom up, each machine by :func:`fit_rbm`.

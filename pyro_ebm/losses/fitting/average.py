@@ -45,7 +45,8 @@ class WeightAverage:
         """Takes in the weights of a step."""
         self.num_updates += 1
         beta = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - beta)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter, 1 - beta)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

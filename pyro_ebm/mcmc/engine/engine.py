@@ -41,6 +41,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_ebm.internals.lookup import Args, Operation
 from pyro_ebm.internals.tracing import FAILURES
 from pyro_ebm.mcmc.engine.agreement import agree
 from pyro_ebm.mcmc.engine.costs import WORTH_CAPTURING
@@ -89,7 +90,7 @@ class Engine:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Operation,
         jit_compile: JitCompile = False,
         state: Callable[[], Hashable] | None = None,
         ignore_jit_warnings: bool = False,
@@ -101,15 +102,15 @@ class Engine:
         self.jit_compile: JitCompile = jit_compile
         self.planned, self.calls = planned, 0
         self.ignore_jit_warnings = ignore_jit_warnings
-        self._graphs: dict[tuple[Any, ...], FxGraph] = {}
+        self._graphs: dict[Args, FxGraph] = {}
         self._singular = 0
         self._warned: list[str] = []
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Any:
         """The function's value at the inputs."""
         return self._run(*self._find(inputs), inputs)
 
-    def iterate(self, n: int, carried: tuple[Any, ...], *fixed: Any) -> Any:
+    def iterate(self, n: int, carried: Args, *fixed: object) -> Any:
         """The last value when the function is called ``n`` times with what it returned.
 
         Its graph is looked up once; nothing that it rests on may change on the way.
@@ -138,7 +139,7 @@ class Engine:
             found = self(*found[: len(carried)], *fixed)
         return found
 
-    def _run(self, graph: "FxGraph | None", tensors: list[Tensor], inputs: tuple[Any, ...]) -> Any:
+    def _run(self, graph: "FxGraph | None", tensors: list[Tensor], inputs: Args) -> Any:
         if graph is not None:
             with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle
                 found = graph(tensors)
@@ -157,12 +158,12 @@ class Engine:
             if graph.calls > graph.compared_at and state == now and not graph.is_stale():
                 self._compare(graph, graph.last, tensors_of(graph.last))
 
-    def _find(self, inputs: tuple[Any, ...], n: int = 1) -> "tuple[FxGraph | None, list[Tensor]]":
+    def _find(self, inputs: Args, n: int = 1) -> "tuple[FxGraph | None, list[Tensor]]":
         """The graph for ``n`` calls from such inputs on, if there can be one, and their tensors."""
         self.calls += n
         if not self.uses_graphs:
             return None, []
-        described: list[Any] = [None if self.state is None else self.state()]
+        described: list[Hashable] = [None if self.state is None else self.state()]
         tensors: list[Tensor] = []
         describe(inputs, described, tensors)
         described.append(bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type))
@@ -195,9 +196,7 @@ class Engine:
     def _expected(self) -> int:
         return -1 if self.planned is None else max(self.planned, self.calls)
 
-    def _add_graph(
-        self, key: tuple[Any, ...], inputs: Any, tensors: list[Tensor]
-    ) -> "FxGraph | None":
+    def _add_graph(self, key: Args, inputs: Args, tensors: list[Tensor]) -> "FxGraph | None":
         self.function(*inputs)  # an error of the model itself is raised as it is
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -233,7 +232,7 @@ class Engine:
             self.jit_compile = "capture"
             self._warn(f"the model is captured as a graph, not compiled: {why}")
 
-    def _is_right(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool:
+    def _is_right(self, graph: "FxGraph", inputs: Args, tensors: list[Tensor]) -> bool:
         """Whether the graph gives the function's value at other inputs than it was captured at."""
         agrees = self._agrees(graph, inputs, tensors)
         if agrees is False:
@@ -243,7 +242,7 @@ class Engine:
             graph.checked, graph.captured_at = True, []
         return True
 
-    def _compare(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor], n: int = 0) -> None:
+    def _compare(self, graph: "FxGraph", inputs: Args, tensors: list[Tensor], n: int = 0) -> None:
         """Raises a GraphError if the graph does not give the function's value any more.
 
         Before ``n`` calls of it, from these inputs on.
@@ -262,7 +261,7 @@ class Engine:
             while graph.compare_at <= graph.calls + n:
                 graph.compare_at *= 10
 
-    def _agrees(self, graph: "FxGraph", inputs: Any, tensors: list[Tensor]) -> bool | None:
+    def _agrees(self, graph: "FxGraph", inputs: Args, tensors: list[Tensor]) -> bool | None:
         """Whether the graph gives the function's value; None where a matrix is singular.
 
         The graph as it was captured: a compiled one rounds otherwise.
@@ -305,14 +304,14 @@ class Engine:
                 warnings.simplefilter("ignore", category)
             yield
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_graphs": {}}
 
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
-def check_jit_compile(value: Any) -> None:
+def check_jit_compile(value: object) -> None:
     """Raises a ValueError unless ``value`` is a way to run a function."""
     if not isinstance(value, bool) and value not in ("capture", "auto"):
         raise ValueError(f'jit_compile must be False, "capture", True or "auto", got {value!r}')

@@ -7,7 +7,7 @@ the host reads, shapes that depend on values, random numbers.
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.internals.compilers import as_written, compile_unguarded
 from pyro_ebm.internals.interpreting import Interpreted
+from pyro_ebm.internals.lookup import Args, Kwargs, Operation
 from pyro_ebm.internals.recording import FIXED
 from pyro_ebm.internals.tracing import FAILURES, capture, is_followed, namespace
 from pyro_ebm.mcmc.engine.costs import WORTH_THREADS, one_thread, work, worth_compiling
 from pyro_ebm.mcmc.engine.readings import Readings
+
+Layout = tuple[Hashable, ...]
 
 
 class FxGraph:
@@ -54,14 +57,14 @@ class FxGraph:
     checked = False
     calls = compared_at = 0
     compare_at = 10
-    last: tuple[Any, ...] = ()
+    last: Args = ()
     readings: Readings | None = None
     _returns_alike: bool | None = None  # once it is known
 
-    def __init__(self, function: Callable[..., Any], inputs: Any, tensors: list[Tensor]):
-        structure: list[Any] = []
+    def __init__(self, function: Operation, inputs: Args, tensors: list[Tensor]):
+        structure: list[object] = []
 
-        def on_tensors(*tensors: Tensor) -> list[Any]:
+        def on_tensors(*tensors: Tensor) -> list[Tensor]:
             remaining = iter(tensors)
             structure.append(function(*_refill(inputs, remaining)))
             return tensors_of(structure[-1:])
@@ -78,14 +81,14 @@ class FxGraph:
         _refuse_borrowed(self.graph, self.constants)
         small = work(self.graph.graph) < WORTH_THREADS
         self.threads = one_thread if small else contextlib.nullcontext
-        self.captured: Callable[..., Any] = self._interpreted(tensors)
-        self.run: Callable[..., Any] = self.captured
+        self.captured: Operation = self._interpreted(tensors)
+        self.run: Operation = self.captured
         self.compiled = False
         self.worth_compiling = worth_compiling(self.graph.graph, self.captured is not self.graph)
         self.replays = False
         self.places, self.layouts = self._look()
 
-    def _interpreted(self, tensors: list[Tensor]) -> Callable[..., Any]:
+    def _interpreted(self, tensors: list[Tensor]) -> Operation:
         """What runs it before it is compiled: on a CPU an interpreter faster than Python."""
         arguments = [*tensors, *self.constants]
         if any(x.device.type != "cpu" or type(x) not in (Tensor, Parameter) for x in arguments):
@@ -103,7 +106,7 @@ class FxGraph:
 
         return run
 
-    def _look(self) -> tuple[list[Any], list[Any]]:
+    def _look(self) -> tuple[Sequence[Layout], list[Layout]]:
         """Where the tensors are that it refers to, and how they lie there."""
         places = [(x.data_ptr(), x.stride()) for x in self.constants]
         return places, [(x.shape, x.dtype, x.device) for x in self.constants]
@@ -188,7 +191,7 @@ class _NoHostReads(TorchFunctionMode):
     HIDDEN = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs = None
     ) -> Any:
         if func in self.HIDDEN and is_followed(args[0]):
             raise RuntimeError(f"a value is read on the host, by Tensor.{func.__name__}")
@@ -228,7 +231,7 @@ class SolvesTogether(TorchDispatchMode):
     """Solves as a graph does, :func:`solve_together`."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs = None
     ) -> Any:
         kwargs = kwargs or {}
         found = solve_together(*args, **kwargs) if func is _SOLVE else NotImplemented
@@ -282,7 +285,7 @@ def _list_masks(graph: GraphModule) -> None:
             known[node] = node.target(*args, **kwargs)
         if node.target not in _INDEXING:
             continue
-        listed: list[Any] = []
+        listed: list[object] = []
         for x in node.args[1]:
             mask = known.get(x) if isinstance(x, Node) else None
             if mask is None or mask.dtype is not torch.bool:
@@ -330,14 +333,14 @@ def lifted(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     return graph, tensors
 
 
-def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+def tensors_of(values: Iterable[object]) -> list[Tensor]:
     """The tensors of nested tuples."""
     found: list[Tensor] = []
     describe(values, [], found)
     return found
 
 
-def describe(values: Iterable[Any], described: list[Any], tensors: list[Tensor]) -> None:
+def describe(values: Iterable[object], described: list[Hashable], tensors: list[Tensor]) -> None:
     """Collects the tensors of nested tuples, and what a graph takes for granted of them."""
     for value in values:
         if isinstance(value, Tensor):
@@ -350,11 +353,11 @@ def describe(values: Iterable[Any], described: list[Any], tensors: list[Tensor])
             described += (type(value), value)
 
 
-def _layout(x: Tensor) -> tuple[Any, ...]:
+def _layout(x: Tensor) -> Layout:
     return x.shape, x.stride(), x.dtype, x.device
 
 
-def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
+def _refill(value: object, tensors: Iterator[Tensor]) -> Any:
     """The value with other tensors in place of its own, in their order."""
     if isinstance(value, Tensor):
         return next(tensors)
@@ -364,7 +367,7 @@ def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
-def _builder(value: Any, start: int = 0) -> tuple[Callable[[Sequence[Tensor]], Any], int]:
+def _builder(value: object, start: int = 0) -> tuple[Callable[[Sequence[Tensor]], Any], int]:
     """What makes values like this one from tensors, those from ``start`` on, and where it ends."""
     if isinstance(value, Tensor):
         return operator.itemgetter(start), start + 1

@@ -5,7 +5,7 @@ that is replaced by another one, nor a module that turns from training to evalua
 :class:`~pyro_ebm.mcmc.engine.engine.Engine` compares these before it runs one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class Dependencies:
             if isinstance(value, Tensor)
         ]
 
-    def __call__(self) -> tuple[Any, ...]:
+    def __call__(self) -> tuple[Hashable, ...]:
         """Equal for two moments if one graph serves both."""
         below = (m for module in self.modules for m in module._modules.values())
         children = [id(m) for m in below if m is not None]

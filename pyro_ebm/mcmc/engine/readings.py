@@ -40,10 +40,10 @@ class Readings:
         ['scale, which energy reads, was 2.0 and is 3.0']
     """
 
-    def __init__(self, function: Any, ignored: Iterable[Any] = ()):
-        self.values: dict[str, Any] = {}
+    def __init__(self, function: object, ignored: Iterable[object] = ()):
+        self.values: dict[str, object] = {}
         self._ignored = {id(x) for x in ignored}
-        self._seen: dict[int, Any] = {}  # kept alive for as long as ids are compared
+        self._seen: dict[int, object] = {}  # kept alive for as long as ids are compared
         self._look_at(function, "", "")
         self._seen = {}
 
@@ -107,7 +107,7 @@ class Readings:
                 self._look_at(value, name, reader)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other
     return type(one) is type(other) and (one == other or one != one)

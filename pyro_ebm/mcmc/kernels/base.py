@@ -1,13 +1,12 @@
 """The base of every kernel: a transition of a batch of chains, on any potential."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.diagnostics.convergence import Finding
+from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile
@@ -152,7 +151,7 @@ class Kernel(HasSettings, ABC):
         if self._engine is not None:
             self._engine.check()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """What was learned and counted since :meth:`bind`, for :meth:`load_state_dict`.
 
         Numbers, strings, tensors, and dicts and lists of them: the attributes of :attr:`saved`. A
@@ -162,7 +161,7 @@ class Kernel(HasSettings, ABC):
         found = {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in values.items()}
         return found if self._engine is None else {**found, "calls": self._engine.calls}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, after :meth:`bind` to the same potential.
 
         Args:
@@ -177,7 +176,7 @@ class Kernel(HasSettings, ABC):
             else:
                 setattr(self, name, to_device(saved, self.potential.device))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __repr__(self) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.internals.lookup import Operation
 from pyro_ebm.mcmc.adaptation.metric import FullMass, check_full_mass, kind_of
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile, check_jit_compile
@@ -106,7 +108,7 @@ class TransitionKernel(PyroKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float = 0.1,
         adapt_step_size: bool = True,
@@ -140,7 +142,7 @@ class TransitionKernel(PyroKernel):
         """The next state of all chains: a pure function of its arguments."""
 
     @property
-    def compiled_fn(self) -> Callable[..., Any]:
+    def compiled_fn(self) -> Operation:
         """The function that the engine runs: the transition, or the part of it that is repeated."""
         return self.transition
 
@@ -251,7 +253,7 @@ class TransitionKernel(PyroKernel):
         self._steps += 1
         return state, info
 
-    def run_fn(self, *inputs: Any) -> Any:
+    def run_fn(self, *inputs: object) -> Any:
         """The value of :attr:`compiled_fn`, by its graph if it has one."""
         assert self._engine is not None
         return self._engine(*inputs)
@@ -292,7 +294,7 @@ class TransitionKernel(PyroKernel):
         return found
 
 
-def check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: float) -> None:
     """Raises a ValueError unless ``value`` is a finite number above 0."""
     check_number(name, value)
     if not (math.isfinite(value) and value > 0):

@@ -101,7 +101,7 @@ class MCMC(AbstractMCMC):
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
         num_chains: int = 1,
-        hook_fn: Callable[..., Any] | None = None,
+        hook_fn: Callable[..., object] | None = None,
         mp_context: str | None = None,
         disable_progbar: bool = False,
         disable_validation: bool | None = True,
@@ -156,7 +156,7 @@ class MCMC(AbstractMCMC):
     # -- running -------------------------------------------------------------------------------
 
     @poutine.block
-    def run(self, *args: Any, **kwargs: Any) -> None:
+    def run(self, *args: object, **kwargs: object) -> None:
         """Draws the chains, from the start; the arguments go to the model.
 
         Raises:
@@ -173,7 +173,7 @@ class MCMC(AbstractMCMC):
             self._check(args, kwargs)
         self._keep(runner.run())
 
-    def _new_runner(self, call: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
+    def _new_runner(self, call: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Runner:
         """The runner of a run that starts anew, without the draws of the last one."""
         self._results, self.transforms = None, self.given_transforms
         self._args, self._kwargs = args, kwargs  # which arviz.from_pyro reads
@@ -193,7 +193,7 @@ class MCMC(AbstractMCMC):
         self._results = with_findings(results, self.kernel) if self.check_convergence else results
         warn(self._results.findings, stacklevel=4)  # at the call of run, resume or extend
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Refuses what cannot be run."""
         if self.checkpoint is not None:
             refuse_to_replace(rank_path(self.checkpoint))
@@ -217,7 +217,7 @@ class MCMC(AbstractMCMC):
             potential.at(self.initial_params, self.num_chains)
 
     @poutine.block
-    def resume(self, *args: Any, **kwargs: Any) -> None:
+    def resume(self, *args: object, **kwargs: object) -> None:
         """Goes on from the last checkpoint, as if the run had never stopped.
 
         The kernel, the settings and the model's arguments are to be those of the run. Draws and
@@ -325,7 +325,7 @@ class MCMC(AbstractMCMC):
             raise RuntimeError("no warmup was kept: give save_warmup=True and run")
         return select(warmup, None, group_by_chain)
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> dict[str, dict[str, object]]:
         """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
         return self.results.diagnostics()
 
@@ -388,5 +388,5 @@ class MCMC(AbstractMCMC):
             drawn = "{} chains of {} draws".format(*self._results.shape)
         return f"{type(self).__name__}({', '.join([repr(self.kernel), *settings])}): {drawn}"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "runner": None}
