@@ -2,11 +2,22 @@
 
 ``results`` holds its draws and statistics, with their summaries; ``convergence`` says what is wrong
 with them, by ``chain_statistics``; ``arviz`` converts them to ArviZ;
-``replay`` runs the model again at the draws, for log likelihoods point by point.
+``replay`` runs the model again at the draws, for log likelihoods point by point; ``distances``
+compares two samples.
 """
 
 from pyro_ebm.diagnostics.arviz import open_store, to_arviz
 from pyro_ebm.diagnostics.convergence import ConvergenceWarning, Finding, findings
+from pyro_ebm.diagnostics.distances import mmd, sliced_wasserstein
 from pyro_ebm.diagnostics.results import Results
 
-__all__ = ["ConvergenceWarning", "Finding", "Results", "findings", "open_store", "to_arviz"]
+__all__ = [
+    "ConvergenceWarning",
+    "Finding",
+    "Results",
+    "findings",
+    "mmd",
+    "open_store",
+    "sliced_wasserstein",
+    "to_arviz",
+]
