@@ -50,7 +50,7 @@ html_title = f"pyro_ebm {version}"
 
 # The modules whose public names are the API. Each name has an entry on a page of api/.
 PUBLIC = ["", ".distributions", ".mcmc", ".normalizer", ".losses", ".nn", ".ops", ".diagnostics"]
-PUBLIC += [".datasets"]
+PUBLIC += [".datasets", ".plots"]
 
 logger = logging.getLogger(__name__)
 

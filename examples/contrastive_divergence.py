@@ -30,6 +30,7 @@ from pyro_ebm import UnnormalizedEnergy, fit
 from pyro_ebm.datasets import two_moons
 from pyro_ebm.losses import ContrastiveDivergence, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.plots import grid, plot_density, plot_samples
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,26 +76,21 @@ def train(loss, data, num_steps, batch_size):
 # ---- what training does not see ----------------------------------------------------------------
 
 
-def normalized(p, half_width=6.0, points=300):
-    """The log density on a grid of the plane, and log Z: a sum over the grid."""
-    side = 2 * half_width / points
-    axis = -half_width + side * (torch.arange(points) + 0.5)
-    x = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+BOX = (-6.0, 6.0, -6.0, 6.0)
+
+
+def log_normalizer(p):
+    """A sum over a grid of the plane."""
+    x, cell = grid(BOX, 300)
     with torch.no_grad():
-        log_p = p.unnormalized_log_prob(x)
-    log_z = (side**2 * log_p.exp()).sum().log()
-    return log_p - log_z, log_z
+        return (cell * p.unnormalized_log_prob(x).exp()).sum().log()
 
 
-def picture(data, models, gaps, half_width, path):
+def picture(data, models, gaps, path):
     figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), layout="constrained")
-    box = (-half_width, half_width) * 2
-    axes[0].plot(*data[:2000].T, ".", ms=2, color="black", alpha=0.5, mew=0)
-    axes[0].set(title="data", facecolor="white")
+    plot_samples(data[:2000], ax=axes[0]).set(title="data")
     for ax, (name, model) in zip(axes[1:], models.items()):
-        density = normalized(model.density(), half_width)[0].exp()
-        ax.imshow(density, origin="lower", extent=box, cmap="viridis", vmax=0.3)
-        ax.set(title=f"{name}: the density")
+        plot_density(model.density(), ax, BOX, 300, vmax=0.3).set(title=f"{name}: the density")
     for ax in axes[:4]:
         ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[], aspect="equal")
     for name, gap in gaps.items():
@@ -127,7 +123,7 @@ def main():
         models[name], gaps[name] = train(loss, data, args.num_steps, args.batch_size)
         seconds = time.perf_counter() - start
         p = models[name].density()
-        log_z = normalized(p)[1]
+        log_z = log_normalizer(p)
         with torch.no_grad():
             likelihood = (p.unnormalized_log_prob(held_out) - log_z).mean()
         rate = loss.diagnostics["acceptance_rate"]
@@ -135,7 +131,7 @@ def main():
     with torch.no_grad():
         base = models["CD-1"].base.log_prob(held_out).mean()
     print(f"{'the Gaussian alone':18}{base:35.3f}")
-    picture(data, models, gaps, 6.0, args.output)
+    picture(data, models, gaps, args.output)
     print(f"\nThe picture is in {args.output}")
 
 

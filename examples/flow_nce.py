@@ -33,6 +33,7 @@ from pyro_ebm.datasets import EightGaussians
 from pyro_ebm.distributions.flow import FlowDistribution, fit_flow, neural_spline_flow
 from pyro_ebm.losses import FlowNCE
 from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,22 +77,18 @@ def rates(num_steps):
 # ---- what training does not see ----------------------------------------------------------------
 
 
-def plane(half_width=5.0, points=250):
-    """The midpoints of a grid of the plane, and the area of its cells."""
-    side = 2 * half_width / points
-    axis = -half_width + side * (torch.arange(points) + 0.5)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1), side**2
+BOX = (-5.0, 5.0, -5.0, 5.0)
 
 
 def picture(truth, densities, history, path):
-    x = plane()[0].reshape(-1, 2)
+    x = grid(BOX, 250)[0].reshape(-1, 2)
     figure, axes = plt.subplots(1, 2 + len(densities), figsize=(16, 3.5), layout="constrained")
     axes[0].plot(*truth.sample((1500,)).T, ".", ms=2, color="black", alpha=0.6, mew=0)
     axes[0].set(title="data")
     for ax, (name, density) in zip(axes[1:], densities.items()):
         with torch.no_grad():
             image = density(x).exp().reshape(250, 250)
-        ax.imshow(image, origin="lower", extent=(-5, 5) * 2, cmap="viridis", vmin=0, vmax=0.2)
+        ax.imshow(image, origin="lower", extent=BOX, cmap="viridis", vmin=0, vmax=0.2)
         ax.set(title=name)
     for ax in axes[:-1]:
         ax.set(xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[], aspect="equal")
@@ -143,7 +140,7 @@ def main():
         "the flow, after the game": game.flow().log_prob,
         "the energy, after the game": game.energy().log_prob,
     }
-    x, cell = plane()
+    x, cell = grid(BOX, 250)
     held_out = truth.sample((5000,))
     with torch.no_grad():
         log_z = (cell * game.energy().unnormalized_log_prob(x).exp()).sum().log()

@@ -35,6 +35,7 @@ from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.datasets import Rings
 from pyro_ebm.losses import NCE, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -89,21 +90,17 @@ def train(noise, data, num_steps, batch_size):
 # ---- what training does not see ----------------------------------------------------------------
 
 
-def plane(half_width=5.0, points=250):
-    """The midpoints of a grid of the plane, and the area of its cells."""
-    side = 2 * half_width / points
-    axis = -half_width + side * (torch.arange(points) + 0.5)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1), side**2
+BOX = (-5.0, 5.0, -5.0, 5.0)
 
 
 def picture(data, fits, noises, path):
-    x, _ = plane()
+    x, _ = grid(BOX, 250)
     figure, axes = plt.subplots(1, 1 + len(fits), figsize=(13, 3.7), layout="constrained")
     panels = {"data": DATA.log_prob(x).exp()}
     for name, (p, _) in fits.items():
         panels[name] = p.log_prob(x).exp().detach()  # with the log Z it has learned
     for ax, (name, density) in zip(axes, panels.items()):
-        ax.imshow(density, origin="lower", extent=(-5, 5) * 2, cmap="viridis", vmin=0, vmax=0.22)
+        ax.imshow(density, origin="lower", extent=BOX, cmap="viridis", vmin=0, vmax=0.22)
         title = "the data and their density"
         if name == "data":
             ax.plot(*data[:800].T, ".", ms=2, color="white", alpha=0.6, mew=0)
@@ -131,7 +128,7 @@ def main():
         "matched": gaussian_noise(data, width=1.2),
         "far": gaussian_noise(data, width=5.0),
     }
-    fits, (x, cell) = {}, plane()
+    fits, (x, cell) = {}, grid(BOX, 250)
     truth = DATA.log_prob(held_out)
     print(f"{'noise':8}seconds  accuracy   log Z learned  by a grid   error of log p at the data")
     for name, noise in noises.items():

@@ -38,6 +38,7 @@ from pyro_ebm.losses import (
 )
 from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.ops.score import score
+from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -95,17 +96,13 @@ def train(loss, data, num_steps, batch_size):
 # ---- what training does not see ----------------------------------------------------------------
 
 
-def plane(half_width=5.0, points=250):
-    """The midpoints of a grid of the plane, and the area of its cells."""
-    side = 2 * half_width / points
-    axis = -half_width + side * (torch.arange(points) + 0.5)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1), side**2
+BOX = (-5.0, 5.0, -5.0, 5.0)
 
 
 @torch.no_grad()
 def on_the_plane(p):
     """The normalized density on the grid: in two dimensions, log Z is a sum."""
-    x, cell = plane()
+    x, cell = grid(BOX, 250)
     log_p = p.unnormalized_log_prob(x) if isinstance(p, UnnormalizedEnergy) else p.log_prob(x)
     return log_p - (cell * log_p.exp()).sum().log()
 
@@ -115,8 +112,8 @@ def picture(truth, models, path):
     figure, axes = plt.subplots(1, len(names), figsize=(16, 3.5), layout="constrained")
     for ax, (name, p) in zip(axes, names.items()):
         density = on_the_plane(p).exp()
-        ax.imshow(density, origin="lower", extent=(-5, 5) * 2, cmap="viridis", vmax=0.35)
-        x = plane(4.0, 17)[0]
+        ax.imshow(density, origin="lower", extent=BOX, cmap="viridis", vmax=0.35)
+        x = grid((-4, 4, -4, 4), 17)[0]
         s = score(p.unnormalized_log_prob if name != "data" else truth, x)
         s = s / s.norm(dim=-1, keepdim=True)  # directions only
         ax.quiver(*x.unbind(-1), *s.unbind(-1), color="white", alpha=0.7, scale=26, width=0.005)
@@ -138,7 +135,7 @@ def main():
     truth = data_density()
     data, held_out = truth.sample((5000,)), truth.sample((2000,))
     true_score = score(truth, held_out)
-    exact, (x, cell) = on_the_plane(truth), plane()
+    exact, (x, cell) = on_the_plane(truth), grid(BOX, 250)
     far = x[..., 1] < -1.5
     models = {}
     print(f"{'':15}seconds  score error  KL(data || model)  mass of the far group ({FAR})")

@@ -30,6 +30,7 @@ Look at the result:
     to_arviz                  draws, log likelihoods and statistics as ArviZ data
     score                     the gradient of a log density
     fisher_divergence         the mean squared difference of two scores
+    plots                     densities, samples, images and the history of a training
 
 Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     fit                       the training loop: batches, rates, averages, checkpoints
@@ -51,7 +52,7 @@ Estimate its log Z:
 More in pyro_ebm.distributions, .mcmc, .losses, .normalizer, .ops, .diagnostics and .files.
 """
 
-from pyro_ebm import datasets, nn
+from pyro_ebm import datasets, nn, plots
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distributions import (
     RBM,

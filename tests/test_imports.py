@@ -27,12 +27,14 @@ MAY_IMPORT = {wing: set(WINGS[: i + 1]) for i, wing in enumerate(WINGS)}
 # Beside the chain: no wing imports these.
 MAY_IMPORT["nn"] = {"nn", "ops"}
 MAY_IMPORT["datasets"] = {"datasets", *MAY_IMPORT["distributions"]}
+MAY_IMPORT["plots"] = {"plots", *MAY_IMPORT["distributions"]}
 
 # Third parties that these modules, or wings, import for all others.
 DOORS = {
     "zuko": ["distributions.flow"],
     "arviz": ["diagnostics", "ops.pareto"],
     "arviz_stats": ["diagnostics", "ops.pareto"],
+    "matplotlib": ["plots"],
     "sklearn": ["datasets"],
     "zarr": ["mcmc.running.storage.zarr_store"],
 }
@@ -135,7 +137,7 @@ MODULES = sources(PACKAGE)
 
 
 def test_imports_point_one_way():
-    assert {"", *WINGS, "nn", "datasets"} <= set(MODULES)
+    assert {"", *WINGS, "nn", "datasets", "plots"} <= set(MODULES)
     assert complaints(MODULES) == []
 
 
@@ -236,7 +238,7 @@ def _fake(root: Path, module: str, statement: str) -> dict[str, Path]:
 def test_the_help_of_the_package_lists_every_name():
     rows = (pyro_ebm.__doc__ or "").splitlines()
     words = {word.strip(",") for row in rows if row.startswith("    ") for word in row[:30].split()}
-    assert {*pyro_ebm.__all__, "nn", "datasets"} - {"__version__"} <= words
+    assert {*pyro_ebm.__all__, "nn", "datasets", "plots"} - {"__version__"} <= words
     assert len(rows) <= 60  # two screens
 
 

@@ -47,11 +47,12 @@ from pyro_ebm.losses import (
     gaussian_noise,
 )
 from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HALF_WIDTH = 6.0  # of the square on which densities are compared
+BOX = (-6.0, 6.0, -6.0, 6.0)  # on which densities are compared
 
 TOY_SETS: dict[str, datasets.PlanarDistribution] = {
     "eight_gaussians": datasets.EightGaussians(),
@@ -197,16 +198,6 @@ def optimizer(lr: float, steps: int) -> Any:
     return pyro.optim.ClippedAdam(rates)
 
 
-def grid(half_width: float = 6.0, points: int = 480) -> tuple[Tensor, float]:
-    """Midpoints of the cells of a square, shape ``(points, points, 2)``, and a cell's area.
-
-    The first index goes up the second coordinate, as in a picture.
-    """
-    side = 2 * half_width / points
-    axis = -half_width + side * (torch.arange(points) + 0.5)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1), side**2
-
-
 @dataclasses.dataclass
 class Comparison:
     kl: float
@@ -219,7 +210,7 @@ def compare(
     toy: datasets.PlanarDistribution, log_prob: Callable[[Tensor], Tensor], points: int
 ) -> Comparison:
     """KL(p || model) and the model's log Z, by sums over a grid."""
-    x, cell = grid(HALF_WIDTH, points)
+    x, cell = grid(BOX, points)
     exact = toy.log_prob(x)
     log_p = log_prob(x.reshape(-1, 2)).reshape(exact.shape)
     log_z = float(log_p.double().flatten().logsumexp(0)) + math.log(cell)
@@ -265,17 +256,16 @@ def picture(fits: list[Fit], sets: list[str], names: list[str], path: Path) -> N
         layout="constrained",
         subplot_kw={"xticks": [], "yticks": [], "aspect": "equal"},
     )
-    box = (-HALF_WIDTH, HALF_WIDTH) * 2
     for row, name in zip(axes, sets):
         toy = TOY_SETS[name]
         points = found[name, names[0]].log_density.shape[0]
-        exact = toy.log_prob(grid(HALF_WIDTH, points)[0]).exp()
+        exact = toy.log_prob(grid(BOX, points)[0]).exp()
         top = float(exact.max()) * 1.1
         row[0].plot(*toy.draw(3000).T, ".", ms=1, color="black", alpha=0.4, mew=0)
         row[0].set_ylabel(name.replace("_", " "))
         panels = [exact, *(found[name, n].log_density.exp() for n in names)]
         for ax, density in zip(row[1:], panels):
-            ax.imshow(density, origin="lower", extent=box, cmap="viridis", vmin=0, vmax=top)
+            ax.imshow(density, origin="lower", extent=BOX, cmap="viridis", vmin=0, vmax=top)
         for ax, n in zip(row[2:], names):
             ax.text(
                 0.03, 0.03, f"KL {found[name, n].kl:.2f}", color="white", transform=ax.transAxes
