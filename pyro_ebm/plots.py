@@ -2,7 +2,8 @@ r"""Pictures of densities, samples and trainings, by matplotlib.
 
 Each function draws on the axes that it is given, else on new ones, and returns them: titles, limits
 and saving are matplotlib's, ``plot_density(p).figure.savefig("p.png")``. Matplotlib is imported at
-the first call, and comes with ``pip install 'pyro-ebm[plots]'``.
+the first call, and comes with ``pip install 'pyro-ebm[plots]'``. A grid lies on torch's default
+device: a network elsewhere is drawn within ``with torch.device("cuda"):``.
 """
 
 import math
