@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.distributions.flow import FlowDistribution, neural_spline_flow
-from pyro_ebm.losses import FlowNCE
+from pyro_ebm.losses import NCE, FlowNCE, RankingNCE
 from pyro_ebm.losses.noise.flow_nce import reverse
 from pyro_ebm.nn import MLPEnergy
 
@@ -111,6 +111,51 @@ def test_each_player_has_its_own_gradient_of_one_objective(ratio, form, alternat
             else:
                 torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-8)
     assert max(g.abs().max() for g in for_flow if g is not None) > 1e-3
+
+
+def counted(make, passes):
+    """A flow that notes its passes: draws with their density, and densities."""
+
+    def noted(name, method):
+        return lambda *args: passes.append(name) or method(*args)
+
+    def made():
+        flow = make()
+        expanded = flow.expand((30,))
+        flow.expand = lambda batch: expanded
+        for name in ("rsample_and_log_prob", "log_prob"):
+            setattr(expanded, name, noted(name, getattr(expanded, name)))
+        return flow
+
+    return made
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "calls_at"),
+    [
+        (NCE, {"": 1}),
+        (RankingNCE, {"": 1}),
+        (lambda ratio: FlowNCE(ratio, alternate=None), {"both": 1}),
+        # for the flow's gradient, that of the energy at the noise alone
+        (lambda ratio: FlowNCE(ratio, alternate=4), {"energy": 1, "flow": 2}),
+    ],
+    ids=["nce", "ranking", "both", "turns"],
+)
+def test_no_pass_but_those_of_the_mathematics(make, calls_at, ratio):
+    game, loss, calls, passes = Game(register=False), make(ratio), [], []
+    game.flow = counted(game.flow, passes)
+    game.net.register_forward_hook(lambda *_: calls.append(1))
+    module = loss(game.model, game.guide)
+    for step in range(8):
+        turn = getattr(loss, "turn", "")
+        calls.clear()
+        passes.clear()
+        module(game.x).backward()
+        if step > 1:  # at the first two the energy is checked
+            assert len(calls) == calls_at[turn]
+            if turn:  # each draw brings its density along
+                assert sorted(passes) == ["log_prob"] + ["rsample_and_log_prob"] * min(ratio, 2)
 
 
 def test_who_rests_does_not_move_with_momentum_in_svi():

@@ -29,7 +29,6 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributions import Distribution
-from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.files import Saved
@@ -142,46 +141,45 @@ class FlowNCE(NCE):
                 f"the noise at site {site.name!r}, {type(fn).__name__}, has no reparametrized"
                 " draws for FlowNCE to train it by: use a flow, or NCE with fixed noise"
             )
-        noise = self._drawn(site, fn)
-        if self.broad_noise is not None:
-            noise = self._mixed(site, fn, self.broad_noise, noise)
+        # no graph where the flow rests, but the one in which shared parameters are looked for
+        with torch.set_grad_enabled(self.turn != "energy" or site.name not in self._sites_checked):
+            noise = self._drawn(site, fn)
+            if self.broad_noise is not None:
+                noise = self._mixed(site, fn, self.broad_noise, noise)
         if site.name not in self._sites_checked:
             self._refuse_shared(site, noise.log_q_data)
         if self.turn == "energy":
             return noise.detach()
         return Noise(*map(reverse, noise))
 
-    def classify(self, site: EnergySite, noise: Noise) -> Tensor:
-        """As :meth:`NCE.classify`; on the flow's turn, without a gradient for the energy."""
+    def log_densities(self, site: EnergySite, noise: Noise) -> tuple[Tensor, Tensor]:
+        """As :meth:`NCE.log_densities`; on the flow's turn, without a gradient for the energy."""
         if self.turn != "flow":
-            return super().classify(site, noise)
+            return super().log_densities(site, noise)
         # The flow's turn: the energy is a fixed function, expanded near the noise by its gradient,
         # so that no gradient reaches its parameters and none of them moves.
         log_p, x = site.energy.log_prob, noise.x
         value, slope = value_and_grad(log_p, x.detach())
         change = slope * (x - x.detach())  # 0, with the right derivative
-        moving = value + change.reshape(value.shape + (-1,)).sum(-1)
         with torch.no_grad():
             log_p_data = log_p(site.x)
-            super().classify(site, noise.detach())
-        shift = math.log(self.noise_ratio)
-        on_data = logsigmoid(log_p_data - noise.log_q_data - shift)
-        return on_data + logsigmoid(-(moving - noise.log_q - shift)).sum(0)
+        return log_p_data, value + change.reshape(value.shape + (-1,)).sum(-1)
 
     def _drawn(self, site: EnergySite, fn: TorchDistribution) -> Noise:
         """``noise_ratio`` draws and their log densities; the guide's own draw is the first."""
         assert site.guide_value is not None
-        noise = self.scored(site, fn, site.guide_value[None])
-        if self.noise_ratio == 1:
-            return noise
-        shape = torch.Size((self.noise_ratio - 1,))
-        if both := getattr(fn, "rsample_and_log_prob", None):  # in one pass
-            more, log_q_more = both(shape)
-        else:
-            more = fn.rsample(shape)
-            log_q_more = fn.log_prob(more)
-        x, log_q = torch.cat([noise.x, more]), torch.cat([noise.log_q, log_q_more])
-        return Noise(x, log_q, noise.log_q_data)
+        # the very tensor that was drawn, whose log density a flow has at hand
+        x, log_q, log_q_data = self.scored(site, fn, site.guide_value)
+        x, log_q = x[None], log_q[None]
+        if self.noise_ratio > 1:
+            shape = torch.Size((self.noise_ratio - 1,))
+            if both := getattr(fn, "rsample_and_log_prob", None):  # in one pass
+                more, log_q_more = both(shape)
+            else:
+                more = fn.rsample(shape)
+                log_q_more = fn.log_prob(more)
+            x, log_q = torch.cat([x, more]), torch.cat([log_q, log_q_more])
+        return Noise(x, log_q, log_q_data)
 
     def _mixed(
         self, site: EnergySite, fn: TorchDistribution, broad: TorchDistribution, noise: Noise

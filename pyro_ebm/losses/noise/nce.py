@@ -89,9 +89,10 @@ class NCE(NoiseLoss):
 
     def classify(self, site: EnergySite, noise: Noise) -> Tensor:
         r""":math:`\log \sigma(G(x)) + \sum_j \log \sigma(-G(\tilde x_j))`, shape ``(*batch)``."""
+        log_p_data, log_p_noise = self.log_densities(site, noise)
         log_ratio = math.log(self.noise_ratio)
-        logit_data = site.energy.log_prob(site.x) - noise.log_q_data - log_ratio
-        logit_noise = site.energy.log_prob(noise.x) - noise.log_q - log_ratio
+        logit_data = log_p_data - noise.log_q_data - log_ratio
+        logit_noise = log_p_noise - noise.log_q - log_ratio
         self.record(
             site,
             # the mean of both classes' accuracies: 1/2 for a coin, whatever the noise ratio
@@ -101,11 +102,19 @@ class NCE(NoiseLoss):
             )
             / 2,
             logit_gap=site.mean(logit_data) - site.mean(logit_noise),
-            energy_data=site.mean(site.energy.energy(site.x.detach())),
+            log_likelihood=site.mean(log_p_data),
         )
         if site.energy.log_normalizer is not None:
             self.record(site, log_normalizer=site.energy.log_normalizer.float().mean())
         return logsigmoid(logit_data) + logsigmoid(-logit_noise).sum(0)
+
+    def log_densities(self, site: EnergySite, noise: Noise) -> tuple[Tensor, Tensor]:
+        r""":math:`\log p_\theta` of the data, ``(*batch)``, and of the noise, in one pass.
+
+        The latter has shape ``(noise_ratio, *batch)``.
+        """
+        log_p = site.energy.log_prob(torch.cat([site.x[None], noise.x]))
+        return log_p[0], log_p[1:]
 
     def prepare(self, site: EnergySite, noise: Noise) -> None:
         """Checks the log normalizer of a site once, and starts it where that was asked for."""

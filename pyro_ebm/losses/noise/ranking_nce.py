@@ -41,7 +41,7 @@ class RankingNCE(NoiseLoss):
 
     def classify(self, site: EnergySite, noise: Noise) -> Tensor:
         """The log-probability of the datum among its noise, shape ``(*batch)``."""
-        data = site.energy.unnormalized_log_prob(site.x) - noise.log_q_data
-        others = site.energy.unnormalized_log_prob(noise.x) - noise.log_q
-        self.record(site, accuracy=site.mean((data > others.amax(0)).float()))
-        return data - torch.cat([data[None], others]).logsumexp(0)
+        log_p = site.energy.unnormalized_log_prob(torch.cat([site.x[None], noise.x]))
+        logits = log_p - torch.cat([noise.log_q_data[None], noise.log_q])  # the datum's first
+        self.record(site, accuracy=site.mean((logits[0] > logits[1:].amax(0)).float()))
+        return logits[0] - logits.logsumexp(0)
