@@ -1,12 +1,15 @@
 import math
 from itertools import pairwise
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.mcmc.adaptation import WarmupAdapter
 from pyro.ops.dual_averaging import DualAveraging
+from torch.distributions import constraints
 
-from pyro_ebm import MCMC
+from pyro_ebm import MCMC, ConvergenceWarning
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, MHKernel
 from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
@@ -235,6 +238,41 @@ def test_a_chain_whose_potential_is_all_rounding_comes_in():
     lp = mcmc.get_extra_fields(group_by_chain=True)["lp"]
     # minus a chi-squared variable of three degrees of freedom over two, from the highest value
     assert (lp.max() - lp.mean(1)).max() < 8
+
+
+def side_well(height):
+    """A model on the plane with a second mode, which some starts lead to."""
+
+    def model():
+        x = pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        wells = [
+            ((x - c) ** 2).sum(-1) for c in (torch.tensor([-1.0, 0.0]), torch.tensor([1.5, 0.0]))
+        ]
+        pyro.factor("wells", -torch.minimum(wells[0] * 50, wells[1] * 50 + height))
+
+    return model
+
+
+@pytest.mark.parametrize("make", [ChEESKernel, LangevinKernel])
+def test_a_chain_that_is_stranded_starts_anew(make):
+    mcmc = MCMC(make(side_well(60.0)), 50, 300, num_chains=64, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.kernel.adaptation.num_restarts > 0
+    assert "new starts in the warmup" in repr(mcmc.kernel)
+    assert (mcmc.get_samples()["x"][:, 0] < 1).all()
+
+
+@pytest.mark.parametrize("reason", ["a mode of little weight", "given positions"])
+def test_a_chain_of_another_mode_stays(reason):
+    # 2 dimensions: 40 nats are the limit
+    given = {"x": 4 * torch.rand(64, 2) - 2} if reason == "given positions" else None
+    model = side_well(60.0 if given else 30.0)
+    mcmc = MCMC(
+        ChEESKernel(model), 50, 300, num_chains=64, initial_params=given, disable_progbar=True
+    )
+    with pytest.warns(ConvergenceWarning, match="stand apart"):
+        mcmc.run()
+    assert mcmc.kernel.adaptation.num_restarts == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ FAR = 5.0  # deviations
 WIDE = 3.0  # times the deviation of the potential of a Gaussian
 
 TOLERATED = 0.01  # of a chain's height
+HOPELESS = 20.0  # nats of height for each dimension
+AT_REST = 0.9  # of the height of the window before
 
 
 class Population:
@@ -21,19 +23,26 @@ class Population:
     median distance from the median) and the median of those within chains. So a cloud that comes in
     together has no chain out, and neither has one chain, or the better half.
 
+    It is *stranded* if it stands 20 nats for each dimension above the median, and not a tenth lower
+    than in the window before. A mode there has no part of the distribution to speak of, unless it
+    is wider than the others by a factor of e^20 in every dimension.
+
     Args:
         targets: number of targets.
         dim: dimension of a position.
 
     Attributes:
         out: whether a chain is out, boolean, shape ``(chains,)``; None before the first look.
+        stranded: whether it is stranded, boolean, shape ``(chains,)``; None before the second.
         settled: whether no chain is out, and potentials differ as little as in a Gaussian.
     """
 
     def __init__(self, targets: int, dim: int):
         self.targets, self.dim = targets, dim
         self.out: Tensor | None = None
+        self.stranded: Tensor | None = None
         self.settled = False
+        self._height: Tensor | None = None  # above the median, at the last look
         self._center: Tensor | None = None  # the medians
         self._count = 0
         self._mean: Tensor | None = None
@@ -60,7 +69,11 @@ class Population:
         farthest = (center + FAR * spread).nan_to_num(torch.inf)
         self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
         usual = max(1.0, self.dim / 2) ** 0.5  # the deviation of a Gaussian's potential
-        self._center = center
+        height = (self._mean.reshape(-1, self.targets) - center).reshape(-1)
+        if self._height is not None and len(self._height) == len(height):
+            rests = height > AT_REST * self._height
+            self.stranded = self.out & rests & (height > HOPELESS * self.dim)
+        self._center, self._height = center, height
         self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
         self._count, self._mean, self._moment = 0, None, None
 
@@ -98,11 +111,12 @@ class Population:
             "mean": self._mean,
             "moment": self._moment,
             "center": self._center,
+            "height": self._height,
         }
 
     def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another one was."""
         self._count, self.settled = state["count"], state["settled"]
-        self.out, self._mean, self._moment, self._center = (
-            to_device(state[name], device) for name in ("out", "mean", "moment", "center")
+        self.out, self._mean, self._moment, self._center, self._height = (
+            to_device(state[name], device) for name in ("out", "mean", "moment", "center", "height")
         )

@@ -57,6 +57,7 @@ class Adaptation:
     Attributes:
         inverse_mass_sqrt: :math:`L`; None is the identity.
         population: which chains are out.
+        num_restarts: how many times a chain that was stranded started anew.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Adaptation:
         self.kind: Kind = kind
         self.target_accept_prob = target_accept_prob
         self.step_size = torch.full((targets,), step_size, dtype=like.dtype, device=like.device)
-        self.t = 0
+        self.t = self.num_restarts = 0
         self._schedule = growing_windows if from_gradients else slow_windows
         self._windows = self._schedule(warmup_steps) if adapt_mass_matrix else []
         self.inverse_mass_sqrt: Factor | None = None
@@ -222,6 +223,7 @@ class Adaptation:
         factor = self.inverse_mass_sqrt
         return {
             "t": self.t,
+            "num_restarts": self.num_restarts,
             "step_size": self.step_size,
             "own": self._own,
             "inverse_mass_sqrt": list(factor) if isinstance(factor, LowRank) else factor,
@@ -235,7 +237,7 @@ class Adaptation:
         """Goes on from where another adaptation with the same arguments was."""
         device = self.step_size.device
         self.t, self._windows = state["t"], [(start, end) for start, end in state["windows"]]
-        self._own = state["own"]
+        self._own, self.num_restarts = state["own"], state["num_restarts"]
         self.step_size = to_device(state["step_size"], device)
         factor = state["inverse_mass_sqrt"]
         if isinstance(factor, list):

@@ -14,6 +14,7 @@ from pyro_ebm.mcmc.adaptation.metric import FullMass, check_full_mass, kind_of
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile, check_jit_compile
 from pyro_ebm.mcmc.engine.graph_guards import Dependencies
+from pyro_ebm.mcmc.kernels.accept import choose
 from pyro_ebm.mcmc.kernels.pyro_contract import DiscreteSettings, ModelSettings, PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State, nothing_moved
@@ -248,6 +249,8 @@ class TransitionKernel(PyroKernel):
         """One transition of all chains, and what warmup learns from it."""
         state, info = self.move(state) if self.potential.dim else (state, nothing_moved(state))
         renewed = self.adaptation.update(state.z, info.accept_prob, state.potential, state.grad)
+        if renewed and self.starts_anew and self.adaptation.exploring:
+            state = self._start_anew(state)
         if renewed and self.adapt_step_size:
             self._find_step_size(state)
         self._steps += 1
@@ -265,6 +268,14 @@ class TransitionKernel(PyroKernel):
     def trial(self, state: State) -> tuple[State, Info]:
         """A transition whose acceptance is looked at, to find a first step size."""
         return self.run_fn(state, *self.draw(state))
+
+    def _start_anew(self, state: State) -> State:
+        """Gives chains that are stranded a first position again, as any chain has at the start."""
+        stranded = self.adaptation.population.stranded
+        if stranded is None or not stranded.any():
+            return state
+        self.adaptation.num_restarts += int(stranded.sum())
+        return choose(stranded, self.evaluate(self.potential.initial(len(state.z))), state)
 
     def _find_step_size(self, state: State) -> None:
         """Doubles or halves each step size until the acceptance crosses the target."""
@@ -291,6 +302,8 @@ class TransitionKernel(PyroKernel):
             found = []
         if adaptation.inverse_mass_sqrt is not None:
             found.append(f"{adaptation.kind.replace('_', '-')} mass matrix")
+        if adaptation.num_restarts:
+            found.append(f"{adaptation.num_restarts} new starts in the warmup")
         return found
 
 

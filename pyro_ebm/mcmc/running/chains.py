@@ -55,7 +55,8 @@ class VectorizedRun:
         self.save_warmup, self.store = options.save_warmup, store
         self.device = options.draws_device or potential.device
         self.t, self.goal = 0, options.warmup_steps + options.num_samples
-        kernel.planned_steps = self.goal
+        given = kernel.given_params if options.initial_params is None else options.initial_params
+        kernel.planned_steps, kernel.starts_anew = self.goal, given is None
         kernel.bind(potential, options.warmup_steps)
         self.records: dict[str, DrawBuffer] = {}
 

@@ -41,6 +41,7 @@ class LocalKernel(TransitionKernel):
             how: JitCompile = "capture" if self.jit_compile is True else self.jit_compile
             self._explorer = ChEESKernel(jit_compile=how)
             self._explorer.planned_steps = self.planned_steps
+            self._explorer.starts_anew = self.starts_anew
             self._explorer.bind(potential, warmup_steps)
             self._explorer.share(adaptation)
 
