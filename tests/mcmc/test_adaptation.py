@@ -245,10 +245,8 @@ def side_well(height):
 
     def model():
         x = pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)))
-        wells = [
-            ((x - c) ** 2).sum(-1) for c in (torch.tensor([-1.0, 0.0]), torch.tensor([1.5, 0.0]))
-        ]
-        pyro.factor("wells", -torch.minimum(wells[0] * 50, wells[1] * 50 + height))
+        main, side = (200 * (x - torch.tensor([at, 0.0])).square().sum(-1) for at in (0.0, 2.0))
+        pyro.factor("wells", -torch.minimum(main, side + height))
 
     return model
 
