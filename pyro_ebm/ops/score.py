@@ -141,8 +141,9 @@ def fisher_divergence(
         if len(set(known)) > 1:
             raise ValueError(f"p and q have {known[0]} and {known[1]} event dimensions: to_event?")
         event_dim = known[0]
-    if not isinstance(q, Distribution):
-        check_callable("q", q, "a log density, or a distribution")
+    for name, density in (("p", p), ("q", q)):
+        if not isinstance(density, Distribution):
+            check_callable(name, density, "a log density, or a distribution")
     check_tensor("x", x)
     if type(event_dim) is not int or not 0 <= event_dim <= x.dim():
         raise ValueError(
