@@ -145,6 +145,19 @@ def test_diagnostics_tell_easy_from_hard():
         assert loss.diagnostics["log_normalizer"] == pytest.approx(LOG_Z)
 
 
+@pytest.mark.parametrize("make", [lambda: NCE(5), lambda: RankingNCE(5)], ids=["nce", "ranking"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_share_of_the_data_in_the_tail_of_the_noise(make, masked):
+    x = torch.randn(4000)
+    x[:1000] *= 1 + 99 * masked
+    model = pyro.poutine.mask(model_of(), mask=(torch.arange(4000) >= 1000) | (not masked))
+    for width, low, high in ((0.5, 0.15, 0.25), (1.0, 0.001, 0.019), (2.0, 0.0, 0.001)):
+        loss = make()
+        loss.loss_and_grads(model, guide_of(dist.Normal(0.0, width)), x)
+        # P(|x| > 2.576 width) is .198, .01, 3e-7; errors are .008, .002, 1e-5
+        assert low <= loss.diagnostics["noise_tail"] <= high
+
+
 # -- log Z ---------------------------------------------------------------------------------------
 
 

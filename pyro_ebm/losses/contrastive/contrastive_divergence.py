@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.files import Saved
 from pyro_ebm.losses.base import EnergyLoss, LossSettings
+from pyro_ebm.losses.contrastive.chain_watch import ChainWatch
 from pyro_ebm.losses.contrastive.monitor import Monitor
 from pyro_ebm.losses.contrastive.negatives import NegativeSampler
 from pyro_ebm.losses.sites import EnergySite
@@ -45,7 +46,8 @@ class ContrastiveDivergence(EnergyLoss):
     Without persistence there is one chain for each row, so a conditional energy, or one with a
     latent in front, is contrasted row by row and its gradient reaches that latent. The reported
     loss, :math:`E(x) - E(x')` summed, is no likelihood: it hovers around 0 in good training and
-    bad; watch an estimate of the likelihood (:attr:`diagnostics` show the energies).
+    bad; watch an estimate of the likelihood. :attr:`diagnostics` show the energies, and how the
+    chains do (:mod:`~pyro_ebm.losses.contrastive.chain_watch`); a warning says once when they fail.
 
     Args:
         kernel: any kernel, without a model; by default the energy's own, else
@@ -87,8 +89,16 @@ class ContrastiveDivergence(EnergyLoss):
         >>> _ = [svi.step(x) for _ in range(300)]
         >>> bool((pyro.param("precision") * x.var() - 1).abs() < 0.1)
         True
-        >>> sorted(loss.diagnostics)
-        ['acceptance_rate', 'energy_data', 'energy_negatives', 'gradient_norm', 'step_size']
+        >>> for name in sorted(loss.diagnostics):
+        ...     print(name)
+        acceptance_rate
+        distance_moved
+        energy_data
+        energy_negatives
+        gradient_norm
+        spread
+        step_size
+        step_size_trend
     """
 
     def __init__(
@@ -110,6 +120,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.negatives = NegativeSampler(kernel, num_steps, persistent, num_chains, restart_prob)
         self.energy_penalty = energy_penalty
         self.monitor = Monitor(monitor, monitor_every)
+        self.watch = ChainWatch()
 
     def _attributes(self) -> dict[str, object]:
         monitor = {"monitor": self.monitor.estimate, "monitor_every": self.monitor.every}
@@ -137,8 +148,10 @@ class ContrastiveDivergence(EnergyLoss):
             energy_data=site.mean(e_data),
             energy_negatives=e_negatives.mean() if persistent else site.mean(e_negatives),
         )
-        if site.is_observed and not self.evaluating:
-            self.record(site, **self.monitor.watch(site, energy.unexpanded))
+        if not self.evaluating:
+            self.record(site, **self.watch(site, negatives))
+            if site.is_observed:
+                self.record(site, **self.monitor.watch(site, energy.unexpanded))
         term, contrast = -e_data, e_negatives
         if self.energy_penalty:
             term = term - self.energy_penalty * e_data.square()
@@ -154,9 +167,10 @@ class ContrastiveDivergence(EnergyLoss):
         return self.energy_term(site)
 
     def state_dict(self) -> Saved:
-        """Chains, step sizes and what was monitored, to go on exactly where training stopped."""
+        """Chains, step sizes and what was seen of them, to go on exactly where training stopped."""
         return {
             **self.monitor.state_dict(),
+            "watch": self.watch.state_dict(),
             "chains": {name: chain.clone() for name, chain in self.chains.items()},
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
         }
@@ -164,6 +178,7 @@ class ContrastiveDivergence(EnergyLoss):
     def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self.monitor.load_state_dict(state)
+        self.watch.load_state_dict(state["watch"])
         for mine, saved in (
             (self.chains, state["chains"]),
             (self.step_sizes, state["step_sizes"]),

@@ -73,8 +73,8 @@ def fit_rbm(
         >>> data = torch.bernoulli(torch.full((200, 4), 0.2))
         >>> net = RBMModule(4, 3, data)
         >>> history = fit_rbm(net, data, num_epochs=5, disable_progbar=True)
-        >>> sorted(history[-1])
-        ['acceptance_rate', 'energy_data', 'energy_negatives', 'step_size']
+        >>> len(history), "energy_data" in history[-1], "spread" in history[-1]
+        (5, True, True)
     """
     num_epochs = check_count("num_epochs", num_epochs)
     batch_size = check_count("batch_size", batch_size)

@@ -39,6 +39,12 @@ class Negatives(NamedTuple):
     """The mean over the chains and the transitions, shape ``()``."""
     step_size: Tensor
     """The mean of the step sizes that they were drawn with, shape ``()``."""
+    start: Tensor
+    """Where their chains started, of the shape of ``x``."""
+    adapts: bool
+    """Whether the kernel adapts its step size."""
+    restarted: Tensor | None = None
+    """The fraction of persistent chains that started again, shape ``()``."""
 
 
 class NegativeSampler:
@@ -93,11 +99,12 @@ class NegativeSampler:
         energy = site.energy.unexpanded
         if site.name not in self.chains:
             _refuse_conditional(site)
-        start = self.start(site.name, energy, site.batch_shape.numel(), like=site.x)
+        num_rows = site.batch_shape.numel()
+        start, restarted = self.start(site.name, energy, num_rows, like=site.x)
         negatives = self.run(site, energy, start, loss)
         if not loss.evaluating:
             self.chains[site.name] = negatives.x
-        return negatives
+        return negatives._replace(restarted=restarted)
 
     @torch.no_grad()
     def run(
@@ -138,10 +145,12 @@ class NegativeSampler:
             gap = rate - adaptation.target_accept_prob
             self.step_sizes[site.name] = used * (STEP_SIZE_GAIN * gap).exp()
         x = potential.to_points(state.z).reshape(start.shape)
-        return Negatives(x, energy, rate, used.mean())
+        return Negatives(x, energy, rate, used.mean(), start, kernel.adapt_step_size)
 
-    def start(self, name: str, energy: UnnormalizedEnergy, num_rows: int, like: Tensor) -> Tensor:
-        """The persistent chains of a site, ``(num_chains, *event)``, some of them started again.
+    def start(
+        self, name: str, energy: UnnormalizedEnergy, num_rows: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The persistent chains of a site, some of them started again.
 
         Args:
             name: the site's.
@@ -149,12 +158,17 @@ class NegativeSampler:
             num_rows: how many chains there are at first, where ``num_chains`` is not given.
             like: points of the dtype and on the device to use.
 
+        Returns:
+            The chains, ``(num_chains, *event)``, and the fraction of those that start here,
+            ``()``: at first all.
+
         Raises:
             ValueError: if a buffer of another size was loaded.
         """
-        chains = self.chains.get(name)
+        chains, restarted = self.chains.get(name), torch.zeros(())
         if chains is None:
             chains = energy.starting_points((self.num_chains or max(num_rows, 1),))
+            restarted = torch.ones(())
         chains = chains.to(like)  # a file's are on the CPU
         if self.num_chains is not None and len(chains) != self.num_chains:
             raise ValueError(
@@ -163,9 +177,11 @@ class NegativeSampler:
             )
         if self.restart_prob > 0:
             again = torch.rand(len(chains), device=chains.device) < self.restart_prob
+            if name in self.chains:
+                restarted = again.float().mean()
             again = again.reshape((-1,) + (1,) * energy.event_dim)
             chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
-        return chains
+        return chains, restarted
 
 
 def _refuse_conditional(site: EnergySite) -> None:

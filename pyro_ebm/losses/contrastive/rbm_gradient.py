@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
 from pyro_ebm.losses.base import EnergyLoss
+from pyro_ebm.losses.contrastive.chain_watch import chain_numbers
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 
@@ -65,9 +66,10 @@ class ClosedFormStep:
         p = machine.hidden_logits(units).sigmoid()
         if net.centered:  # p and the machine stay what they are: they do not depend on the offsets
             net.move_offsets(units.mean(0), p.mean(0), center_rate)
-        sampler, negatives = loss.negatives, x
+        sampler, negatives, more = loss.negatives, x, {}
         if sampler.persistent:
-            negatives = sampler.start(SITE, machine, len(x), like=x)
+            negatives, more["restarted"] = sampler.start(SITE, machine, len(x), like=x)
+        start = negatives
         for _ in range(sampler.num_steps):
             negatives = machine.gibbs_sweep(negatives, machine.gibbs_noise(negatives))
         if sampler.persistent:
@@ -80,9 +82,9 @@ class ClosedFormStep:
                 parameter.grad = grads[name]
         loss.steps_taken += 1
         if record:
-            self._record(units, negatives)
+            self._record(units, negatives, {**chain_numbers(units, start, negatives), **more})
 
-    def _record(self, x: Tensor, negatives: Tensor) -> None:
+    def _record(self, x: Tensor, negatives: Tensor, more: dict[str, Tensor]) -> None:
         machine = self.net()  # which checks its parameters
         data, negatives_energy = (machine.energy(units).mean() for units in (x, negatives))
         warn_if_nan(data - negatives_energy, "loss")
@@ -93,6 +95,7 @@ class ClosedFormStep:
                 "energy_negatives": negatives_energy,
                 "acceptance_rate": x.new_ones(()),
                 "step_size": x.new_tensor(kernel.step_size),
+                **more,
             }
         }
 

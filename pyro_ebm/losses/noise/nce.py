@@ -39,7 +39,9 @@ class NCE(NoiseLoss):
     ``FlowNCE``). Noise should be like the data, and wider: narrower noise makes the variance
     explode (24 times that of maximum likelihood at half the width of a Gaussian), far noise makes
     the loss flat. :attr:`diagnostics` show the classifier's accuracy: 0.5 is noise (or a model)
-    that cannot be distinguished from the data, 1.0 a task too easy to learn from.
+    that cannot be distinguished from the data, 1.0 a task too easy to learn from; and
+    ``noise_tail``, the fraction of the data in the tail of the noise: many times .01 is noise that
+    is too narrow.
 
     Args:
         noise_ratio: :math:`\nu`, noise points for each datum. Of the precision of a Gaussian under

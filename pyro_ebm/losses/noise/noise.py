@@ -1,5 +1,6 @@
 """The noise at an energy site, and the base of the losses that tell data from it."""
 
+import math
 from abc import abstractmethod
 from typing import NamedTuple, Unpack
 
@@ -61,6 +62,8 @@ class NoiseLoss(EnergyLoss):
         noise = self.noise_of(site, fn)
         self.prepare(site, noise)
         self._sites_checked.add(site.name)
+        if not self.evaluating:
+            self.record(site, noise_tail=tail_share(site, noise))
         return self.classify(site, noise)
 
     def noise_of(self, site: EnergySite, fn: TorchDistribution) -> Noise:
@@ -76,6 +79,26 @@ class NoiseLoss(EnergyLoss):
         if site.name not in self._sites_checked:
             _check_support(fn, site, x)
         return Noise(x, log_density(fn, x, site), log_density(fn, site.x, site))
+
+
+TAIL = 0.01
+"""The part of the noise that is its tail, by its own density."""
+
+
+def tail_share(site: EnergySite, noise: Noise) -> Tensor:
+    """The fraction of the data in the tail of the noise, shape ``()``.
+
+    Data that are like the noise have :data:`TAIL` of theirs there, data that it covers less. Where
+    it is many times that, the noise is narrower than the data, and the variance of what is learned
+    explodes.
+    """
+    log_q = noise.log_q.detach()
+    if site.mask is not None:
+        log_q = log_q[:, site.mask]
+    if log_q.numel() == 0:
+        return log_q.new_tensor(math.nan)
+    tail = log_q.flatten().topk(math.ceil(TAIL * log_q.numel()), largest=False).values
+    return site.mean((noise.log_q_data < tail.amax()).float())
 
 
 def _checked_noise(site: EnergySite, loss: str) -> TorchDistribution:
