@@ -189,16 +189,17 @@ def test_a_small_graph_runs_on_one_thread(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_auto_compiles_when_as_many_calls_were_made(monkeypatch):
+@pytest.mark.parametrize(("planned", "first"), [(20, [56]), (9, [])])
+def test_auto_compiles_when_as_many_calls_were_made_and_will_be(planned, first, monkeypatch):
     compiled = []
     monkeypatch.setattr(graph.FxGraph, "compile", lambda self, _: compiled.append(engine.calls))
     monkeypatch.setattr(engine_module, "WORTH_CAPTURING", 0)
     monkeypatch.setattr(costs, "COMPILING", 0.0)
     monkeypatch.setattr(costs, "COMPILING_AN_OPERATION", 50 * costs.OPERATION)
-    engine = Engine(chain(3), "auto", planned=0)
-    for _ in range(10):
+    engine = Engine(chain(3), "auto", planned=planned)
+    for engine.made in range(planned):
         engine.iterate(7, (torch.rand(2),))
-    assert compiled[0] == 56
+    assert compiled[:1] == first
 
 
 def test_auto_of_a_run():

@@ -11,7 +11,7 @@ same draws to rounding, since random numbers are drawn outside:
   (``inductor``), and on a GPU replayed as one CUDA graph. Compiling takes seconds.
 
 ``"auto"`` chooses by how many calls are planned, or, where more are made than that, by how many
-were made: few calls are not worth a graph, and only many are worth compiling it
+were made, and will be: few calls are not worth a graph, and only many are worth compiling it
 (:mod:`pyro_ebm.mcmc.engine.costs`). Where no run says how many calls there will be, nothing is
 captured.
 
@@ -67,12 +67,14 @@ class Engine:
         state: a hashable description of what else the function reads: parameter identities,
             training flags. A graph serves one such state.
         ignore_jit_warnings: whether to silence warnings raised while capturing.
-        planned: how many calls to expect, for ``"auto"``; None if that is not known.
+        planned: how many calls, or transitions of some calls each, to expect, for ``"auto"``; None
+            if that is not known.
 
     Attributes:
         jit_compile: as asked for; less where that cannot be.
         calls: how many were made. One that goes on from another, from a checkpoint, takes its
             number, and chooses as it would have.
+        made: how many of the planned transitions were made, which their kernel counts.
 
     Raises:
         ValueError: for another ``jit_compile``.
@@ -100,7 +102,7 @@ class Engine:
         self.requested = jit_compile
         self.function, self.state = function, state
         self.jit_compile: JitCompile = jit_compile
-        self.planned, self.calls = planned, 0
+        self.planned, self.calls, self.made = planned, 0, 0
         self.ignore_jit_warnings = ignore_jit_warnings
         self._graphs: dict[Args, FxGraph] = {}
         self._singular = 0
@@ -188,9 +190,13 @@ class Engine:
         return bool(self.jit_compile)
 
     def _is_worth_compiling(self, graph: "FxGraph") -> bool:
-        if self.jit_compile == "auto":
-            return self._expected >= graph.worth_compiling
-        return self.jit_compile is True
+        if self.jit_compile != "auto" or self.planned is None:
+            return self.jit_compile is True
+        if self.planned >= graph.worth_compiling:
+            return True
+        # more calls than planned are made, as of a trajectory's steps: if so many will follow too
+        to_come = (self.planned - self.made) * self.calls / max(self.made, 1)
+        return min(self.calls, 2 * to_come) >= graph.worth_compiling
 
     @property
     def _expected(self) -> int:

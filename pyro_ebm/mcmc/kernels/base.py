@@ -169,8 +169,8 @@ class Kernel(HasSettings, ABC):
         Args:
             state: its :meth:`state_dict`; tensors may be on another device.
         """
-        if self._engine is not None:
-            self._engine.calls = state.get("calls", 0)  # which older files do not have
+        if self._engine is not None:  # older files do not have the calls
+            self._engine.calls, self._engine.made = state.get("calls", 0), state["steps"]
         for name in self.saved:
             value, saved = getattr(self, name), state[name.removeprefix("_")]
             if hasattr(value, "load_state_dict") and saved is not None:

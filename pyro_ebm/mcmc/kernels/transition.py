@@ -254,6 +254,8 @@ class TransitionKernel(PyroKernel):
         if renewed and self.adapt_step_size:
             self._find_step_size(state)
         self._steps += 1
+        if self._engine is not None:
+            self._engine.made = self._steps
         return state, info
 
     def run_fn(self, *inputs: object) -> Any:

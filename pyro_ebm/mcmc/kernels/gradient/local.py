@@ -40,7 +40,8 @@ class LocalKernel(TransitionKernel):
         if explores and warmup_steps >= LEAST_WARMUP:
             how: JitCompile = "capture" if self.jit_compile is True else self.jit_compile
             self._explorer = ChEESKernel(jit_compile=how)
-            self._explorer.planned_steps = self.planned_steps
+            if self.planned_steps is not None:
+                self._explorer.planned_steps = warmup_steps // 2
             self._explorer.starts_anew = self.starts_anew
             self._explorer.bind(potential, warmup_steps)
             self._explorer.share(adaptation)
