@@ -13,9 +13,11 @@ from pyro_ebm import MCMC, ConvergenceWarning
 from pyro_ebm.distributions import UnnormalizedEnergy
 from pyro_ebm.mcmc import ChEESKernel, EnergyPotential, LangevinKernel, MHKernel
 from pyro_ebm.mcmc.adaptation.dual_averaging import TensorAveraging
-from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagonal
+from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagonal, new_window
+from pyro_ebm.mcmc.adaptation.population import Population
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.adaptation.windows import growing_windows, slow_windows
+from pyro_ebm.mcmc.ranks import ProcessGroup, binding_to
 from tests.benchmarks.real.posteriors import REAL
 from tests.statistics import assert_moments, run_kernel
 
@@ -252,12 +254,45 @@ def side_well(height):
 
 
 @pytest.mark.parametrize("make", [ChEESKernel, LangevinKernel])
-def test_a_chain_that_is_stranded_starts_anew(make):
+def test_a_chain_that_is_stranded_starts_anew(make, monkeypatch):
+    heights, look = [], Population.look
+
+    def watched(self, ranks):
+        look(self, ranks)
+        if self.stranded is not None:
+            heights.extend(self._last[self.stranded].tolist())
+
+    monkeypatch.setattr(Population, "look", watched)
+    add = Population.add
+    monkeypatch.setattr(
+        Population, "add", lambda self, u: (setattr(self, "_last", u), add(self, u))[1]
+    )
     mcmc = MCMC(make(side_well(60.0)), 50, 300, num_chains=64, disable_progbar=True)
     mcmc.run()
     assert mcmc.kernel.adaptation.num_restarts > 0
     assert "new starts in the warmup" in repr(mcmc.kernel)
-    assert (mcmc.get_samples()["x"][:, 0] < 1).all()
+    assert min(heights) > 40  # none of them had come in since its last start
+    # a quarter of all starts lead there, and in each second window one can be made anew
+    assert (mcmc.get_samples()["x"][:, 0] < 1).float().mean() > 0.9
+
+
+def test_a_density_that_is_flat_everywhere_is_told():
+    def flat():
+        pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (3,)))
+
+    mcmc = MCMC(LangevinKernel(flat), 100, num_chains=4, disable_progbar=True)
+    with pytest.warns(ConvergenceWarning):
+        mcmc.run()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_unequal_shares_keep_the_same_transitions(rank):
+    with binding_to(ProcessGroup(101, 2, rank)):
+        rows = new_window("low_rank", 1, 3, 101)
+        for t in range(101):
+            rows.add(torch.full((51 - rank, 3), t), None, torch.ones(51 - rank))
+    kept = [int(z[0, 0]) for z, _, _ in rows._rows]
+    assert kept == list(range(0, 101, 5))  # 2,048 rows of 101 chains are some twenty transitions
 
 
 @pytest.mark.parametrize("reason", ["a mode of little weight", "given positions"])

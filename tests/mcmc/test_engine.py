@@ -200,6 +200,11 @@ def test_auto_compiles_when_as_many_calls_were_made_and_will_be(planned, first, 
     for engine.made in range(planned):
         engine.iterate(7, (torch.rand(2),))
     assert compiled[:1] == first
+    resumed = Engine(chain(3), "auto", planned=planned)
+    resumed.calls, resumed.made, resumed.compiles = engine.calls, engine.made, engine.compiles
+    compiled.clear()
+    resumed(torch.rand(2))
+    assert bool(compiled) == bool(first)
 
 
 def test_auto_of_a_run():

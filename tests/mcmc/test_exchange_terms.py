@@ -199,6 +199,7 @@ def test_acceptance_made_of_standing_still_is_not_believed():
     kernel = ExchangeKernel(heavy, inner_kernel=MHKernel(proposal=Never()), num_inner_steps=2)
     with pytest.warns(UserWarning, match="inner chain of site 'x' stands still"):
         mcmc = run(kernel, DATA, chains=10, samples=20, warmup=20)
+    assert mcmc.kernel.adaptation.population.out is None  # potentials without log Z do not tell
     assert mcmc.get_extra_fields()["step_size"].max() < 1e-2  # and not as wide as the prior
 
 

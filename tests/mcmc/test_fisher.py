@@ -27,7 +27,7 @@ def gaussian(dim, rank=None):
     return middle / scale[:, None] / scale
 
 
-def of_gaussian(precision, z, kind, old=None, length=10):
+def of_gaussian(precision, z, kind, length=10):
     """The factor that a window of positions ``(steps, chains, dim)`` gives."""
     window = new_window(kind, 1, z.shape[-1], length)
     for positions in z:
@@ -84,7 +84,7 @@ def test_low_rank_and_dense_agree_where_few_directions_matter():
     diagonal = of_gaussian(precision, draws, "diagonal", length=200)
     assert spread(precision, dense) < 1.001
     assert spread(precision, low_rank) < 4 < 100 < spread(precision, diagonal)
-    assert (low_rank.stretch != 1).sum() <= 6
+    assert (low_rank.stretch != 1).sum() <= 16
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "low_rank"])
@@ -97,6 +97,17 @@ def test_products_with_a_factor_are_those_with_its_matrix(kind):
     torch.testing.assert_close(precondition(factor, v), v @ matrix.mT)
     torch.testing.assert_close(precondition_transposed(factor, v), v @ matrix)
     torch.testing.assert_close(whiten(factor, v @ matrix.mT), v)
+
+
+def test_low_rank_finds_any_scales():
+    scale = torch.logspace(-7, 7, 300, dtype=DOUBLE)
+    factor = first_factor("low_rank", torch.ones(1, 300, dtype=DOUBLE))
+    for _ in range(4):
+        window = new_window("low_rank", 1, 300, 10)
+        for z in scale * torch.randn(10, 100, 300, dtype=DOUBLE):
+            window.add(z, z / scale**2, torch.ones(100))
+        factor = window.factor(factor, ALONE)
+    torch.testing.assert_close(factor.diagonal[0], scale)  # of a Gaussian exactly
 
 
 def test_flat_and_still_directions_keep_their_scale():

@@ -213,6 +213,8 @@ class TrajectoryAdaptation:
     def remeasure(self, old: Factor, new: Factor, usual: float) -> None:
         r"""Expresses a :math:`T` above the usual one in the units of a new mass matrix.
 
+        Of low rank it stays as it is.
+
         Args:
             old: :math:`L` of the inverse mass matrix so far.
             new: :math:`L` of the new one.

@@ -5,6 +5,7 @@ the window they make the new factor :math:`L` of the inverse mass matrix: with g
 :mod:`pyro_ebm.mcmc.adaptation.fisher`, without them that of the covariance of positions.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.fisher import dense_covariance, diagonal_scales, low_rank_factor
-from pyro_ebm.mcmc.ranks import ProcessGroup
+from pyro_ebm.mcmc.ranks import ProcessGroup, current
 from pyro_ebm.mcmc.state import to_device
 from pyro_ebm.ops.steps.precondition import Factor, LowRank
 
@@ -26,7 +27,7 @@ MAX_DENSE_WORK, MAX_LOW_RANK_TARGETS = 2**27, 16
 """The most ``targets * dim**3`` of a dense matrix, and the most targets of a low-rank one."""
 MAX_RANK = 32
 """The most directions of a low-rank factor."""
-MAX_ROWS = 1024
+MAX_ROWS = 2048
 """About how many rows make a low-rank factor."""
 POOLED_AT_ONCE = 2**16  # numbers
 
@@ -184,7 +185,10 @@ class Moments(MetricWindow):
         #   in the coordinates w = L^{-1} z:  A' = L^{-1} A L^{-T},  B' = L^T B L
         half = torch.linalg.solve_triangular(wide, a, upper=False)
         a = torch.linalg.solve_triangular(wide, half.mT, upper=False)
-        sigma = dense_covariance((a + a.mT) / 2, wide.mT @ b @ wide, positions.count)
+        try:
+            sigma = dense_covariance((a + a.mT) / 2, wide.mT @ b @ wide, positions.count)
+        except torch.linalg.LinAlgError:  # of a density so flat that positions overflow
+            return old
         new = (wide @ cholesky_or_diagonal(sigma)).to(old.dtype)
         return torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old).contiguous()
 
@@ -204,7 +208,7 @@ class Moments(MetricWindow):
 
 
 class Rows(MetricWindow):
-    """Evenly spaced positions and gradients themselves, some thousand, for low-rank factors.
+    """Evenly spaced positions and gradients themselves, two thousand at most.
 
     Args:
         targets: number of targets.
@@ -220,7 +224,9 @@ class Rows(MetricWindow):
     def add(self, z: Tensor, grad: Tensor | None, weight: Tensor) -> None:
         """Adds one transition, see :meth:`MetricWindow.add`."""
         self._seen += 1
-        every = max(1, self.length * (len(z) // self.targets) // MAX_ROWS)
+        ranks = current()  # all keep the same transitions, whatever their shares of the chains
+        chains = ranks.num_chains if ranks.size > 1 else len(z) // self.targets
+        every = math.ceil(self.length * chains / MAX_ROWS)
         if (self.length - self._seen) % every == 0:
             self._rows.append((z, grad, weight))
 
@@ -237,11 +243,14 @@ class Rows(MetricWindow):
         z, grad = (
             _centered(x.double().unflatten(0, (-1, self.targets)), weight) for x in (z, grad)
         )
-        rank = old.stretch.shape[-1]
-        factors = [low_rank_factor(z[:, g], grad[:, g], rank) for g in range(self.targets)]
-        new = LowRank(
-            *(torch.cat(parts).to(old.diagonal.dtype) for parts in zip(*factors, strict=True))
-        )
+        rank, scale = old.stretch.shape[-1], old.diagonal.double()
+        z, grad = z / scale, grad * scale
+        try:
+            factors = [low_rank_factor(z[:, g], grad[:, g], rank) for g in range(self.targets)]
+        except torch.linalg.LinAlgError:  # of a density so flat that positions overflow
+            return old
+        diagonal, *others = (torch.cat(parts) for parts in zip(*factors, strict=True))
+        new = LowRank(*(x.to(old.diagonal.dtype) for x in (diagonal * scale, *others)))
         return new if all(bool(part.isfinite().all()) for part in new) else old
 
     def state_dict(self) -> Saved:

@@ -21,7 +21,7 @@ class Population:
     A chain is *out* if its mean potential over the last window is more than five deviations above
     the median of all chains'. The deviation is the larger of that between chains (1.48 times the
     median distance from the median) and the median of those within chains. So a cloud that comes in
-    together has no chain out, and neither has one chain, or the better half.
+    together has no chain out; a single chain is never out, nor is one of the lower half.
 
     It is *stranded* if it stands 20 nats for each dimension above the median, and not a tenth lower
     than in the window before. A mode there has no part of the distribution to speak of, unless it
@@ -61,7 +61,7 @@ class Population:
         """Judges the chains by what was added since the last look; a collective call."""
         if self._mean is None or self._moment is None:
             return
-        deviation = (self._moment / self._count).sqrt()
+        deviation = (self._moment / self._count).sqrt().nan_to_num(torch.inf)
         mean, deviation = (ranks.rows(x).reshape(-1, self.targets) for x in (self._mean, deviation))
         center = mean.median(0).values
         between = 1.4826 * (mean - center).abs().median(0).values
@@ -76,6 +76,11 @@ class Population:
         self._center, self._height = center, height
         self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
         self._count, self._mean, self._moment = 0, None, None
+
+    def forget(self, chains: Tensor) -> None:
+        """Takes chains, boolean, ``(chains,)``, for new ones, whose potentials may yet fall."""
+        if self._height is not None:
+            self._height = torch.where(chains, torch.inf, self._height)
 
     def inside(self, z: Tensor) -> Tensor:
         """The weight 1 of chains that are not out, 0 of those that are, shape ``(chains,)``."""

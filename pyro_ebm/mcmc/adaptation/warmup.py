@@ -9,9 +9,10 @@ in which chains first find the bulk.
 Until the last window has ended each chain has a step size of its own. A Metropolis-adjusted chain
 that starts far out rejects every step of the size that suits the bulk, and would stand there,
 unseen in the mean acceptance of the others; with its own small step it comes in. While it is out,
-which its potential tells beside those of the others, nothing that chains learn together is learned
-from it: the others move as if it were not there. The end of the warmup starts from the median of a
-target's step sizes, and adapts one for all of its chains.
+which its potential tells beside those of the others, neither the mass matrix nor the shared step
+size is learned from it. (The lengths of trajectories are, in the first half of the warmup, which
+brings it in.) The end of the warmup starts from the median of a target's step sizes, and adapts one
+for all of its chains.
 
 Where chains are shared out over processes, "all" are those of all of them
 (:mod:`pyro_ebm.mcmc.ranks`): means and medians each time that they are taken, mass matrices once,

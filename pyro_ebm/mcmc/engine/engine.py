@@ -74,6 +74,7 @@ class Engine:
         jit_compile: as asked for; less where that cannot be.
         calls: how many were made. One that goes on from another, from a checkpoint, takes its
             number, and chooses as it would have.
+        compiles: whether so many were made that graphs are compiled; to be taken over too.
         made: how many of the planned transitions were made, which their kernel counts.
 
     Raises:
@@ -103,6 +104,7 @@ class Engine:
         self.function, self.state = function, state
         self.jit_compile: JitCompile = jit_compile
         self.planned, self.calls, self.made = planned, 0, 0
+        self.compiles = False
         self.ignore_jit_warnings = ignore_jit_warnings
         self._graphs: dict[Args, FxGraph] = {}
         self._singular = 0
@@ -192,11 +194,12 @@ class Engine:
     def _is_worth_compiling(self, graph: "FxGraph") -> bool:
         if self.jit_compile != "auto" or self.planned is None:
             return self.jit_compile is True
-        if self.planned >= graph.worth_compiling:
+        if self.compiles or self.planned >= graph.worth_compiling:
             return True
         # more calls than planned are made, as of a trajectory's steps: if so many will follow too
         to_come = (self.planned - self.made) * self.calls / max(self.made, 1)
-        return min(self.calls, 2 * to_come) >= graph.worth_compiling
+        self.compiles = min(self.calls, 2 * to_come) >= graph.worth_compiling
+        return self.compiles
 
     @property
     def _expected(self) -> int:

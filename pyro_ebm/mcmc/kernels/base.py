@@ -161,7 +161,10 @@ class Kernel(HasSettings, ABC):
         """
         values = {name.removeprefix("_"): getattr(self, name) for name in self.saved}
         found = {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in values.items()}
-        return found if self._engine is None else {**found, "calls": self._engine.calls}
+        engine = self._engine
+        if engine is None:
+            return found
+        return {**found, "calls": engine.calls, "compiles": engine.compiles}
 
     def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, after :meth:`bind` to the same potential.
@@ -171,6 +174,7 @@ class Kernel(HasSettings, ABC):
         """
         if self._engine is not None:  # older files do not have the calls
             self._engine.calls, self._engine.made = state.get("calls", 0), state["steps"]
+            self._engine.compiles = state.get("compiles", False)
         for name in self.saved:
             value, saved = getattr(self, name), state[name.removeprefix("_")]
             if hasattr(value, "load_state_dict") and saved is not None:

@@ -248,7 +248,9 @@ class TransitionKernel(PyroKernel):
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
         state, info = self.move(state) if self.potential.dim else (state, nothing_moved(state))
-        renewed = self.adaptation.update(state.z, info.accept_prob, state.potential, state.grad)
+        # without log Z(theta) potentials do not tell which chains are out
+        potential = None if self.samples_intractable else state.potential / self.temperature
+        renewed = self.adaptation.update(state.z, info.accept_prob, potential, state.grad)
         if renewed and self.starts_anew and self.adaptation.exploring:
             state = self._start_anew(state)
         if renewed and self.adapt_step_size:
@@ -273,10 +275,12 @@ class TransitionKernel(PyroKernel):
 
     def _start_anew(self, state: State) -> State:
         """Gives chains that are stranded a first position again, as any chain has at the start."""
-        stranded = self.adaptation.population.stranded
-        if stranded is None or not stranded.any():
+        adaptation = self.adaptation
+        stranded = adaptation.population.stranded
+        if stranded is None or not adaptation.ranks.any(stranded):
             return state
-        self.adaptation.num_restarts += int(stranded.sum())
+        adaptation.population.forget(stranded)
+        adaptation.num_restarts += int(adaptation.ranks.total(stranded.sum()))
         return choose(stranded, self.evaluate(self.potential.initial(len(state.z))), state)
 
     def _find_step_size(self, state: State) -> None:

@@ -68,6 +68,9 @@ class VectorizedRun:
         """Makes as many transitions more, without a warmup; the draws so far were read."""
         before = self.records["draws"]
         self.goal += num_samples
+        engine = self.kernel.engine
+        if engine is not None and engine.planned is not None:
+            engine.planned += num_samples
         draws = self._new_draws(before.count)
         draws.seen, draws.first, draws.count = before.seen, before.count, before.count
 

@@ -39,7 +39,9 @@ class LocalKernel(TransitionKernel):
         explores = adapts and self.learns_from_gradients and self.temperature == 1
         if explores and warmup_steps >= LEAST_WARMUP:
             how: JitCompile = "capture" if self.jit_compile is True else self.jit_compile
-            self._explorer = ChEESKernel(jit_compile=how)
+            self._explorer = ChEESKernel(
+                jit_compile=how, ignore_jit_warnings=self.ignore_jit_warnings
+            )
             if self.planned_steps is not None:
                 self._explorer.planned_steps = warmup_steps // 2
             self._explorer.starts_anew = self.starts_anew
@@ -60,11 +62,18 @@ class LocalKernel(TransitionKernel):
         state, info = explorer.step(state)
         self._steps += 1
         if self._steps >= LEAST_EXPLORED and not self.adaptation.exploring:
+            explorer.check_graphs()
             self._end_exploration()
             if self.adaptation.active:  # a Langevin step of length h^2 / 2 is a leapfrog one of h
                 self.adaptation.restart(self.adaptation.step_size.square() / 2)
                 self._find_step_size(state)
         return state, info
+
+    def check_graphs(self) -> None:
+        """Compares graphs with the model, those of the first trajectories too."""
+        super().check_graphs()
+        if self._explorer is not None:
+            self._explorer.check_graphs()
 
     def load_state_dict(self, state: Saved) -> None:
         """Goes on from where another kernel was, see :meth:`Kernel.load_state_dict`."""
