@@ -155,7 +155,7 @@ def test_losses_name_the_site():
             pyro.sample("point", dist.Normal(torch.zeros(2), 2.0).to_event(1))
 
     svi = SVI(model, guide, pyro.optim.Adam({}), NCE(noise_ratio=2))
-    with pytest.raises(ValueError, match=r"site 'point': the energy Sequential.*\(2, 30, 2\)"):
+    with pytest.raises(ValueError, match=r"site 'point': the energy Sequential.*\(3, 30, 2\)"):
         svi.step(torch.randn(30, 2))
     svi = SVI(model, lambda x: None, pyro.optim.Adam({}), ContrastiveDivergence())
     with pytest.raises(ValueError, match=r"site 'point': the energy Sequential.*float64"):
