@@ -17,7 +17,7 @@ from pyro_ebm.mcmc.adaptation.metric import PooledCovariance, cholesky_or_diagon
 from pyro_ebm.mcmc.adaptation.population import Population
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.adaptation.windows import growing_windows, slow_windows
-from pyro_ebm.mcmc.ranks import ProcessGroup, binding_to
+from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup, binding_to
 from tests.benchmarks.real.posteriors import REAL
 from tests.statistics import assert_moments, run_kernel
 
@@ -293,6 +293,22 @@ def test_ranks_of_unequal_shares_keep_the_same_transitions(rank):
             rows.add(torch.full((51 - rank, 3), t), None, torch.ones(51 - rank))
     kept = [int(z[0, 0]) for z, _, _ in rows._rows]
     assert kept == list(range(0, 101, 5))  # 2,048 rows of 101 chains are some twenty transitions
+
+
+@pytest.mark.parametrize(
+    ("fall", "length", "stranded"), [(0, 30, True), (1, 30, False), (0, 10, False)]
+)
+def test_a_chain_is_stranded_where_it_rests(fall, length, stranded):
+    population = Population(1, 5)
+    for t in range(2 * length):
+        potential = 2.5 + 1.6 * torch.randn(16)
+        potential[0] += 1000 - fall * t  # one that comes in slowly is left alone
+        population.add(potential)
+        if (t + 1) % length == 0:
+            population.look(ALONE)
+    found = [False] if population.stranded is None else population.stranded.tolist()
+    assert found[0] is stranded
+    assert not any(found[1:])
 
 
 @pytest.mark.parametrize("reason", ["a mode of little weight", "given positions"])

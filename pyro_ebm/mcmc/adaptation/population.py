@@ -12,7 +12,7 @@ WIDE = 3.0  # times the deviation of the potential of a Gaussian
 
 TOLERATED = 0.01  # of a chain's height
 HOPELESS = 20.0  # nats of height for each dimension
-AT_REST = 0.9  # of the height of the window before
+LEAST_RESTED = 20  # transitions
 
 
 class Population:
@@ -23,8 +23,9 @@ class Population:
     median distance from the median) and the median of those within chains. So a cloud that comes in
     together has no chain out; a single chain is never out, nor is one of the lower half.
 
-    It is *stranded* if it stands 20 nats for each dimension above the median, and not a tenth lower
-    than in the window before. A mode there has no part of the distribution to speak of, unless it
+    It is *stranded* if it rests 20 nats for each dimension above the median: its potential, over a
+    window of at least 20 transitions, scatters as in a mode, and its mean is that of the window
+    before. (One that comes in, however slowly, falls all the time.) A mode there has no part of the distribution to speak of, unless it
     is wider than the others by a factor of e^20 in every dimension.
 
     Args:
@@ -42,7 +43,7 @@ class Population:
         self.out: Tensor | None = None
         self.stranded: Tensor | None = None
         self.settled = False
-        self._height: Tensor | None = None  # above the median, at the last look
+        self._before: Tensor | None = None  # the mean potentials of the window before
         self._center: Tensor | None = None  # the medians
         self._count = 0
         self._mean: Tensor | None = None
@@ -62,6 +63,7 @@ class Population:
         if self._mean is None or self._moment is None:
             return
         deviation = (self._moment / self._count).sqrt().nan_to_num(torch.inf)
+        own, rested = self._mean, deviation
         mean, deviation = (ranks.rows(x).reshape(-1, self.targets) for x in (self._mean, deviation))
         center = mean.median(0).values
         between = 1.4826 * (mean - center).abs().median(0).values
@@ -69,18 +71,19 @@ class Population:
         farthest = (center + FAR * spread).nan_to_num(torch.inf)
         self.out = ~(self._mean.reshape(-1, self.targets) <= farthest).reshape(-1)
         usual = max(1.0, self.dim / 2) ** 0.5  # the deviation of a Gaussian's potential
-        height = (self._mean.reshape(-1, self.targets) - center).reshape(-1)
-        if self._height is not None and len(self._height) == len(height):
-            rests = height > AT_REST * self._height
+        self._center, before, self.stranded = center, self._before, None
+        if before is not None and len(before) == len(own) and self._count >= LEAST_RESTED:
+            height = (own.reshape(-1, self.targets) - center).reshape(-1)
+            rests = (rested < WIDE * usual) & ((own - before).abs() < WIDE * usual)
             self.stranded = self.out & rests & (height > HOPELESS * self.dim)
-        self._center, self._height = center, height
+        self._before = own
         self.settled = not ranks.any(self.out | (spread > WIDE * usual).any())
         self._count, self._mean, self._moment = 0, None, None
 
     def forget(self, chains: Tensor) -> None:
         """Takes chains, boolean, ``(chains,)``, for new ones, whose potentials may yet fall."""
-        if self._height is not None:
-            self._height = torch.where(chains, torch.inf, self._height)
+        if self._before is not None:
+            self._before = torch.where(chains, torch.inf, self._before)
 
     def inside(self, z: Tensor) -> Tensor:
         """The weight 1 of chains that are not out, 0 of those that are, shape ``(chains,)``."""
@@ -116,12 +119,12 @@ class Population:
             "mean": self._mean,
             "moment": self._moment,
             "center": self._center,
-            "height": self._height,
+            "before": self._before,
         }
 
     def load_state_dict(self, state: Saved, device: torch.device) -> None:
         """Goes on from where another one was."""
         self._count, self.settled = state["count"], state["settled"]
-        self.out, self._mean, self._moment, self._center, self._height = (
-            to_device(state[name], device) for name in ("out", "mean", "moment", "center", "height")
+        self.out, self._mean, self._moment, self._center, self._before = (
+            to_device(state[name], device) for name in ("out", "mean", "moment", "center", "before")
         )
