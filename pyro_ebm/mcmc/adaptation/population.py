@@ -25,8 +25,9 @@ class Population:
 
     It is *stranded* if it rests 20 nats for each dimension above the median: its potential, over a
     window of at least 20 transitions, scatters as in a mode, and its mean is that of the window
-    before. (One that comes in, however slowly, falls all the time.) A mode there has no part of the distribution to speak of, unless it
-    is wider than the others by a factor of e^20 in every dimension.
+    before. (One that comes in, however slowly, falls all the time.) A mode there has no part of the
+    distribution to speak of, unless it is wider than the others by a factor of e^20 in every
+    dimension.
 
     Args:
         targets: number of targets.
