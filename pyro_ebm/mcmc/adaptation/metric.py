@@ -28,7 +28,7 @@ MAX_DENSE_WORK, MAX_LOW_RANK_TARGETS = 2**27, 16
 MAX_RANK = 32
 """The most directions of a low-rank factor."""
 MAX_ROWS = 2048
-"""About how many rows make a low-rank factor."""
+"""The most rows that make a low-rank factor, unless one transition has more."""
 POOLED_AT_ONCE = 2**16  # numbers
 
 
@@ -208,7 +208,7 @@ class Moments(MetricWindow):
 
 
 class Rows(MetricWindow):
-    """Evenly spaced positions and gradients themselves, two thousand at most.
+    """Evenly spaced positions and gradients, two thousand at most or those of one transition.
 
     Args:
         targets: number of targets.

@@ -132,9 +132,9 @@ class Adaptation:
         """Whether chains are still on their way to the others, in the first half of the warmup."""
         return 2 * self.t < self.warmup_steps and not self.population.settled
 
-    def tolerance(self, potential: Tensor) -> Tensor:
-        """The error of energy that chains which are out may make in warmup, ``(chains,)``."""
-        return self.population.tolerance(potential) if self._own else torch.zeros_like(potential)
+    def lenient(self, potential: Tensor) -> Tensor:
+        """Potentials, in warmup higher by the error that chains which are out may make."""
+        return potential + self.population.tolerance(potential) if self._own else potential
 
     def pooled(self, accept_prob: Tensor) -> Tensor:
         """The mean over the chains that share a step size, of the shape of ``step_size``."""

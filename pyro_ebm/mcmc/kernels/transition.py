@@ -248,9 +248,11 @@ class TransitionKernel(PyroKernel):
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
         state, info = self.move(state) if self.potential.dim else (state, nothing_moved(state))
-        # without log Z(theta) potentials do not tell which chains are out
-        potential = None if self.samples_intractable else state.potential / self.temperature
-        renewed = self.adaptation.update(state.z, info.accept_prob, potential, state.grad)
+        renewed = False
+        if self.adaptation.active:
+            # without log Z(theta) potentials do not tell which chains are out
+            potential = None if self.samples_intractable else state.potential / self.temperature
+            renewed = self.adaptation.update(state.z, info.accept_prob, potential, state.grad)
         if renewed and self.starts_anew and self.adaptation.exploring:
             state = self._start_anew(state)
         if renewed and self.adapt_step_size:

@@ -157,7 +157,7 @@ class ChEESKernel(TransitionKernel):
             The state and the momentum at the end, whether it is accepted, and its statistics.
         """
         most, end = max(num_steps), (state, momentum)
-        first = state.potential + self.adaptation.tolerance(state.potential)
+        first = self.adaptation.lenient(state.potential)
         fixed = inverse_mass_sqrt, first, momentum, log_u
         if min(num_steps) == most and self._engine is not None:
             return self._engine.iterate(most, end, step_size, *fixed)
