@@ -38,6 +38,7 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     ScoreMatching             gradients of log densities, by the trace of the Hessian
     SlicedScoreMatching       the same, along random directions
     DenoisingScoreMatching    the same, on noised data
+    EnergyDiscrepancy         a datum against points that diffused away from it and back
     NCE                       data against noise; learns log Z too
     RankingNCE                a datum against its noise points; needs no log Z
     FlowNCE                   data against a flow that learns
@@ -70,6 +71,7 @@ from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     FlowNCE,
     RankingNCE,
     ScoreMatching,
@@ -110,6 +112,7 @@ __all__ = [
     "DeepBeliefNetwork",
     "DenoisingScoreMatching",
     "DiscreteLangevinKernel",
+    "EnergyDiscrepancy",
     "ExchangeKernel",
     "ExponentialFamily",
     "FlowNCE",

@@ -39,6 +39,7 @@ from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     EnergyLoss,
     FlowNCE,
     RankingNCE,
@@ -91,6 +92,7 @@ def methods() -> dict[str, Method]:
         "ScoreMatching": Method(lambda broad: ScoreMatching(), lr=6e-3),
         "Sliced": Method(lambda broad: SlicedScoreMatching(), lr=6e-3),
         "Denoising": Method(lambda broad: DenoisingScoreMatching(0.1, control_variate=True)),
+        "Discrepancy": Method(lambda broad: EnergyDiscrepancy(time=1.0)),
         "NCE": Method(
             lambda broad: NCE(noise_ratio=4, init_log_normalizer=True),
             noise="gaussian",

@@ -27,6 +27,7 @@ from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     FlowNCE,
     RankingNCE,
     ScoreMatching,
@@ -36,7 +37,8 @@ from pyro_ebm.mcmc import LangevinKernel
 
 SIGMAS = 4.5
 MALA = LangevinKernel(step_size=0.3, adapt_step_size=False)
-OTHERS = [ScoreMatching, SlicedScoreMatching, DenoisingScoreMatching, NCE, RankingNCE, FlowNCE]
+OTHERS = [ScoreMatching, SlicedScoreMatching, DenoisingScoreMatching, EnergyDiscrepancy]
+OTHERS += [NCE, RankingNCE, FlowNCE]
 
 
 def no_guide(*args):

@@ -11,6 +11,7 @@ from pyro_ebm import (
     NCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     FlowNCE,
     RankingNCE,
     ScoreMatching,
@@ -23,6 +24,7 @@ CLASSES = [
     NCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     FlowNCE,
     RankingNCE,
     ScoreMatching,
@@ -32,6 +34,7 @@ LOSSES = [
     ContrastiveDivergence(),
     ScoreMatching(),
     DenoisingScoreMatching(0.1),
+    EnergyDiscrepancy(),
     NCE(),
     RankingNCE(),
 ]

@@ -18,6 +18,7 @@ from pyro_ebm import (
     MCMC,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     LangevinKernel,
     RankingNCE,
     ScoreMatching,
@@ -161,6 +162,7 @@ LOSSES = {
     "score matching": ScoreMatching,
     "sliced": SlicedScoreMatching,
     "denoising": lambda: DenoisingScoreMatching(sigma=0.5),
+    "discrepancy": EnergyDiscrepancy,
     "ranking": RankingNCE,
 }
 

@@ -126,6 +126,12 @@ LOSSES = [
     Target(
         "DenoisingScoreMatching", losses.DenoisingScoreMatching, {**PARTICLES, "sigma": 0.1}, fit
     ),
+    Target(
+        "EnergyDiscrepancy",
+        losses.EnergyDiscrepancy,
+        {**PARTICLES, "time": 0.1, "num_samples": 2, "stabilization": 1.0},
+        fit,
+    ),
     Target("NCE", losses.NCE, NOISE, fit),
     Target("RankingNCE", losses.RankingNCE, NOISE, fit),
     Target(

@@ -170,6 +170,10 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
         probes = draw_probes("rademacher", (2,), x)
     elif name == "denoising":
         xi = case.rows(torch.randn_like(case.x))[0]
+    elif name == "discrepancy":
+        xi = case.rows(torch.randn_like(case.x)) + case.rows(
+            torch.randn(3, *case.x.shape, dtype=x.dtype)
+        )
     elif name in ("nce", "ranking"):
         noise = q.sample((NOISE_RATIO,))
     elif name == "flow":
@@ -188,6 +192,9 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
             moved = (x[i] + 0.2 * xi[i]).requires_grad_()
             s = torch.autograd.grad(case.log_p(moved, i), moved, create_graph=True)[0]
             terms.append(-(0.2 * s + xi[i]).square().sum() / 2)
+        elif name == "discrepancy":
+            back = torch.stack([case.log_p(x[i] + 0.4 * step, i) for step in xi[:, i]])
+            terms.append(-((0.5 + (back - case.log_p(x[i], i)).exp().sum()) / 3).log())
         elif name in ("score", "sliced"):
             w, s, jacobian = derivatives(case, x[i], i)
             trace = jacobian.diagonal().sum()
@@ -210,6 +217,7 @@ LOSSES = {
     "score": losses.ScoreMatching,
     "sliced": lambda: losses.SlicedScoreMatching(num_projections=2),
     "denoising": lambda: losses.DenoisingScoreMatching(sigma=0.2),
+    "discrepancy": lambda: losses.EnergyDiscrepancy(0.16, num_samples=3, stabilization=0.5),
     "nce": lambda: losses.NCE(noise_ratio=NOISE_RATIO),
     "ranking": lambda: losses.RankingNCE(noise_ratio=NOISE_RATIO),
     "flow": lambda: losses.FlowNCE(noise_ratio=NOISE_RATIO, alternate=None),
@@ -218,7 +226,7 @@ LOSSES = {
 
 def loss_is_its_definition(name: str, case: Case) -> None:
     loss, seen = LOSSES[name](), {}
-    if name == "denoising" and case.support != "real":
+    if name in ("denoising", "discrepancy") and case.support != "real":
         return  # refused, as another test says
     term = loss.energy_term
 

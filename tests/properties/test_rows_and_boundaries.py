@@ -44,6 +44,7 @@ LOSSES = {
     "score": losses.ScoreMatching,
     "sliced": losses.SlicedScoreMatching,
     "denoising": losses.DenoisingScoreMatching,
+    "discrepancy": losses.EnergyDiscrepancy,
     "nce": losses.NCE,
     "ranking": losses.RankingNCE,
     "flow": losses.FlowNCE,
