@@ -30,6 +30,7 @@ MORE = {
     "flow-nce-turns": lambda: FlowNCE(threshold=0.5, smoothing=0.0),  # turns change all the time
     "flow-nce-every": lambda: FlowNCE(alternate=1),
 }
+del MORE["pcd-kl"]  # the neighbours of a chain are those on its rank
 
 
 def every_loss():

@@ -45,6 +45,9 @@ LOSSES = {
     "pcd": lambda **kw: ContrastiveDivergence(
         persistent=True, num_chains=7, restart_prob=0.2, **kw
     ),
+    "pcd-kl": lambda **kw: ContrastiveDivergence(
+        persistent=True, num_chains=7, augmentation=torch.neg, kl_weight=0.5, **kw
+    ),
     "sm": ScoreMatching,
     "sm-hutchinson": lambda **kw: ScoreMatching(method="hutchinson", num_projections=2, **kw),
     "ssm": lambda **kw: SlicedScoreMatching(num_projections=2, **kw),

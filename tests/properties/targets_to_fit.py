@@ -106,6 +106,8 @@ LOSSES = [
             "num_chains": 3,
             "restart_prob": 0.1,
             "energy_penalty": 0.1,
+            "augmentation": None,
+            "kl_weight": 0.1,
             "monitor": None,
             "monitor_every": 10,
         },

@@ -121,7 +121,7 @@ class ChainWatch:
         if site.mask is not None:
             rows = site.mask.reshape(-1)
             data = data[rows]
-            if negatives.restarted is None:  # a chain for each row
+            if negatives.by_row:
                 start, end = start[rows], end[rows]
         numbers = chain_numbers(data, start, end)
         spread, moved = map(float, numbers.values()) if numbers else (math.nan, math.nan)

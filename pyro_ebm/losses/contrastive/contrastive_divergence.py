@@ -14,7 +14,8 @@ Reference:
     (2008), Training restricted Boltzmann machines using approximations to the likelihood gradient.
     Du and Mordatch (2019), Implicit generation and modeling with energy-based models. Nijkamp et
     al. (2019), Learning non-convergent non-persistent short-run MCMC. Pang et al. (2020), Learning
-    latent space energy-based prior model.
+    latent space energy-based prior model. Du et al. (2021), Improved contrastive divergence
+    training of energy-based models.
 """
 
 import math
@@ -29,6 +30,7 @@ from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.contrastive.chain_watch import ChainWatch
 from pyro_ebm.losses.contrastive.monitor import Monitor
 from pyro_ebm.losses.contrastive.negatives import NegativeSampler
+from pyro_ebm.losses.contrastive.sampler_term import sampler_divergence
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.ops.arguments import check_number
@@ -71,11 +73,23 @@ class ContrastiveDivergence(EnergyLoss):
             rows, as they were when it last ran. It uses random numbers of its own, and training
             goes on as without it.
         monitor_every: it runs at the first step, and at each of so many.
+        augmentation: a random function of the persistent chains, ``(num_chains, *event)`` to the
+            same, that moves them between gradients to where chains do not get by themselves: a
+            rotation or a reflection of images, say. Transitions follow, so that it need not leave
+            the density as it is; what they cannot undo, the energy comes to raise.
+        kl_weight: of the divergence of the negatives from the model, whose gradient through the
+            last Langevin step is added (:mod:`~pyro_ebm.losses.contrastive.sampler_term`): 1 as in
+            improved contrastive divergence, for unadjusted chains, which it keeps from running
+            off; -1 with ``num_steps=1`` is the whole derivative of Hinton's objective. Needs
+            :class:`~pyro_ebm.mcmc.LangevinKernel` on the reals and several chains (of a rank, in
+            distributed training), and costs two further scores, one with its derivative, and
+            the distances between the chains.
         **kwargs: those of :class:`~pyro_ebm.losses.EnergyLoss`, such as ``num_particles``.
 
     Raises:
         ValueError: for numbers out of range, a persistent chain for an energy that is conditional
-            or has a latent in front, or data on the boundary of their support.
+            or has a latent in front, data on the boundary of their support, or a ``kl_weight``
+            where no Langevin step on the reals is the last one.
 
     Example:
         >>> def model(x):
@@ -111,14 +125,21 @@ class ContrastiveDivergence(EnergyLoss):
         energy_penalty: float = 0.0,
         monitor: Callable[[UnnormalizedEnergy], object] | None = None,
         monitor_every: int = 100,
+        augmentation: Callable[[Tensor], Tensor] | None = None,
+        kl_weight: float = 0.0,
         **kwargs: Unpack[LossSettings],
     ):
         super().__init__(**kwargs)
         check_number("energy_penalty", energy_penalty)
         if energy_penalty < 0 or not math.isfinite(energy_penalty):
             raise ValueError(f"energy_penalty must be finite and >= 0, got {energy_penalty}")
-        self.negatives = NegativeSampler(kernel, num_steps, persistent, num_chains, restart_prob)
-        self.energy_penalty = energy_penalty
+        check_number("kl_weight", kl_weight)
+        if not math.isfinite(kl_weight):
+            raise ValueError(f"kl_weight must be finite, got {kl_weight}")
+        self.negatives = NegativeSampler(
+            kernel, num_steps, persistent, num_chains, restart_prob, augmentation
+        )
+        self.energy_penalty, self.kl_weight = energy_penalty, kl_weight
         self.monitor = Monitor(monitor, monitor_every)
         self.watch = ChainWatch()
 
@@ -139,14 +160,14 @@ class ContrastiveDivergence(EnergyLoss):
     def energy_term(self, site: EnergySite) -> Tensor:
         r""":math:`E(x') - E(x)`, with negatives :math:`x'`, shape ``(*batch)``."""
         negatives = self.negatives.draw(site, self)
-        energy, persistent = negatives.energy, self.negatives.persistent
+        energy = negatives.energy
         e_data, e_negatives = site.energy.energy(site.x), energy.energy(negatives.x)
         self.record(
             site,
             acceptance_rate=negatives.acceptance_rate,
             step_size=negatives.step_size,
             energy_data=site.mean(e_data),
-            energy_negatives=e_negatives.mean() if persistent else site.mean(e_negatives),
+            energy_negatives=site.mean(e_negatives) if negatives.by_row else e_negatives.mean(),
         )
         if not self.evaluating:
             self.record(site, **self.watch(site, negatives))
@@ -160,7 +181,9 @@ class ContrastiveDivergence(EnergyLoss):
             assert site.energy.base is not None
             term = term + site.energy.base.log_prob(site.x)
             contrast = contrast - energy.base.log_prob(negatives.x)
-        return term + (contrast.mean() if persistent else contrast)
+        if self.kl_weight:
+            term = term - self.kl_weight * sampler_divergence(site, negatives, self)
+        return term + (contrast if negatives.by_row else contrast.mean())
 
     def latent_term(self, site: EnergySite) -> Tensor:
         """:meth:`energy_term` of a draw of the guide, whose gradient goes through the data term."""

@@ -9,6 +9,7 @@ with acceptance rate :math:`a`, target :math:`a^*` and gain :math:`g`; a *start*
 persistent chains; and the *boundary* of the support, on which no chain can start.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,24 @@ from pyro_ebm.losses.contrastive.kept_kernels import KeptKernels
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
+from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.short_run import default_kernel, own_kernel
-from pyro_ebm.ops.arguments import check_count, check_number
+from pyro_ebm.ops.arguments import check_callable, check_count, check_number, shown
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.leaves import leaves
 
 STEP_SIZE_GAIN = 0.1
+
+
+class LangevinStep(NamedTuple):
+    """A transition of Langevin's, without its noise."""
+
+    start: Tensor
+    """Where it started, of the shape of the negatives."""
+    step_size: Tensor
+    """Shape ``()`` or ``(1,)``."""
+    temperature: Tensor
+    """Shape ``()``."""
 
 
 class Negatives(NamedTuple):
@@ -43,6 +56,10 @@ class Negatives(NamedTuple):
     """Where their chains started, of the shape of ``x``."""
     adapts: bool
     """Whether the kernel adapts its step size."""
+    by_row: bool
+    """Whether each row has a chain of its own."""
+    last_step: LangevinStep | None
+    """The last transition, of Langevin's kernel."""
     restarted: Tensor | None = None
     """The fraction of persistent chains that started again, shape ``()``."""
 
@@ -67,22 +84,25 @@ class NegativeSampler:
         persistent: bool = False,
         num_chains: int | None = None,
         restart_prob: float = 0.0,
+        augmentation: Callable[[Tensor], Tensor] | None = None,
     ):
         if kernel is not None:
             checked_kernel(kernel)
         check_number("restart_prob", restart_prob)
         if not 0 <= restart_prob <= 1:
             raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
-        if not persistent and (num_chains is not None or restart_prob > 0):
+        if augmentation is not None:
+            check_callable("augmentation", augmentation, "a function of the chains")
+        if not persistent and (num_chains is not None or restart_prob > 0 or augmentation):
             raise ValueError(
-                "num_chains and restart_prob are settings of the buffer of persistent chains: give"
-                " persistent=True"
+                "num_chains, restart_prob and augmentation are settings of the buffer of persistent"
+                " chains: give persistent=True"
             )
         if num_chains is not None:
             check_count("num_chains", num_chains)
         self.kernel, self.num_steps = kernel, check_count("num_steps", num_steps)
         self.persistent, self.num_chains = persistent, num_chains
-        self.restart_prob = restart_prob
+        self.restart_prob, self.augmentation = restart_prob, augmentation
         self.chains: dict[str, Tensor] = {}
         self.step_sizes: dict[str, Tensor] = {}
         self.kept = KeptKernels()
@@ -131,9 +151,10 @@ class NegativeSampler:
         z = potential.inner_position(start, what, otherwise).contiguous()
         if loss.looks_closely:
             potential.check_repeats(z)
-        state = kernel.init(z)
+        state, before = kernel.init(z), z
         rates = []
         for _ in range(self.num_steps):
+            before = state.z
             state, info = kernel.step(state)
             rates.append(info.accept_prob)
         rate = torch.stack(rates).mean(0)
@@ -144,8 +165,16 @@ class NegativeSampler:
         if kernel.adapt_step_size and not loss.evaluating and rate.isfinite():
             gap = rate - adaptation.target_accept_prob
             self.step_sizes[site.name] = used * (STEP_SIZE_GAIN * gap).exp()
+        last = None
+        if isinstance(kernel, LangevinKernel):
+            last = LangevinStep(
+                potential.to_points(before).reshape(start.shape),
+                adaptation.step_size,
+                start.new_tensor(kernel.temperature),
+            )
         x = potential.to_points(state.z).reshape(start.shape)
-        return Negatives(x, energy, rate, used.mean(), start, kernel.adapt_step_size)
+        adapts, by_row = kernel.adapt_step_size, not self.persistent
+        return Negatives(x, energy, rate, used.mean(), start, adapts, by_row, last)
 
     def start(
         self, name: str, energy: UnnormalizedEnergy, num_rows: int, like: Tensor
@@ -169,6 +198,8 @@ class NegativeSampler:
         if chains is None:
             chains = energy.starting_points((self.num_chains or max(num_rows, 1),))
             restarted = torch.ones(())
+        elif self.augmentation is not None:
+            chains = self._augmented(chains.to(like), energy, name)
         chains = chains.to(like)  # a file's are on the CPU
         if self.num_chains is not None and len(chains) != self.num_chains:
             raise ValueError(
@@ -183,6 +214,18 @@ class NegativeSampler:
             chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
         return chains, restarted
 
+    def _augmented(self, chains: Tensor, energy: UnnormalizedEnergy, name: str) -> Tensor:
+        assert self.augmentation is not None
+        moved = self.augmentation(chains.clone())
+        same = isinstance(moved, Tensor) and moved.shape == chains.shape
+        if same and moved.isfinite().all() and energy.support.check(moved).all():
+            return moved.detach()
+        raise ValueError(
+            f"augmentation turned the chains of site {name!r}, of shape {tuple(chains.shape)} on"
+            f" {energy.support}, into {shown(moved)}: it must return points of that shape and"
+            " support"
+        )
+
 
 def _refuse_conditional(site: EnergySite) -> None:
     """Raises a ValueError where persistent chains would be draws of no row's density."""
@@ -192,7 +235,7 @@ def _refuse_conditional(site: EnergySite) -> None:
             " at each step, and persistent chains would belong to its last values. Use"
             " persistent=False with more num_steps"
         )
-    if site.energy.unexpanded.batch_shape or _differs_by_row(site):
+    if rows_differ(site):
         raise ValueError(
             f"the energy of site {site.name!r} is conditional: its rows have different"
             " densities, and a persistent chain would belong to no row in the next minibatch."
@@ -200,8 +243,10 @@ def _refuse_conditional(site: EnergySite) -> None:
         )
 
 
-def _differs_by_row(site: EnergySite) -> bool:
+def rows_differ(site: EnergySite) -> bool:
     """Whether the energy of one and the same point, or its gradient, depends on the row."""
+    if site.energy.unexpanded.batch_shape:
+        return True
     if site.batch_shape.numel() < 2:
         return False
     point = site.x.detach().reshape((-1,) + site.energy.event_shape)[0]
