@@ -5,6 +5,8 @@ Write an energy in a model:
     product                   the product of densities
     mixture                   a mixture of densities whose Z are known
     negation                  one density divided by a power of another
+    noise_conditional         a density at every level of a ladder of noise
+    geometric_ladder          the levels, each the same part of the one before
     ExponentialFamily         exp(theta . T(x)) / Z(theta), with its Z
     RBM, GaussianRBM          restricted Boltzmann machines over bits, over real numbers
     BoltzmannMachine, Potts   spins or bits, and categories, that interact in pairs
@@ -39,6 +41,7 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     SlicedScoreMatching       the same, along random directions
     DenoisingScoreMatching    the same, on noised data
     EnergyDiscrepancy         a datum against points that diffused away from it and back
+    RecoveryLikelihood        data given noisier ones, by short chains
     NCE                       data against noise; learns log Z too
     RankingNCE                a datum against its noise points; needs no log Z
     FlowNCE                   data against a flow that learns
@@ -63,8 +66,10 @@ from pyro_ebm.distributions import (
     GaussianRBM,
     Potts,
     UnnormalizedEnergy,
+    geometric_ladder,
     mixture,
     negation,
+    noise_conditional,
     product,
 )
 from pyro_ebm.losses import (
@@ -74,6 +79,7 @@ from pyro_ebm.losses import (
     EnergyDiscrepancy,
     FlowNCE,
     RankingNCE,
+    RecoveryLikelihood,
     ScoreMatching,
     SlicedScoreMatching,
     fit,
@@ -124,6 +130,7 @@ __all__ = [
     "NormalizerError",
     "Potts",
     "RankingNCE",
+    "RecoveryLikelihood",
     "ScoreMatching",
     "SlicedScoreMatching",
     "TemperingKernel",
@@ -132,10 +139,12 @@ __all__ = [
     "estimate_log_normalizer",
     "fisher_divergence",
     "fit",
+    "geometric_ladder",
     "load_training",
     "mean_log_likelihood",
     "mixture",
     "negation",
+    "noise_conditional",
     "product",
     "save_training",
     "score",

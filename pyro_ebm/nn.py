@@ -1,6 +1,6 @@
 r"""Small energy networks to start from.
 
-Both map points to one energy each, with smooth activations: score matching differentiates twice
+They map points to one energy each, with smooth activations: score matching differentiates twice
 in the point and once in the parameters. ``spectral_norm`` divides each layer's weight matrix by
 its largest singular value (torch's own parametrization). It bounds the slope of the energy, so
 scale the data to about unit size; it keeps a state, which sampling leaves alone.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
 
-from pyro_ebm.ops.arguments import check_count, shown
+from pyro_ebm.ops.arguments import check_count, check_number, shown
 
 
 class MLPEnergy(nn.Module):
@@ -61,6 +61,73 @@ class MLPEnergy(nn.Module):
         """Energies ``(*batch)`` of points ``(*batch, *event)``."""
         batch = _batch_of(x, self.event_shape)
         return self.layers(x.reshape(batch + (max(self.event_shape.numel(), 1),))).squeeze(-1)
+
+
+class NoiseConditionalMLP(nn.Module):
+    r"""A perceptron as an energy of points and their noise levels, for ``noise_conditional``.
+
+    .. math:: E(x, \sigma) = \frac{|x|^2}{2 \tau^2} + d \log \tau
+              + \frac{f(x / \tau,\, \log \sigma,\, \phi(x, \sigma))}{\sqrt \sigma},
+              \qquad \tau^2 = s^2 + \sigma^2
+
+    Without :math:`f` it is a Gaussian of spread :math:`s`, and noise. Random Fourier
+    features :math:`\phi = e^{-\sigma^2 |w|^2 / 2} (\cos w^\top x, \sin w^\top x)` let the network
+    draw sharp edges at a small :math:`\sigma`. They are means over the noise,
+    :math:`\mathbb E \cos w^\top (x + \sigma \xi)`, so that no level sees what its noise blurs.
+
+    Args:
+        event_shape: shape of a point, or its dimension.
+        hidden: widths of the hidden layers.
+        spread: :math:`s`, the standard deviation of the data around 0.
+        num_frequencies: number of the :math:`w`.
+        frequency: their standard deviation, in cycles in the unit of the data.
+        activation: class of the activation; smooth (SiLU) by default.
+
+    Reference:
+        Tancik et al. (2020), Fourier features let networks learn high frequency functions in low
+        dimensional domains.
+
+    Example:
+        >>> net = NoiseConditionalMLP(2, spread=2.0)
+        >>> net(torch.zeros(5, 3, 2), torch.ones(5, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int] = (128, 128),
+        spread: float = 1.0,
+        num_frequencies: int = 64,
+        frequency: float = 1.0,
+        activation: type[nn.Module] = nn.SiLU,
+    ):
+        super().__init__()
+        event_shape = (event_shape,) if isinstance(event_shape, int) else event_shape
+        self.event_shape = _sizes("event_shape", event_shape)
+        for name, value in (("spread", spread), ("frequency", frequency)):
+            check_number(name, value)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        self.spread = float(spread)
+        check_count("num_frequencies", num_frequencies, least=0)
+        d = max(self.event_shape.numel(), 1)
+        w = 2 * math.pi * float(frequency) * torch.randn(d, num_frequencies)
+        self.register_buffer("frequencies", w)
+        self.net = MLPEnergy(d + 1 + 2 * num_frequencies, hidden, activation)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Energies ``(*batch)`` of points ``(*batch, *event)`` and noise levels ``(*batch)``."""
+        tau, w = (self.spread**2 + sigma.square()).sqrt(), self.frequencies
+        x = x.reshape(_batch_of(x, self.event_shape) + w.shape[:1])
+        angles = x @ w
+        damped = (-(sigma[..., None] * w.norm(dim=0)).square() / 2).exp()
+        inputs = [x / tau[..., None], sigma.log()[..., None]]
+        inputs += [damped * angles.cos(), damped * angles.sin()]
+        gaussian = (x / tau[..., None]).square().sum(-1) / 2 + x.shape[-1] * tau.log()
+        return gaussian + self.net(torch.cat(inputs, -1)) / sigma.sqrt()
 
 
 class ConvEnergy(nn.Module):

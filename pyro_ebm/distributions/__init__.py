@@ -19,6 +19,7 @@ from pyro_ebm.distributions.exponential.exponential_family import ExponentialFam
 from pyro_ebm.distributions.exponential.families import Family
 from pyro_ebm.distributions.exponential.quadrature import log_normalizer_by_quadrature
 from pyro_ebm.distributions.mixture import mixture
+from pyro_ebm.distributions.noise_conditional import geometric_ladder, noise_conditional
 from pyro_ebm.distributions.product import IntegrabilityWarning, negation, product
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "RBMModule",
     "UnnormalizedEnergy",
     "find_energy",
+    "geometric_ladder",
     "lattice_edges",
     "log_normalizer_by_quadrature",
     "mixture",
     "negation",
+    "noise_conditional",
     "product",
     "spin",
 ]

@@ -15,6 +15,7 @@ with :math:`h` a normalized *base* distribution, or 1. Low energy is likely: a t
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from pyro.distributions import constraints
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.checks.arguments import checked_coefficient, checked_shape
 from pyro_ebm.distributions.core.linear import LinearEnergy, Term
-from pyro_ebm.distributions.core.normalizer import NormalizableDensity
+from pyro_ebm.distributions.core.noise_levels import NoiseLevels, on_ladder
 from pyro_ebm.distributions.core.sampler import (
     ChainDiagnostics,
     ChainKernel,
@@ -35,7 +36,7 @@ from pyro_ebm.distributions.core.wrappers import layers, walk
 from pyro_ebm.ops.arguments import check_count
 
 
-class UnnormalizedEnergy(NormalizableDensity):
+class UnnormalizedEnergy(NoiseLevels):
     r"""The density :math:`p(x) = h(x)\, e^{-E(x)} / Z` of an energy, with :math:`Z` unknown.
 
     Use it like any Pyro distribution: as a latent site, an observed site, or a factor on other
@@ -213,7 +214,7 @@ class UnnormalizedEnergy(NormalizableDensity):
             num_steps=self.num_steps,
         )
         new.starts, new.normalized_parts = starts, () if is_base else None
-        return new
+        return on_ladder(new, [self], partial(_tempered, beta))
 
     # -- draws -------------------------------------------------------------------------------
 
@@ -223,9 +224,11 @@ class UnnormalizedEnergy(NormalizableDensity):
         Each of the ``sample_shape`` x ``batch_shape`` points is the end of a chain of its own,
         ``num_steps`` transitions of ``kernel`` from a draw of ``base`` (else from Pyro's uniform
         start on the unconstrained space). All chains run at once. The first half of the steps
-        adapts the kernel. Draws follow the density only if the chains have converged, and chains
-        do not cross between far modes: check with :meth:`sample_with_diagnostics`, and raise
-        ``num_steps`` or give a ``base`` that covers the modes.
+        adapts the kernel. Chains of a noise-conditional energy come down its noise levels first
+        (:func:`~pyro_ebm.mcmc.annealed_langevin`). Draws follow the density only if the chains have
+        converged, and chains do not cross between far modes: check with
+        :meth:`sample_with_diagnostics`, and raise ``num_steps`` or give a ``base`` that covers the
+        modes.
 
         Args:
             sample_shape: how many points.
@@ -286,6 +289,8 @@ class UnnormalizedEnergy(NormalizableDensity):
                 x = self.starts.expand(self.batch_shape).starting_points(sample_shape)
             else:
                 return uniform_start(self.support, shape, self.like)
+            if not x.numel():  # torch's checks choke on none at all
+                return x
             inside = self.support.check(x)
             if inside.all():
                 return x
@@ -321,6 +326,10 @@ def find_energy(fn: object) -> UnnormalizedEnergy | None:
         True
     """
     return next((p for p in layers(fn) if isinstance(p, UnnormalizedEnergy)), None)
+
+
+def _tempered(beta: Tensor | float, parts: list[UnnormalizedEnergy]) -> UnnormalizedEnergy:
+    return parts[0].tempered(beta)
 
 
 def energies_of(fn: object) -> list[UnnormalizedEnergy]:

@@ -1,6 +1,7 @@
 """The parts of a combined density: energies and ordinary distributions, checked and named."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pyro.distributions as dist
 import torch
@@ -10,6 +11,7 @@ from torch.distributions import Distribution, Independent
 from pyro_ebm.distributions.checks.arguments import common_batch
 from pyro_ebm.distributions.core.introspection import held
 from pyro_ebm.distributions.core.linear import name_of
+from pyro_ebm.distributions.core.noise_levels import on_ladder
 from pyro_ebm.distributions.core.wrappers import improper_part
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, energies_of
 from pyro_ebm.ops.arguments import shown
@@ -71,7 +73,11 @@ def _to_event(p: UnnormalizedEnergy, fn: Independent) -> UnnormalizedEnergy:
     )
     if p.is_normalized:
         whole.normalized_parts = (p,)
-    return whole
+    return on_ladder(whole, [p], partial(_levels_to_event, fn), p.noised)
+
+
+def _levels_to_event(fn: Independent, parts: list[UnnormalizedEnergy]) -> UnnormalizedEnergy:
+    return _to_event(parts[0], fn)
 
 
 class SummedEnergy:

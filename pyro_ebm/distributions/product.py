@@ -11,6 +11,7 @@ a base without an energy.
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributions import Distribution
 
 from pyro_ebm.distributions.checks.arguments import checked_coefficient
 from pyro_ebm.distributions.core.linear import LinearEnergy, Term
+from pyro_ebm.distributions.core.noise_levels import on_ladder
 from pyro_ebm.distributions.core.supports import contains, is_finite, same_support, support_of
 from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
@@ -190,7 +192,13 @@ def _combined(
     )
     p.starts = next((part for part in energies if part.has_starts), None)
     p.normalized_parts = () if known else None
-    return p
+    combine = partial(
+        _combined,
+        coefficients=coefficients,
+        support=support,
+        constant_normalizer=constant_normalizer,
+    )
+    return on_ladder(p, parts, combine)
 
 
 def _member(

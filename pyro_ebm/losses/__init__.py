@@ -7,6 +7,7 @@ has a module or a folder, and ``saving`` writes a training to one file.
 from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.losses.contrastive.fit_rbm import fit_layers, fit_rbm
+from pyro_ebm.losses.contrastive.recovery_likelihood import RecoveryLikelihood
 from pyro_ebm.losses.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.losses.fitting.fit import FitResult, fit
 from pyro_ebm.losses.module import EnergyLossModule
@@ -31,6 +32,7 @@ __all__ = [
     "FitResult",
     "FlowNCE",
     "RankingNCE",
+    "RecoveryLikelihood",
     "ScoreMatching",
     "SlicedScoreMatching",
     "fit",

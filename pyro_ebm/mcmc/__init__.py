@@ -8,6 +8,7 @@ makes one of a model or an energy, ``running`` has the public :class:`MCMC`. Pyr
 from pyro.infer.mcmc import HMC, NUTS, StreamingMCMC
 
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics
+from pyro_ebm.mcmc.annealed import annealed_langevin
 from pyro_ebm.mcmc.engine.engine import GraphError
 from pyro_ebm.mcmc.exchange.inner_steps import InnerStepsReport, inner_steps_report
 from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
@@ -72,6 +73,7 @@ __all__ = [
     "TemperingKernel",
     "TransitionKernel",
     "accept",
+    "annealed_langevin",
     "check_normalizers",
     "geometric_betas",
     "inner_steps_report",

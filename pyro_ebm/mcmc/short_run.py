@@ -7,6 +7,7 @@ from torch import Tensor
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.annealed import annealed_langevin
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
@@ -63,6 +64,8 @@ def short_run(
 ) -> tuple[Tensor, ChainDiagnostics]:
     """Runs ``sample_shape`` x ``batch_shape`` chains of ``energy.num_steps`` transitions.
 
+    Those of a noise-conditional energy come down its noise levels before.
+
     Args:
         energy: what to draw from.
         sample_shape: how many draws.
@@ -91,7 +94,10 @@ def short_run(
     potential = EnergyPotential(energy)
     kernel.planned_steps = steps
     kernel.bind(potential, warmup_steps=steps // 2)
-    state = kernel.init(potential.initial(n * potential.targets))
+    z = potential.initial(n * potential.targets)
+    if energy.sigmas:
+        z = potential.to_position(annealed_langevin(energy, potential.to_points(z)))
+    state = kernel.init(z)
     history, accept = [], torch.zeros_like(state.potential)
     diverging = torch.zeros((), dtype=torch.long, device=state.z.device)
     for step in range(steps):

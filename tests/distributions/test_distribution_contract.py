@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 
-from pyro_ebm import MCMC, UnnormalizedEnergy, mixture, negation, product
+from pyro_ebm import MCMC, UnnormalizedEnergy, mixture, negation, noise_conditional, product
 from pyro_ebm.distributions import (
     RBM,
     BoltzmannMachine,
@@ -25,6 +25,10 @@ from pyro_ebm.mcmc.short_run import default_kernel
 
 def square(x):
     return x.square().sum(-1) / 2
+
+
+def noisy_square(x, sigma):
+    return square(x) / (1 + sigma**2)
 
 
 def layers(dtype):
@@ -63,6 +67,9 @@ class Quartic(UnnormalizedEnergy):
 MEMBERS = {
     "energy": lambda d: UnnormalizedEnergy(
         square, base=dist.Normal(torch.zeros(2, dtype=d), 1.0).to_event(1)
+    ),
+    "noise_conditional": lambda d: noise_conditional(
+        noisy_square, [2.0, 0.5], base=dist.Normal(torch.zeros(2, dtype=d), 1.0).to_event(1)
     ),
     "boolean": lambda d: UnnormalizedEnergy(
         lambda x: x.sum(-1), (3,), constraints.boolean, base=dist.Bernoulli(

@@ -12,7 +12,7 @@ from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from torch import nn
 
-from pyro_ebm.distributions import UnnormalizedEnergy
+from pyro_ebm.distributions import UnnormalizedEnergy, geometric_ladder, noise_conditional
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
@@ -21,6 +21,7 @@ from pyro_ebm.losses import (
     EnergyLoss,
     FlowNCE,
     RankingNCE,
+    RecoveryLikelihood,
     ScoreMatching,
     SlicedScoreMatching,
 )
@@ -57,6 +58,8 @@ LOSSES = {
     "dsm": lambda **kw: DenoisingScoreMatching(sigma=[0.1, 0.5], **kw),
     "dsm-cv": lambda **kw: DenoisingScoreMatching(sigma=0.1, control_variate=True, **kw),
     "ed": EnergyDiscrepancy,
+    "dsm-dual": lambda **kw: DenoisingScoreMatching(dual=True, **kw),
+    "recovery": lambda **kw: RecoveryLikelihood(num_steps=2, **kw),
     "nce": lambda **kw: NCE(noise_ratio=3, **kw),
     "nce-init": lambda **kw: NCE(init_log_normalizer=True, **kw),
     "ranking": lambda **kw: RankingNCE(noise_ratio=3, **kw),
@@ -81,6 +84,7 @@ class World:
         self.log_z = {name: nn.Parameter(torch.zeros((), dtype=dtype)) for name in names}
         self.noise = {name: nn.Parameter(torch.zeros(2, dtype=dtype)) for name in names}
         self.needs_noise, self.register = loss.needs_noise, register
+        self.noise_conditional = isinstance(loss, RecoveryLikelihood) or getattr(loss, "dual", 0)
 
     def parameters(self, name="x"):
         return [*self.nets[name].parameters(), self.log_z[name]]
@@ -92,7 +96,14 @@ class World:
         if self.register:
             log_z = pyro.param(f"log_z_{name}", log_z)
             self.log_z[name] = log_z.unconstrained()
-        return UnnormalizedEnergy(self.nets[name], event_shape=(2,), log_normalizer=log_z)
+        net = self.nets[name]
+        if self.noise_conditional:
+
+            def energy(x, sigma):
+                return net(x / (1 + sigma[..., None] ** 2))
+
+            return noise_conditional(energy, geometric_ladder(2.0, 0.1, 4), event_shape=(2,))
+        return UnnormalizedEnergy(net, event_shape=(2,), log_normalizer=log_z)
 
     def noise_of(self, name="x"):
         loc = self.noise[name]

@@ -177,6 +177,12 @@ def gaussian(**arguments: Any) -> pe.UnnormalizedEnergy:
     return pe.UnnormalizedEnergy(half_square, (2,), **arguments)
 
 
+def levels(energy: Any) -> pe.UnnormalizedEnergy:
+    return pe.noise_conditional(
+        lambda x, sigma: energy(x) / (1 + sigma**2), [1.0, 0.5], event_shape=(2,)
+    )
+
+
 def look(p: Any) -> Any:
     x = p.sample((3,))
     return x, p.log_prob(x), repr(p), p.expand((2, *p.batch_shape))
@@ -205,6 +211,35 @@ DISTRIBUTIONS = [
         look,
     ),
     Target("normalized", lambda **k: gaussian().normalized(**k), {"log_normalizer": 1.8}, look),
+    Target(
+        "noise_conditional",
+        pe.noise_conditional,
+        {
+            "energy": lambda x, sigma: half_square(x) / (1 + sigma**2),
+            "sigmas": [1.0, 0.5],
+            "event_shape": (2,),
+            "base": None,
+            "batch_shape": None,
+        },
+        look,
+    ),
+    Target("at", lambda **k: levels(half_square).at(**k), {"sigma": 0.5}, look),
+    Target(
+        "geometric_ladder",
+        pe.geometric_ladder,
+        {"largest": 2.0, "smallest": 0.5, "num_levels": 3},
+    ),
+    Target(
+        "annealed_langevin",
+        mcmc.annealed_langevin,
+        {
+            "p": levels(half_square),
+            "x": torch.zeros(3, 2),
+            "steps_per_level": 2,
+            "step_size": 0.1,
+            "adjusted": False,
+        },
+    ),
     Target("tempered", lambda **k: gaussian().tempered(**k), {"beta": 0.5}, look),
     Target("energy", lambda **k: gaussian().energy(**k), {"x": torch.zeros(3, 2)}),
     Target("log_prob", lambda **k: gaussian().log_prob(**k), {"value": torch.zeros(3, 2)}),

@@ -19,6 +19,7 @@ from tests.properties.targets import (
     Target,
     gaussian,
     half_square,
+    levels,
     look,
 )
 
@@ -44,6 +45,19 @@ def fit(loss: Any) -> Any:
     value = loss(model, guide)()
     if value.requires_grad:
         value.backward()
+    return value
+
+
+def fit_levels(loss: Any) -> Any:
+    scale = nn.Parameter(torch.ones(()))
+
+    def model() -> None:
+        with pyro.plate("data", 4):
+            x = torch.linspace(-1.0, 1.0, 8).reshape(4, 2)
+            pyro.sample("x", levels(lambda x: scale * half_square(x)), obs=x)
+
+    value = loss(model, lambda: None)()
+    value.backward()
     return value
 
 
@@ -133,6 +147,18 @@ LOSSES = [
         losses.EnergyDiscrepancy,
         {**PARTICLES, "time": 0.1, "num_samples": 2, "stabilization": 1.0},
         fit,
+    ),
+    Target(
+        "DenoisingScoreMatching of levels",
+        losses.DenoisingScoreMatching,
+        {"sigma": None, "dual": True, "control_variate": True},
+        fit_levels,
+    ),
+    Target(
+        "RecoveryLikelihood",
+        losses.RecoveryLikelihood,
+        {**PARTICLES, "kernel": None, "num_steps": 1, "energy_penalty": 0.1},
+        fit_levels,
     ),
     Target("NCE", losses.NCE, NOISE, fit),
     Target("RankingNCE", losses.RankingNCE, NOISE, fit),

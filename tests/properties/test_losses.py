@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_ebm import UnnormalizedEnergy, losses
+from pyro_ebm import UnnormalizedEnergy, losses, noise_conditional
 from pyro_ebm.losses.contrastive.negatives import Negatives
 from pyro_ebm.ops.score import draw_probes
 from tests.properties.inputs import SIZES, holds
@@ -25,6 +25,8 @@ SUPPORTS = {
     "unit": constraints.unit_interval,
 }
 NOISE_RATIO = 3
+SIGMAS = (1.0, 0.5)
+OF_LEVELS = ("dual", "recovery")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Case:
         self.set("c", c if self.conditional else torch.ones_like(c))
         mask = torch.rand(self.plates[::-1]) < 0.7 if self.masked else torch.ones(self.plates[::-1])
         self.set("mask", mask.bool())
+        self.set("levels", False)
         z = torch.randn(self.batch + self.event, dtype=dtype)
         x = biject_to(SUPPORTS[self.support])(z)
         rows = self.mask.reshape(self.plates[::-1] + (1,) * (len(self.inner) + len(self.event)))
@@ -69,6 +72,9 @@ class Case:
     def one_energy(self, x: Tensor, c: Tensor) -> Tensor:
         """E of points ``(..., dim)``."""
         return c * ((self.a * x.square()).sum(-1) / 2 + (self.b * x.sum(-1)) ** 4 / 10)
+
+    def noisy_energy(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return (1 + sigma) * self.energy(x)
 
     def energy(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.dim() - len(self.event)]
@@ -100,14 +106,13 @@ class Case:
         if self.base:
             zeros = torch.zeros(self.event, dtype=self.dtype)
             base = dist.Normal(zeros, 1.0).to_event(len(self.event))
-        p = UnnormalizedEnergy(
-            self.energy,
-            self.event,
-            SUPPORTS[self.support],
-            batch_shape=self.batch,
-            base=base,
-            log_normalizer=self.log_z,
-        )
+        shapes = {"event_shape": self.event, "batch_shape": self.batch, "base": base}
+        if self.levels:
+            p = noise_conditional(self.noisy_energy, SIGMAS, **shapes)
+        else:
+            p = UnnormalizedEnergy(
+                self.energy, support=SUPPORTS[self.support], log_normalizer=self.log_z, **shapes
+            )
         self._in_plates(lambda: self._sample(p.to_event(len(self.inner)), self.x))
 
     def guide(self) -> None:
@@ -131,9 +136,9 @@ class Case:
 
     # -- the slow way ----------------------------------------------------------------------
 
-    def log_p(self, x: Tensor, i: int) -> Tensor:
+    def log_p(self, x: Tensor, i: int, sigma: Tensor | float = 0.0) -> Tensor:
         """log h(x) - E(x) of one point ``(dim,)`` in row ``i``."""
-        value = -self.one_energy(x, self.c.flatten()[i])
+        value = -(1 + sigma) * self.one_energy(x, self.c.flatten()[i])
         return value + dist.Normal(0.0, 1.0).log_prob(x).sum(-1) if self.base else value
 
     def weights(self) -> list[float]:
@@ -174,6 +179,15 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
         xi = case.rows(torch.randn_like(case.x)) + case.rows(
             torch.randn(3, *case.x.shape, dtype=x.dtype)
         )
+    elif name == "dual":
+        level = torch.randint(2, case.batch + (1,)).flatten()
+        sigma = torch.tensor(SIGMAS, dtype=case.dtype)[level]
+        xi = torch.randn(case.batch + (case.dim,), dtype=case.dtype).reshape(x.shape)
+    elif name == "recovery":
+        level = torch.randint(2, case.batch).flatten()
+        u, more = (case.rows(torch.randn_like(case.x))[0] for _ in range(2))
+        sigma = torch.tensor([0.5, 1.0], dtype=case.dtype)[level]
+        s = (torch.tensor([1.0, 2.0], dtype=case.dtype)[level] ** 2 - sigma**2).sqrt()
     elif name in ("nce", "ranking"):
         noise = q.sample((NOISE_RATIO,))
     elif name == "flow":
@@ -195,6 +209,22 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
         elif name == "discrepancy":
             back = torch.stack([case.log_p(x[i] + 0.4 * step, i) for step in xi[:, i]])
             terms.append(-((0.5 + (back - case.log_p(x[i], i)).exp().sum()) / 3).log())
+        elif name == "dual":
+            log_sigma = sigma[i].log().requires_grad_()
+            moved = (x[i] + sigma[i] * xi[i]).requires_grad_()
+            of = case.log_p(moved, i, log_sigma.exp())
+            in_x, in_log = torch.autograd.grad(of, (moved, log_sigma), create_graph=True)
+            change = in_log - (xi[i].square().sum() - case.dim)
+            space = (sigma[i] * in_x + xi[i]).square().sum() / 2
+            terms.append(-space - change.square() / (2 * case.dim))
+        elif name == "recovery":
+            noisier = x[i] + sigma[i] * more[i] - s[i] * u[i]
+            negative = case.rows(seen["negatives"])[0, i]
+            of_data, of_negative = (
+                case.log_p(noisier + s[i] * v, i, sigma[i]) - v.square().sum() / 2
+                for v in (u[i], negative)
+            )
+            terms.append(of_data - of_negative)
         elif name in ("score", "sliced"):
             w, s, jacobian = derivatives(case, x[i], i)
             trace = jacobian.diagonal().sum()
@@ -218,6 +248,8 @@ LOSSES = {
     "sliced": lambda: losses.SlicedScoreMatching(num_projections=2),
     "denoising": lambda: losses.DenoisingScoreMatching(sigma=0.2),
     "discrepancy": lambda: losses.EnergyDiscrepancy(0.16, num_samples=3, stabilization=0.5),
+    "dual": lambda: losses.DenoisingScoreMatching(dual=True),
+    "recovery": lambda: losses.RecoveryLikelihood(num_steps=2),
     "nce": lambda: losses.NCE(noise_ratio=NOISE_RATIO),
     "ranking": lambda: losses.RankingNCE(noise_ratio=NOISE_RATIO),
     "flow": lambda: losses.FlowNCE(noise_ratio=NOISE_RATIO, alternate=None),
@@ -226,8 +258,9 @@ LOSSES = {
 
 def loss_is_its_definition(name: str, case: Case) -> None:
     loss, seen = LOSSES[name](), {}
-    if name in ("denoising", "discrepancy") and case.support != "real":
+    if name in ("denoising", "discrepancy", *OF_LEVELS) and case.support != "real":
         return  # refused, as another test says
+    case.set("levels", name in OF_LEVELS)
     term = loss.energy_term
 
     def seeded(site: Any) -> Tensor:
@@ -237,7 +270,7 @@ def loss_is_its_definition(name: str, case: Case) -> None:
         return value
 
     loss.energy_term = seeded
-    if name == "cd":
+    if name in ("cd", "recovery"):
         chains = loss.negatives.run
 
         def watched(*args: Any) -> Negatives:
