@@ -50,6 +50,37 @@ def test_numbers_of_steps_follow_it():
         assert kernel.extra_fields["n_steps"].tolist() == [want] * 3
 
 
+def test_every_third_transition_halves_an_adapted_step():
+    kernel = ChEESKernel(step_size=0.1, adapt_trajectory_length=False, adapt_mass_matrix=False)
+    kernel.bind(normal(1.0, 2), 0)
+    state = kernel.init(torch.randn(3, 2))
+    sizes = []
+    follow = kernel.trajectory
+
+    def spied(state, step_size, *rest):
+        sizes.append(float(step_size[0]))
+        return follow(state, step_size, *rest)
+
+    kernel.trajectory = spied
+    for want in (20, 5, 15, 6, 13):
+        state, _ = kernel.step(state)
+        assert kernel.extra_fields["n_steps"].tolist() == [want] * 3
+    assert sizes == pytest.approx([0.05, 0.1, 0.1, 0.05, 0.1])
+
+
+def test_a_chain_leaves_a_narrow_place():
+    # y ~ N(0, s(x)^2): where s is 0.1 a leapfrog step of more than 0.2 is unstable
+    def narrow(x):
+        s = torch.where(x[..., 0] > 2, 0.1, 1.0)
+        return x[..., 0].square() / 2 + (x[..., 1] / s).square() / 2 + s.log()
+
+    kernel = ChEESKernel(step_size=0.38, adapt_trajectory_length=False, adapt_mass_matrix=False)
+    start = torch.tensor([2.5, 0.2]).expand(2000, 2)
+    draws, _ = run_kernel(kernel, energy(narrow, 2), start, 0, 60)
+    stood = (draws == start[:, None]).all(-1).all(1)
+    assert stood.double().mean() < 0.01
+
+
 @pytest.mark.parametrize(("step_size", "most"), [(5.0, 1), (1e-6, 1000)])
 def test_a_trajectory_has_at_least_one_step_and_an_end(step_size, most):
     kernel = ChEESKernel(step_size=step_size, **FIXED)
@@ -169,10 +200,11 @@ def test_the_length_follows_the_slowest_direction():
     assert lengths[False] == pytest.approx(2.09 * (1 + (d - 1) * r) ** 0.5 / scale, rel=0.5)
 
 
-@pytest.mark.parametrize(("target", "above"), [(0.7, 0.16), (0.8, 0.05), (0.95, 0.02)])
+@pytest.mark.parametrize(("target", "above"), [(0.7, 0.16), (0.8, 0.09), (0.95, 0.03)])
 def test_acceptance_adapts_to_the_target(target, above):
     # Near the longest stable step acceptance is a concave function of it: the average of the
-    # steps of warmup is accepted more often than these are, at .7 by .04, give or take .02.
+    # steps of warmup is accepted more often than these are, at .7 by .04, give or take .02;
+    # steps of half the size, a third of the transitions, make that more.
     kernel = ChEESKernel(target_accept_prob=target)
     _, info = run_kernel(kernel, normal(1.0, 20), torch.randn(200, 20), 300, 128)
     assert target - 0.03 < info.accept_prob.mean() < target + above

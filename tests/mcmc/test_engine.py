@@ -249,7 +249,7 @@ def test_no_transition_waits_for_a_number(kernel, jit_compile):
     potential = kernel.make_potential()
     kernel.bind(potential, warmup_steps=0)
     state = kernel.init(potential.initial(4))
-    for _ in range(3):  # the first ones capture, check, and look once
+    for _ in range(12):  # the first ones capture, check, and look, until the 100th call
         state, _ = kernel.step(state)
     with Reads() as reads:
         for _ in range(5):

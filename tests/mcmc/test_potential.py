@@ -21,6 +21,7 @@ from torch.distributions.transforms import AffineTransform, ExpTransform
 
 from pyro_ebm import UnnormalizedEnergy
 from pyro_ebm.mcmc import EnergyPotential, FunctionPotential, ModelPotential, Site
+from pyro_ebm.mcmc.potentials.singular import nan_where_singular
 from pyro_ebm.ops import value_and_grad
 from pyro_ebm.ops.eval_mode import called_in_eval_mode, eval_mode
 
@@ -815,6 +816,7 @@ def test_a_singular_matrix_is_nan_for_its_chain_alone():
     want = x**2 / 2 + 1.5 * math.log(2 * math.pi) + x.log() + 1 / x
     torch.testing.assert_close(value[good], want[good])
     torch.testing.assert_close(grad[good, 0], (x + 1 / x - 1 / x**2)[good])
+    assert grad[~good].eq(0).all()  # so that a trajectory goes on
     plain = potential(x[:, None])  # as a kernel without gradients asks
     assert plain.isnan().tolist() == (~good).tolist()
     torch.testing.assert_close(plain[good], want[good])
@@ -824,6 +826,19 @@ def test_a_singular_matrix_is_nan_for_its_chain_alone():
     # half of the uniform starts are singular: they are drawn again
     assert (ModelPotential(model, (y,)).initial(30) > 0).all()
     assert (ModelPotential(model, (y,), init_strategy=init_to_sample).initial(30) > 0).all()
+
+
+def test_the_chain_that_torch_names_is_tried_alone():
+    sizes = []
+
+    def function(z):
+        sizes.append(len(z))
+        return (torch.linalg.cholesky(z[:, :, None])[:, 0, 0],)
+
+    z = torch.ones(64, 1).index_fill(0, torch.tensor([40]), -1.0)
+    (value,) = nan_where_singular(function, z)
+    assert value.isnan().nonzero().tolist() == [[40]]
+    assert sizes == [64, 40, 1, 23]
 
 
 def test_a_singular_matrix_in_an_energy():

@@ -111,6 +111,11 @@ class Adaptation:
         self._step_size = step_size if top is None else step_size.clamp(max=top)
 
     @property
+    def own_step_sizes(self) -> bool:
+        """Whether each chain has a step size of its own for now."""
+        return self._own
+
+    @property
     def active(self) -> bool:
         """Whether the warmup is still running."""
         return self.t < self.warmup_steps

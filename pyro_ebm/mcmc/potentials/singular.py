@@ -1,5 +1,6 @@
 """Batched functions that meet a singular matrix in some chains."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,10 @@ def nan_where_singular(
 ) -> tuple[Tensor, ...]:
     """Calls a batched function that may meet a singular matrix: NaN for the chains that do.
 
-    torch raises for the whole batch; halving it finds the chains to blame. They get a potential
-    of NaN, which is never accepted, and the others what they would have got anyway.
+    torch raises for the whole batch, and names a matrix of it: the chain of that place is tried
+    alone, or, where torch names none, each half of the chains. Those to blame get a potential of
+    NaN, which is never accepted, and a gradient of 0, so that a trajectory goes straight on; the
+    others get what they would have got anyway.
 
     Args:
         function: maps positions to potentials, or to potentials and gradients.
@@ -29,12 +32,18 @@ def nan_where_singular(
     """
     try:
         return function(z)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError as error:
         if is_capturing():  # a graph is being captured, and would split for ever
             raise
         rows = z.shape[0] // targets
         if rows <= 1:  # a potential, and a gradient where one is wanted
-            return z.new_full(z.shape[:1], torch.nan), torch.full_like(z, torch.nan)
-    halves = z.split((rows + 1) // 2 * targets)
-    parts = [nan_where_singular(function, half, targets) for half in halves]
+            return z.new_full(z.shape[:1], torch.nan), torch.zeros_like(z)
+        named = _NAMED.search(str(error))
+    row = int(named[1]) // targets if named else rows
+    sizes = [row, 1, rows - row - 1] if row < rows else [(rows + 1) // 2, rows // 2]
+    split = [part for part in z.split([n * targets for n in sizes]) if len(part)]
+    parts = [nan_where_singular(function, part, targets) for part in split]
     return tuple(torch.cat(part) for part in zip(*parts, strict=False))
+
+
+_NAMED = re.compile(r"Batch element (\d+)")

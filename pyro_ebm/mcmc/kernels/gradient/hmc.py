@@ -10,9 +10,15 @@ NUTS builds a tree to learn when each trajectory turns back, and a batch of chai
 deepest one. Here all chains share the time :math:`t`, a different one in each transition, between 0
 and a :math:`T` that warmup learns from what the chains do (:mod:`pyro_ebm.mcmc.adaptation.chees`).
 
+Where the density is narrower than in most places, a step size that suits the most is too large for
+leapfrog to be stable, and a chain that comes there would stand still, unseen in the mean acceptance
+of the others. So every third transition with an adapted step size takes twice as many steps of half
+the size (a fixed cycle of kernels leaves the target invariant, as each of them does).
+
 Reference:
     Duane, Kennedy, Pendleton and Roweth (1987), Hybrid Monte Carlo. Hoffman, Radul and Sountsov
-    (2021), An adaptive MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo.
+    (2021), An adaptive MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo. Neal
+    (2011), MCMC using Hamiltonian dynamics, section 4.2 (several step sizes).
 """
 
 import math
@@ -36,6 +42,9 @@ from pyro_ebm.ops.steps.precondition import Factor
 
 MAX_EXPLORING = 256
 """The most leapfrog steps of a trajectory that brings chains in."""
+HALVED_EVERY = 3
+"""Of so many transitions one takes steps of half the size. No multiple of 2, by whose powers the
+lengths of trajectories go round."""
 
 
 class ChEESKernel(TransitionKernel):
@@ -44,8 +53,9 @@ class ChEESKernel(TransitionKernel):
     The step size adapts to ``target_accept_prob``, the mass matrix to positions and gradients,
     and the trajectory length to the ChEES criterion (:mod:`pyro_ebm.mcmc.adaptation.chees`), all
     pooled over the chains. It works with one chain, and learns faster with many; after warmup
-    nothing changes any more. A transition is as many gradients as ``n_steps`` says, half of
-    ``trajectory_length / step_size`` in the mean.
+    nothing changes any more. A transition is as many gradients as ``n_steps`` says, two thirds of
+    ``trajectory_length / step_size`` in the mean: every third one takes steps of half an adapted
+    size, for places where the density is narrow.
 
     Args:
         model: a Pyro model, or a distribution.
@@ -262,6 +272,8 @@ class ChEESKernel(TransitionKernel):
     def move(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what the trajectory length learns from it."""
         step_size, inverse_mass_sqrt, momentum, log_u, num_steps = self.draw(state)
+        if self._halves_steps:
+            step_size, num_steps = step_size / 2, [min(2 * n, self.max_steps) for n in num_steps]
         end, end_momentum, accepted, info = self.trajectory(
             state, step_size, inverse_mass_sqrt, momentum, log_u, num_steps
         )
@@ -303,6 +315,12 @@ class ChEESKernel(TransitionKernel):
         if self._trajectory is None:
             raise RuntimeError("ChEESKernel is not bound to a potential: call setup")
         return self._trajectory
+
+    @property
+    def _halves_steps(self) -> bool:
+        """Whether this transition takes twice as many steps of half the size."""
+        shared = self.adapt_step_size and not self.adaptation.own_step_sizes
+        return shared and self._steps % HALVED_EVERY == 0
 
     @property
     def _learns(self) -> bool:
