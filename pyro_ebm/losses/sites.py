@@ -1,7 +1,7 @@
 """An energy site of a trace, without the wrappers of its distribution."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -35,6 +35,8 @@ class EnergySite:
     is_observed: bool
     latents: tuple[Tensor, ...] = ()
     """The other latents of the model that a gradient may reach."""
+    nodes: Mapping[str, SampleSite] = dataclasses.field(default_factory=dict, repr=False)
+    """All sample sites of the model, by name."""
     guide_fn: TorchDistribution | None = None
     """The guide's distribution at an observed site: the noise."""
     guide_value: Tensor | None = None
@@ -90,6 +92,7 @@ def find_site(
     site: SampleSite,
     noise: SampleSite | None = None,
     latents: Iterable[Tensor] = (),
+    nodes: Mapping[str, SampleSite] | None = None,
 ) -> EnergySite:
     """An energy site, without the wrappers of its distribution.
 
@@ -98,6 +101,7 @@ def find_site(
         site: its node in the model's trace.
         noise: its node in the guide's trace, if the site is observed.
         latents: values of the other latents that a gradient may reach.
+        nodes: all sample sites of the model.
 
     Raises:
         ValueError: for NaN data or data outside the support, or a wrapper whose meaning for an
@@ -129,6 +133,7 @@ def find_site(
         scale=site["scale"],
         is_observed=site["is_observed"],
         latents=tuple(latents),
+        nodes=nodes or {},
         guide_fn=None if noise is None else noise["fn"],
         guide_value=None if noise is None else noise["value"],
     )

@@ -82,6 +82,7 @@ def energy_sites(model_trace: Trace, noise: Mapping[str, SampleSite]) -> dict[st
             site,
             noise=noise.get(name),
             latents=[value for other, value in latents.items() if other != name],
+            nodes=nodes,
         )
         for name, site in nodes.items()
         if find_energy(site["fn"]) is not None

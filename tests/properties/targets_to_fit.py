@@ -121,6 +121,7 @@ LOSSES = [
             "restart_prob": 0.1,
             "energy_penalty": 0.1,
             "augmentation": None,
+            "chains_by": None,
             "kl_weight": 0.1,
             "monitor": None,
             "monitor_every": 10,

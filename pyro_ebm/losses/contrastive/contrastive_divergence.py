@@ -77,6 +77,11 @@ class ContrastiveDivergence(EnergyLoss):
             same, that moves them between gradients to where chains do not get by themselves: a
             rotation or a reflection of images, say. Transitions follow, so that it need not leave
             the density as it is; what they cannot undo, the energy comes to raise.
+        chains_by: the name of a site of the model that holds the class of each row, or its index in
+            the data, as integers from 0: persistent chains of a conditional energy, which each
+            class, or row, has of its own. A label that is no site becomes one by
+            ``pyro.deterministic("label", label)``. ``num_chains`` is that of a group then, by
+            default as many as it has had rows in a minibatch, and a row takes one of them.
         kl_weight: of the divergence of the negatives from the model, whose gradient through the
             last Langevin step is added (:mod:`~pyro_ebm.losses.contrastive.sampler_term`): 1 as in
             improved contrastive divergence, for unadjusted chains, which it keeps from running
@@ -88,8 +93,8 @@ class ContrastiveDivergence(EnergyLoss):
 
     Raises:
         ValueError: for numbers out of range, a persistent chain for an energy that is conditional
-            or has a latent in front, data on the boundary of their support, or a ``kl_weight``
-            where no Langevin step on the reals is the last one.
+            (but for ``chains_by``) or has a latent in front, data on the boundary of their
+            support, or a ``kl_weight`` where no Langevin step on the reals is the last one.
 
     Example:
         >>> def model(x):
@@ -126,6 +131,7 @@ class ContrastiveDivergence(EnergyLoss):
         monitor: Callable[[UnnormalizedEnergy], object] | None = None,
         monitor_every: int = 100,
         augmentation: Callable[[Tensor], Tensor] | None = None,
+        chains_by: str | None = None,
         kl_weight: float = 0.0,
         **kwargs: Unpack[LossSettings],
     ):
@@ -137,7 +143,7 @@ class ContrastiveDivergence(EnergyLoss):
         if not math.isfinite(kl_weight):
             raise ValueError(f"kl_weight must be finite, got {kl_weight}")
         self.negatives = NegativeSampler(
-            kernel, num_steps, persistent, num_chains, restart_prob, augmentation
+            kernel, num_steps, persistent, num_chains, restart_prob, augmentation, chains_by
         )
         self.energy_penalty, self.kl_weight = energy_penalty, kl_weight
         self.monitor = Monitor(monitor, monitor_every)
@@ -149,7 +155,10 @@ class ContrastiveDivergence(EnergyLoss):
 
     @property
     def chains(self) -> dict[str, Tensor]:
-        """The persistent chains of each site, shape ``(num_chains, *event)``."""
+        """The persistent chains of each site, shape ``(num_chains, *event)``.
+
+        With ``chains_by`` ``(groups, num_chains, *event)``.
+        """
         return self.negatives.chains
 
     @property
@@ -195,6 +204,7 @@ class ContrastiveDivergence(EnergyLoss):
             **self.monitor.state_dict(),
             "watch": self.watch.state_dict(),
             "chains": {name: chain.clone() for name, chain in self.chains.items()},
+            "started": {name: has.clone() for name, has in self.negatives.started.items()},
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
         }
 
@@ -204,6 +214,7 @@ class ContrastiveDivergence(EnergyLoss):
         self.watch.load_state_dict(state["watch"])
         for mine, saved in (
             (self.chains, state["chains"]),
+            (self.negatives.started, state["started"]),
             (self.step_sizes, state["step_sizes"]),
         ):
             mine.clear()

@@ -7,6 +7,9 @@ it is now; its *step size*, which goes on from gradient to gradient,
 
 with acceptance rate :math:`a`, target :math:`a^*` and gain :math:`g`; a *start*, the data or
 persistent chains; and the *boundary* of the support, on which no chain can start.
+
+Persistent chains are one pool for all rows where these have one density. Where the density is a
+class's or a row's own, each has a pool of its own, and a row takes a chain from that of its group.
 """
 
 from collections.abc import Callable
@@ -45,9 +48,9 @@ class Negatives(NamedTuple):
     """Negatives of a site."""
 
     x: Tensor
-    """Points, shape ``(*batch, *event)``, or ``(num_chains, *event)`` of persistent chains."""
+    """Points, shape ``(*batch, *event)``, or ``(num_chains, *event)`` of one pool for all rows."""
     energy: UnnormalizedEnergy
-    """The energy that the chains are of: the site's, or for persistent chains the one of a row."""
+    """The energy that the chains are of: the site's, or for one pool that of a row."""
     acceptance_rate: Tensor
     """The mean over the chains and the transitions, shape ``()``."""
     step_size: Tensor
@@ -70,7 +73,9 @@ class NegativeSampler:
     Its arguments are those of :class:`~pyro_ebm.ContrastiveDivergence`.
 
     Attributes:
-        chains: the persistent chains of each site, shape ``(num_chains, *event)``.
+        chains: the persistent chains of each site, shape ``(num_chains, *event)``, or
+            ``(groups, num_chains, *event)``.
+        started: with groups, which of them there are yet, boolean, ``(groups, num_chains)``.
         step_sizes: the adapted step size of each site, shape ``(1,)``.
 
     Raises:
@@ -85,6 +90,7 @@ class NegativeSampler:
         num_chains: int | None = None,
         restart_prob: float = 0.0,
         augmentation: Callable[[Tensor], Tensor] | None = None,
+        chains_by: str | None = None,
     ):
         if kernel is not None:
             checked_kernel(kernel)
@@ -93,17 +99,21 @@ class NegativeSampler:
             raise ValueError(f"restart_prob must lie in [0, 1], got {restart_prob}")
         if augmentation is not None:
             check_callable("augmentation", augmentation, "a function of the chains")
-        if not persistent and (num_chains is not None or restart_prob > 0 or augmentation):
+        if chains_by is not None and not isinstance(chains_by, str):
+            raise ValueError(f"chains_by must be the name of a site, got {shown(chains_by)}")
+        if not persistent and (num_chains or restart_prob > 0 or augmentation or chains_by):
             raise ValueError(
-                "num_chains, restart_prob and augmentation are settings of the buffer of persistent"
-                " chains: give persistent=True"
+                "num_chains, restart_prob, augmentation and chains_by are settings of the buffer of"
+                " persistent chains: give persistent=True"
             )
         if num_chains is not None:
             check_count("num_chains", num_chains)
         self.kernel, self.num_steps = kernel, check_count("num_steps", num_steps)
         self.persistent, self.num_chains = persistent, num_chains
         self.restart_prob, self.augmentation = restart_prob, augmentation
+        self.chains_by = chains_by
         self.chains: dict[str, Tensor] = {}
+        self.started: dict[str, Tensor] = {}
         self.step_sizes: dict[str, Tensor] = {}
         self.kept = KeptKernels()
 
@@ -116,6 +126,8 @@ class NegativeSampler:
         """
         if not self.persistent:
             return self.run(site, site.energy, site.x.detach(), loss)
+        if self.chains_by is not None:
+            return self._draw_by_group(site, groups_of(site, self.chains_by), loss)
         energy = site.energy.unexpanded
         if site.name not in self.chains:
             _refuse_conditional(site)
@@ -158,9 +170,10 @@ class NegativeSampler:
             state, info = kernel.step(state)
             rates.append(info.accept_prob)
         rate = torch.stack(rates).mean(0)
-        rate = rate.mean() if self.persistent else site.mean(rate.reshape(site.batch_shape))
+        by_row = not self.persistent or self.chains_by is not None
+        rate = site.mean(rate.reshape(site.batch_shape)) if by_row else rate.mean()
         # of all ranks' chains, so that their step sizes stay one
-        rate = loss.pooled(rate, len(start) if self.persistent else site.num_rows)
+        rate = loss.pooled(rate, site.num_rows if by_row else len(start))
         used = adaptation.step_size
         if kernel.adapt_step_size and not loss.evaluating and rate.isfinite():
             gap = rate - adaptation.target_accept_prob
@@ -173,7 +186,7 @@ class NegativeSampler:
                 start.new_tensor(kernel.temperature),
             )
         x = potential.to_points(state.z).reshape(start.shape)
-        adapts, by_row = kernel.adapt_step_size, not self.persistent
+        adapts = kernel.adapt_step_size
         return Negatives(x, energy, rate, used.mean(), start, adapts, by_row, last)
 
     def start(
@@ -214,6 +227,66 @@ class NegativeSampler:
             chains = torch.where(again, energy.starting_points((len(chains),)).to(chains), chains)
         return chains, restarted
 
+    def _draw_by_group(self, site: EnergySite, groups: Tensor, loss: EnergyLoss) -> Negatives:
+        """The negatives of rows that take a chain each from the pool of their group."""
+        name, event = site.name, site.energy.event_shape
+        if loss.looks_closely:
+            _refuse_conditional(site, groups)
+        rows = torch.arange(groups.numel(), device=groups.device)
+        if site.mask is not None:
+            rows = rows[site.mask.reshape(-1)]
+        groups = groups.reshape(-1)[rows]
+        # the number of each row among those of its group
+        order = groups.argsort(stable=True)
+        number, ranked = torch.empty_like(groups), groups[order]
+        number[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(
+            ranked, ranked
+        )
+        chains, started = self._pools(site, groups, int(number.max()) + 1 if len(rows) else 1)
+        size = chains.shape[1]
+        shift = torch.randint(size, (len(chains),), device=rows.device)
+        slots = groups, (number + shift[groups]) % size
+        goes_on = started[slots]
+        if self.restart_prob > 0:
+            goes_on = goes_on & (torch.rand(len(rows), device=rows.device) >= self.restart_prob)
+        start = site.energy.starting_points().to(site.x).reshape(-1, *event)
+        going = chains[slots]
+        if self.augmentation is not None:
+            going[goes_on] = self._augmented(going[goes_on], site.energy, name)
+        start[rows[goes_on]] = going[goes_on]
+        negatives = self.run(site, site.energy, start.reshape(site.x.shape), loss)
+        if not loss.evaluating:
+            chains[slots] = negatives.x.reshape(-1, *event)[rows]
+            started[slots] = True
+            self.chains[name], self.started[name] = chains, started
+        return negatives._replace(restarted=(~goes_on).float().mean())
+
+    def _pools(self, site: EnergySite, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """The pools ``(groups, num_chains, *event)``, and which chains have started, as they grow.
+
+        Args:
+            site: the site.
+            groups: of its rows, shape ``(rows,)``.
+            most: the rows of the most frequent group.
+        """
+        x, event = site.x.detach(), site.energy.event_shape
+        old = self.chains.get(site.name, x.new_zeros(0, 0, *event)).to(x)  # a file's are on the CPU
+        has = self.started.get(site.name, torch.zeros(0, 0, dtype=torch.bool)).to(x.device)
+        most = max(most, old.shape[1])
+        size = self.num_chains or most
+        if most > size:
+            raise ValueError(
+                f"{most} rows, or chains, of one group of chains_by={self.chains_by!r} at site"
+                f" {site.name!r}, num_chains is {size}: give more chains, or leave num_chains out"
+            )
+        shape = max(int(groups.max()) + 1 if len(groups) else 1, len(old)), size
+        if shape == old.shape[:2]:
+            return old, has
+        chains, started = x.new_zeros(*shape, *event), has.new_zeros(shape)
+        chains[: len(old), : old.shape[1]] = old
+        started[: len(old), : old.shape[1]] = has
+        return chains, started
+
     def _augmented(self, chains: Tensor, energy: UnnormalizedEnergy, name: str) -> Tensor:
         assert self.augmentation is not None
         moved = self.augmentation(chains.clone())
@@ -227,7 +300,41 @@ class NegativeSampler:
         )
 
 
-def _refuse_conditional(site: EnergySite) -> None:
+def groups_of(site: EnergySite, chains_by: str) -> Tensor:
+    """The group of each row of a site, integers of shape ``(*batch)``.
+
+    Args:
+        site: the site.
+        chains_by: the name of the site of the model that holds them.
+
+    Raises:
+        ValueError: if there is no such site, or it does not hold an index from 0 for each row.
+    """
+    if chains_by not in site.nodes:
+        raise ValueError(
+            f"chains_by={chains_by!r}, and the model has no site of that name: it names the site"
+            f" that holds the class, or the index, of each row of site {site.name!r}, such as"
+            f" pyro.deterministic({chains_by!r}, index)"
+        )
+    value = site.nodes[chains_by]["value"].detach()
+    try:
+        groups = value.reshape(value.shape + (1,) * site.inner_dims).expand(site.batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"site {chains_by!r} of chains_by has shape {tuple(value.shape)}, the rows of site"
+            f" {site.name!r} have {tuple(site.batch_shape)}: give one index for each row"
+        ) from error
+    if site.mask is not None:
+        groups = torch.where(site.mask, groups, 0)
+    if (groups != groups.long()).any() or (groups < 0).any():
+        raise ValueError(
+            f"site {chains_by!r} of chains_by must hold an integer >= 0 for each row, the class or"
+            f" the index of it, got {shown(value)}"
+        )
+    return groups.long()
+
+
+def _refuse_conditional(site: EnergySite, groups: Tensor | None = None) -> None:
     """Raises a ValueError where persistent chains would be draws of no row's density."""
     if site.has_latent_in(site.energy.unnormalized_log_prob(site.x.detach())):
         raise ValueError(
@@ -235,24 +342,36 @@ def _refuse_conditional(site: EnergySite) -> None:
             " at each step, and persistent chains would belong to its last values. Use"
             " persistent=False with more num_steps"
         )
-    if rows_differ(site):
+    if rows_differ(site, groups):
         raise ValueError(
-            f"the energy of site {site.name!r} is conditional: its rows have different"
-            " densities, and a persistent chain would belong to no row in the next minibatch."
-            " Use persistent=False with more num_steps"
+            f"the energy of site {site.name!r} is conditional: its rows"
+            f"{'' if groups is None else ' of one group of chains_by'} have different densities,"
+            " and a persistent chain would belong to no row in the next minibatch. Use"
+            " chains_by=, the name of a site with the class or the index of each row, which has"
+            " chains of its own then; or persistent=False with more num_steps"
         )
 
 
-def rows_differ(site: EnergySite) -> bool:
-    """Whether the energy of one and the same point, or its gradient, depends on the row."""
-    if site.energy.unexpanded.batch_shape:
+def rows_differ(site: EnergySite, groups: Tensor | None = None) -> bool:
+    """Whether the density of one and the same point, or its gradient, depends on the row.
+
+    Args:
+        site: the site.
+        groups: of rows, shape ``(*batch)``, to compare with each other alone.
+    """
+    if groups is None and site.energy.unexpanded.batch_shape:
         return True
     if site.batch_shape.numel() < 2:
         return False
     point = site.x.detach().reshape((-1,) + site.energy.event_shape)[0]
     with eval_mode(site.energy.modules):
-        energies = site.energy.energy(point.expand(site.x.shape).clone())
-    apart = energies - energies.flatten()[0]
+        energies = -site.energy.unnormalized_log_prob(point.expand(site.x.shape).clone())
+    first = torch.zeros((), dtype=torch.long, device=energies.device)
+    if groups is not None:
+        _, of_row = groups.flatten().unique(return_inverse=True)
+        order = of_row.argsort(stable=True)
+        first = order[torch.searchsorted(of_row[order], of_row)].reshape(energies.shape)
+    apart = energies - energies.flatten()[first]
     if (apart.abs() > 1e-4 + 1e-3 * energies.abs().max()).any():
         return True
     parameters = list(leaves(energies))
