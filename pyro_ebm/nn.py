@@ -80,7 +80,7 @@ class NoiseConditionalMLP(nn.Module):
         hidden: widths of the hidden layers.
         spread: :math:`s`, the standard deviation of the data around 0.
         num_frequencies: number of the :math:`w`.
-        frequency: their standard deviation, in cycles in the unit of the data.
+        frequency: their standard deviation, in cycles on the length of a ``spread``.
         activation: class of the activation; smooth (SiLU) by default.
 
     Reference:
@@ -114,7 +114,7 @@ class NoiseConditionalMLP(nn.Module):
         self.spread = float(spread)
         check_count("num_frequencies", num_frequencies, least=0)
         d = max(self.event_shape.numel(), 1)
-        w = 2 * math.pi * float(frequency) * torch.randn(d, num_frequencies)
+        w = 2 * math.pi * float(frequency) / self.spread * torch.randn(d, num_frequencies)
         self.register_buffer("frequencies", w)
         self.net = MLPEnergy(d + 1 + 2 * num_frequencies, hidden, activation)
 

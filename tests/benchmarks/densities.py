@@ -3,8 +3,9 @@ r"""How well does each loss fit a density in the plane?
     python -m tests.benchmarks.densities
 
 Every loss trains the same network, an energy MLP 2-128-128-1 that tilts a broad Gaussian, through
-``SVI`` on data drawn anew at each step. The exact density p of each set is known, and the model's
-log Z is a sum over a grid, so the divergence
+``SVI`` on data drawn anew at each step. (Those of noise levels train one that sees the level and
+Fourier features too, and average its weights; the density is that at the smallest level.) The exact
+density p of each set is known, and the model's log Z is a sum over a grid, so the divergence
 
 .. math:: KL(p \| p_\theta) = \int p(x) \, (\log p(x) - \log h(x) + E(x) + \log Z) \, dx
 
@@ -32,8 +33,9 @@ import pyro
 import torch
 from pyro.infer import SVI
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pyro_ebm import UnnormalizedEnergy, datasets
+from pyro_ebm import UnnormalizedEnergy, datasets, geometric_ladder, noise_conditional
 from pyro_ebm.distributions.flow import FlowDistribution, fit_flow, neural_spline_flow
 from pyro_ebm.losses import (
     NCE,
@@ -43,12 +45,13 @@ from pyro_ebm.losses import (
     EnergyLoss,
     FlowNCE,
     RankingNCE,
+    RecoveryLikelihood,
     ScoreMatching,
     SlicedScoreMatching,
     gaussian_noise,
 )
 from pyro_ebm.mcmc import LangevinKernel
-from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.nn import MLPEnergy, NoiseConditionalMLP
 from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
@@ -81,8 +84,11 @@ class Method:
     noise: str | None = None
     """What the guide holds: nothing, a broad ``"gaussian"``, or a ``"flow"``."""
     learns_log_z: bool = False
+    levels: bool = False
+    """Whether the energy is noise-conditional, with a network of its own, and averaged weights."""
 
 
+LADDER = geometric_ladder(4.0, 0.02, 40)
 UNADJUSTED = LangevinKernel(adjusted=False, step_size=0.02)
 
 
@@ -100,6 +106,13 @@ def methods() -> dict[str, Method]:
         "ScoreMatching": Method(lambda broad: ScoreMatching(), lr=6e-3),
         "Sliced": Method(lambda broad: SlicedScoreMatching(), lr=6e-3),
         "Denoising": Method(lambda broad: DenoisingScoreMatching(0.1, control_variate=True)),
+        "Levels": Method(
+            lambda broad: DenoisingScoreMatching(dual=True), pace=3, batch=512, lr=5e-3, levels=True
+        ),
+        "Levels (x alone)": Method(
+            lambda broad: DenoisingScoreMatching(), pace=3, batch=512, lr=5e-3, levels=True
+        ),
+        "Recovery": Method(lambda broad: RecoveryLikelihood(), lr=5e-3, levels=True),
         "Discrepancy": Method(lambda broad: EnergyDiscrepancy(time=1.0)),
         "NCE": Method(
             lambda broad: NCE(noise_ratio=4, init_log_normalizer=True),
@@ -147,15 +160,23 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     pyro.set_rng_seed(seed)
     toy, method = TOY_SETS[name], methods()[method_name]
     steps = max(int(method.pace * steps), 1)
-    net = MLPEnergy(2, hidden=(128, 128))
     some = toy.draw(5000)
     base = gaussian_noise(some, width=1.5, full_covariance=False)
+    net: Any = MLPEnergy(2, hidden=(128, 128))
+    if method.levels:
+        net = NoiseConditionalMLP(2, spread=float(some.std()))
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 10 / steps))
+
+    def density(log_z=None):
+        if method.levels:
+            return noise_conditional(net, LADDER, event_shape=(2,))
+        return UnnormalizedEnergy(net, base=base, log_normalizer=log_z)
 
     def model(x):
         pyro.module("energy", net)
         log_z = pyro.param("log_z", torch.tensor(0.0)) if method.learns_log_z else None
         with pyro.plate("data", len(x)):
-            pyro.sample("x", UnnormalizedEnergy(net, base=base, log_normalizer=log_z), obs=x)
+            pyro.sample("x", density(log_z), obs=x)
 
     guide, flow = noise_guide(method, base)
     start = time.perf_counter()
@@ -164,10 +185,14 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     svi = SVI(model, guide, optimizer(method.lr, steps), method.loss(base))
     for _ in range(steps):
         svi.step(toy.draw(method.batch))
+        if method.levels:
+            averaged.update_parameters(net)
     seconds = time.perf_counter() - start
 
     log_z = pyro.param("log_z").detach() if method.learns_log_z else None
-    p = UnnormalizedEnergy(net, base=base)
+    if method.levels:
+        net.load_state_dict(averaged.module.state_dict())
+    p = density()
     result = compare(toy, p.unnormalized_log_prob, points)
     fitted = Fit(name, method_name, result.kl, seconds, steps, result.log_density)
     if log_z is not None:

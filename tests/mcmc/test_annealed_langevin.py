@@ -23,13 +23,16 @@ def share_is_right(x):
 
 
 def test_far_modes_get_their_shares_where_chains_at_one_level_do_not():
-    p = noise_conditional(two_modes, geometric_ladder(12.0, 0.02, 60))
-    start = p.starting_points((2000,))
-    assert share_is_right(annealed_langevin(p, start))
+    p = noise_conditional(two_modes, geometric_ladder(12.0, 0.02, 40))
+    start = p.starting_points((10_000,))
+    assert share_is_right(annealed_langevin(p, start, steps_per_level=5))
     assert share_is_right(p.sample((2000,)))
+    # Langevin steps alone lag behind the levels
+    p.noised = False
+    assert not share_is_right(annealed_langevin(p, start, steps_per_level=5))
     # from the same starts, for as many steps, at the smallest level
     plain = p.at(p.sigmas[-1])
-    plain.starts, plain.num_steps, plain.kernel = p, 1200, LangevinKernel()
+    plain.starts, plain.num_steps, plain.kernel = p, 800, LangevinKernel()
     x = plain.sample((2000,))
     assert not share_is_right(x)
     assert (x < 0).float().mean() < 0.65  # that of the starts on either side
