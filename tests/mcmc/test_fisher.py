@@ -10,7 +10,7 @@ from pyro_ebm.mcmc.adaptation.metric import MetricWindow, first_factor, new_wind
 from pyro_ebm.mcmc.adaptation.population import Population
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.ranks import ALONE
-from pyro_ebm.ops.steps.precondition import precondition, precondition_transposed, whiten
+from pyro_ebm.ops.steps.precondition import LowRank, precondition, precondition_transposed, whiten
 
 DOUBLE = torch.float64
 
@@ -97,6 +97,20 @@ def test_products_with_a_factor_are_those_with_its_matrix(kind):
     torch.testing.assert_close(precondition(factor, v), v @ matrix.mT)
     torch.testing.assert_close(precondition_transposed(factor, v), v @ matrix)
     torch.testing.assert_close(whiten(factor, v @ matrix.mT), v)
+
+
+def test_after_the_last_window_a_low_rank_has_no_idle_directions():
+    precision = gaussian(40, rank=3)
+    learn = Adaptation(1, 40, 200, 0.1, torch.empty(0), True, True, "low_rank", True, 0.8)
+    learn.start(16)
+    root = torch.linalg.cholesky(torch.linalg.inv(precision)).mT
+    while learn.active:
+        z = torch.randn(16, 40, dtype=DOUBLE) @ root
+        learn.update(z.float(), torch.full((16,), 0.8), z.sum(1), (z @ precision).float())
+    factor = learn.inverse_mass_sqrt
+    assert isinstance(factor, LowRank)
+    assert (factor.stretch != 1).all()
+    assert 3 <= factor.stretch.shape[-1] < 32
 
 
 def test_low_rank_finds_any_scales():

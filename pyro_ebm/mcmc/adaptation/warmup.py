@@ -215,6 +215,8 @@ class Adaptation:
         self.inverse_mass_sqrt = self._window.factor(self.inverse_mass_sqrt, self.ranks)
         self.population.look(self.ranks)
         self._windows.pop(0)
+        if not self._windows and isinstance(self.inverse_mass_sqrt, LowRank):
+            self.inverse_mass_sqrt = self.inverse_mass_sqrt.trimmed()
         self._open_window()
         return True
 

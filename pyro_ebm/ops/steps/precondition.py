@@ -35,6 +35,14 @@ class LowRank(NamedTuple):
     stretch: Tensor
     """The diagonal of :math:`S`, shape ``(targets, rank)``; 1 where a direction is not used."""
 
+    def trimmed(self) -> "Factor":
+        """The same without directions that no target uses; the diagonal if none is."""
+        used = (self.stretch != 1).any(0)
+        if not used.any():
+            return self.diagonal
+        directions = self.directions.mT[:, used].contiguous().mT  # each of them in one piece
+        return LowRank(self.diagonal, directions, self.stretch[:, used])
+
 
 Factor = Tensor | LowRank
 """A factor :math:`L`: a diagonal ``(targets, dim)``, lower triangular matrices
@@ -95,9 +103,9 @@ def whiten(factor: Factor | None, v: Tensor) -> Tensor:
 
 def _stretched(factor: LowRank, v: Tensor, stretch: Tensor) -> Tensor:
     """``v`` with its components along the directions multiplied."""
-    rows = v.unflatten(0, (-1, stretch.shape[0]))
-    along = torch.einsum("gik,cgi->cgk", factor.directions, rows) * (stretch - 1)
-    return (rows + torch.einsum("gik,cgk->cgi", factor.directions, along)).reshape(v.shape)
+    rows = v.unflatten(0, (-1, stretch.shape[0])).transpose(0, 1)
+    along = torch.bmm(rows, factor.directions) * (stretch - 1)[:, None]
+    return torch.baddbmm(rows, along, factor.directions.mT).transpose(0, 1).reshape(v.shape)
 
 
 def _apply(factor: Tensor | None, v: Tensor, equation: str) -> Tensor:
