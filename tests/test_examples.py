@@ -44,6 +44,11 @@ EXAMPLES = {
         ["latent.png"],
         ["energy prior", "log-likelihood", "latent.png"],
     ),
+    "joint_classifier.py": (
+        "--seeds 2 --num-steps 3 --num-draws 2 --output joint.png",
+        ["joint.png"],
+        ["accuracy", "ECE", "network, noise", "joint", "spread", "joint.png"],
+    ),
     "anomaly.py": (
         "--num-steps 3 --output anomaly.png",
         ["anomaly.png"],
