@@ -71,9 +71,10 @@ def noise_conditional(
     .. math:: p(x; \sigma) = \frac{h(x)\, e^{-E(x, \sigma)}}{Z(\sigma)}
 
     It *is* the density at the smallest of its levels, ``p.sigmas``, and
-    :meth:`~pyro_ebm.UnnormalizedEnergy.at` is that at any other. :class:`~pyro_ebm.DenoisingScoreMatching` and
-    :class:`~pyro_ebm.RecoveryLikelihood` train it at all levels, and ``sample`` leads chains
-    through them (:func:`~pyro_ebm.mcmc.annealed_langevin`) before it draws at the smallest.
+    :meth:`~pyro_ebm.UnnormalizedEnergy.at` is that at any other.
+    :class:`~pyro_ebm.DenoisingScoreMatching` and :class:`~pyro_ebm.RecoveryLikelihood` train it at
+    all levels, and ``sample`` leads chains through them (:func:`~pyro_ebm.mcmc.annealed_langevin`)
+    before it draws at the smallest.
     Products, ratios and tempered versions are noise-conditional too; all else that is made of it
     is made of the density at the smallest level.
 

@@ -84,11 +84,12 @@ class Method:
     noise: str | None = None
     """What the guide holds: nothing, a broad ``"gaussian"``, or a ``"flow"``."""
     learns_log_z: bool = False
-    levels: bool = False
-    """Whether the energy is noise-conditional, with a network of its own, and averaged weights."""
+    levels: tuple[float, ...] = ()
+    """Of a noise-conditional energy, which has a network of its own, and averaged weights."""
 
 
 LADDER = geometric_ladder(4.0, 0.02, 40)
+COARSE = geometric_ladder(4.0, 0.03, 8)
 UNADJUSTED = LangevinKernel(adjusted=False, step_size=0.02)
 
 
@@ -107,12 +108,16 @@ def methods() -> dict[str, Method]:
         "Sliced": Method(lambda broad: SlicedScoreMatching(), lr=6e-3),
         "Denoising": Method(lambda broad: DenoisingScoreMatching(0.1, control_variate=True)),
         "Levels": Method(
-            lambda broad: DenoisingScoreMatching(dual=True), pace=3, batch=512, lr=5e-3, levels=True
+            lambda broad: DenoisingScoreMatching(dual=True),
+            pace=3,
+            batch=512,
+            lr=5e-3,
+            levels=LADDER,
         ),
         "Levels (x alone)": Method(
-            lambda broad: DenoisingScoreMatching(), pace=3, batch=512, lr=5e-3, levels=True
+            lambda broad: DenoisingScoreMatching(), pace=3, batch=512, lr=5e-3, levels=LADDER
         ),
-        "Recovery": Method(lambda broad: RecoveryLikelihood(), lr=5e-3, levels=True),
+        "Recovery": Method(lambda broad: RecoveryLikelihood(), lr=1e-3, levels=COARSE),
         "Discrepancy": Method(lambda broad: EnergyDiscrepancy(time=1.0)),
         "NCE": Method(
             lambda broad: NCE(noise_ratio=4, init_log_normalizer=True),
@@ -169,7 +174,7 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
 
     def density(log_z=None):
         if method.levels:
-            return noise_conditional(net, LADDER, event_shape=(2,))
+            return noise_conditional(net, method.levels, event_shape=(2,))
         return UnnormalizedEnergy(net, base=base, log_normalizer=log_z)
 
     def model(x):

@@ -50,8 +50,9 @@ class RecoveryLikelihood(ContrastiveDivergence):
 
     with :math:`x'` from a chain that starts at :math:`\tilde x`. (Above the largest level stands
     one more, which continues the ladder.) At its maximum each :math:`p(x; \sigma_i)` is the density
-    of the data at that noise. :attr:`diagnostics` are those of contrastive divergence, in the
-    coordinates :math:`u`.
+    of the data at that noise. At a small level, where chains stay near :math:`\tilde x`, it is as
+    blind as score matching to the shares of far modes. :attr:`diagnostics` are those of contrastive
+    divergence, in the coordinates :math:`u`.
 
     Args:
         kernel: any kernel, without a model; by default :class:`~pyro_ebm.mcmc.LangevinKernel`. Its
