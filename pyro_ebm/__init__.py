@@ -45,7 +45,7 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     NCE                       data against noise; learns log Z too
     RankingNCE                a datum against its noise points; needs no log Z
     FlowNCE                   data against a flow that learns
-    datasets                  densities in the plane with exact draws, digits, Ising spins
+    datasets                  densities in the plane with exact draws, digits, clothes, Ising spins
     save_training             writes a training to one file
     load_training             reads it, to go on exactly
 

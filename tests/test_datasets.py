@@ -1,5 +1,6 @@
 """Draws follow their density, and the density has mass 1; images are what they say."""
 
+import gzip
 import sys
 
 import pyro
@@ -120,6 +121,35 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-ebm\[datasets\]'"):
         datasets.digits()
+
+
+def write_idx(path, array, pack=gzip.compress):
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(pack(bytes([0, 0, 8, array.dim()]) + sizes + array.numpy().tobytes()))
+
+
+def test_fashion_mnist_from_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
+        datasets.fashion_mnist(tmp_path)
+    whole = torch.randint(256, (7, 28, 28), dtype=torch.uint8)
+    labels = torch.tensor([3, 0, 9, 9, 1, 5, 2], dtype=torch.uint8)
+    for part, rows, pack in (("train", slice(4), gzip.compress), ("t10k", slice(4, 7), bytes)):
+        end = "" if pack is bytes else ".gz"
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{end}", whole[rows], pack)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{end}", labels[rows], pack)
+    parts = datasets.fashion_mnist(tmp_path)
+    assert torch.equal((255 * torch.cat([parts.train, parts.test])).round().byte(), whole)
+    assert parts.train.dtype == torch.float32
+    assert parts.train_labels.tolist() == [3, 0, 9, 9]
+    assert parts.test_labels.tolist() == [1, 5, 2]
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels[:3])
+    with pytest.raises(ValueError, match="4 images, 3 labels"):
+        datasets.fashion_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x04ab")
+    )
+    with pytest.raises(ValueError, match="not a whole IDX file"):
+        datasets.fashion_mnist(tmp_path)
 
 
 @pytest.mark.parametrize("temperature", [1.5, 2.269, 4.0])

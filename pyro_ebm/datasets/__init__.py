@@ -1,8 +1,8 @@
 """Small data sets to learn on and to judge by.
 
 ``planar`` holds densities in the plane, distributions with exact draws and an exact ``log_prob``,
-and ``draws`` a function for each that gives points of it. ``images`` holds handwritten digits and
-the spins of an Ising model.
+and ``draws`` a function for each that gives points of it. ``images`` holds handwritten digits,
+clothes, and the spins of an Ising model.
 """
 
 from pyro_ebm.datasets.draws import (
@@ -13,7 +13,7 @@ from pyro_ebm.datasets.draws import (
     swiss_roll,
     two_moons,
 )
-from pyro_ebm.datasets.images import Digits, digits, ising
+from pyro_ebm.datasets.images import LabelledImages, digits, fashion_mnist, ising
 from pyro_ebm.datasets.planar import (
     Checkerboard,
     EightGaussians,
@@ -26,8 +26,8 @@ from pyro_ebm.datasets.planar import (
 
 __all__ = [
     "Checkerboard",
-    "Digits",
     "EightGaussians",
+    "LabelledImages",
     "Pinwheel",
     "PlanarDistribution",
     "Rings",
@@ -36,6 +36,7 @@ __all__ = [
     "checkerboard",
     "digits",
     "eight_gaussians",
+    "fashion_mnist",
     "ising",
     "pinwheel",
     "rings",

@@ -1,6 +1,9 @@
-"""Small images: handwritten digits, and the spins of an Ising model."""
+"""Small images: handwritten digits, clothes, and the spins of an Ising model."""
 
+import gzip
 import math
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,20 +14,20 @@ from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.ops.arguments import check_count, check_number
 
 
-class Digits(NamedTuple):
-    """What :func:`digits` returns."""
+class LabelledImages(NamedTuple):
+    """What :func:`digits` and :func:`fashion_mnist` return."""
 
     train: Tensor
-    """Images to train on, shape ``(n, 8, 8)``."""
+    """Images to train on, shape ``(n, height, width)``."""
     test: Tensor
-    """Images held out, shape ``(m, 8, 8)``."""
+    """Images held out, shape ``(m, height, width)``."""
     train_labels: Tensor
-    """The digits from 0 to 9, shape ``(n,)``."""
+    """Their classes, integers from 0 to 9, shape ``(n,)``."""
     test_labels: Tensor
     """Those of ``test``, shape ``(m,)``."""
 
 
-def digits(test_size: float = 0.2, seed: int = 0) -> Digits:
+def digits(test_size: float = 0.2, seed: int = 0) -> LabelledImages:
     """The 1,797 handwritten digits of scikit-learn, split in two with equal shares of each digit.
 
     A pixel is a multiple of 1/16 from 0 (paper) to 1 (ink). As bits they are
@@ -60,7 +63,61 @@ def digits(test_size: float = 0.2, seed: int = 0) -> Digits:
     parts = train_test_split(x, labels, test_size=test_size, random_state=seed, stratify=labels)
     train, test = (torch.tensor(part).reshape(-1, 8, 8) / 16 for part in parts[:2])
     dtype = torch.get_default_dtype()
-    return Digits(train.to(dtype), test.to(dtype), *map(torch.tensor, parts[2:]))
+    return LabelledImages(train.to(dtype), test.to(dtype), *map(torch.tensor, parts[2:]))
+
+
+def fashion_mnist(folder: str | os.PathLike[str]) -> LabelledImages:
+    """The 70,000 images of clothes of Fashion-MNIST, 28 x 28, from files that you have.
+
+    A pixel is a multiple of 1/255 from 0 (background) to 1. The classes are T-shirt, trouser,
+    pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot.
+
+    Args:
+        folder: holds the four files ``train-images-idx3-ubyte.gz`` etc., as
+            ``/usr/share/datasets/fashion-mnist`` does with Debian's package
+            ``dataset-fashion-mnist``. Unpacked files will do.
+
+    Raises:
+        FileNotFoundError: if one is not there.
+        ValueError: if one is not such a file, or does not have a label for each image.
+
+    Reference:
+        Xiao, Rasul and Vollgraf (2017), Fashion-MNIST: a novel image dataset for benchmarking
+        machine learning algorithms.
+
+    Example:
+        >>> fashion_mnist("nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: fashion_mnist() finds no train-images-idx3-ubyte.gz in 'nowhere'...
+    """
+    parts = []
+    for part in ("train", "t10k"):
+        x, labels = (_idx(Path(folder), f"{part}-{kind}-ubyte") for kind in FASHION_KINDS)
+        if len(x) != len(labels):
+            raise ValueError(f"{part} in {str(folder)!r}: {len(x)} images, {len(labels)} labels")
+        parts.append((x.to(torch.get_default_dtype()) / 255, labels.long()))
+    (train, train_labels), (test, test_labels) = parts
+    return LabelledImages(train, test, train_labels, test_labels)
+
+
+FASHION_KINDS = "images-idx3", "labels-idx1"
+
+
+def _idx(folder: Path, name: str) -> Tensor:
+    """The bytes of an IDX file: 0, 0, 8 (for bytes), the number of axes; their sizes; the data."""
+    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"fashion_mnist() finds no {name}.gz in {str(folder)!r}. On Debian: apt install"
+            ' dataset-fashion-mnist, and fashion_mnist("/usr/share/datasets/fashion-mnist")'
+        )
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    axes = int(name.split("idx")[1][0])
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(data[i : i + 4]) for i in range(4, start, 4)]
+    if data[:4] != bytes([0, 0, 8, axes]) or len(data) != start + math.prod(shape):
+        raise ValueError(f"{path} is not a whole IDX file of bytes with {axes} axes")
+    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).reshape(shape)
 
 
 def ising(
