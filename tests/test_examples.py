@@ -54,6 +54,11 @@ EXAMPLES = {
         ["anomaly.png"],
         ["Area under the ROC curve", "anomaly.png"],
     ),
+    "image_energy.py": (
+        "--num-steps 3 --frames 2 --num-chains 4 --num-samples 5 --output image.png",
+        ["image.png", "image.gif"],
+        ["spread of the draws", "Mean squared error", "Area under the ROC curve", "image.png"],
+    ),
     "rbm_digits.py": (
         "--num-epochs 1 --num-hidden 6 --num-features 8 --output rbm.png",
         ["rbm.png"],
