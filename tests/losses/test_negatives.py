@@ -20,7 +20,7 @@ from pyro_ebm.losses.contrastive.kept_kernels import (
     KeptKernels,
     runs_as_graph,
 )
-from pyro_ebm.mcmc import CompositeKernel, GibbsKernel
+from pyro_ebm.mcmc import CompositeKernel, EnergyPotential, GibbsKernel
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.nn import MLPEnergy
 
@@ -147,6 +147,30 @@ def test_the_energy_s_own_kernel_is_kept_too(graphs):
     assert graphs == ["transition", "value_and_grad"]
 
 
+def test_auto_is_a_graph_after_a_hundred_transitions(graphs):
+    """The first ten gradients, and one that sees the energy, are without; a loaded loss goes on."""
+    automatic = LangevinKernel(step_size=0.05)
+    x = batches(*[6] * 14)
+    train(automatic, x[:11], num_steps=10)
+    assert graphs == []
+    path, loss = train(automatic, x, num_steps=10)
+    assert graphs == ["transition", "value_and_grad"]
+    eager, _ = train(_with(automatic, False), x, num_steps=10)
+    torch.testing.assert_close(path, eager, rtol=1e-9, atol=1e-12)
+    again = ContrastiveDivergence(automatic, num_steps=10)
+    again.load_state_dict(loss.state_dict())
+    again(model_of(MLPEnergy(2, hidden=(8,)).double()), lambda x: None)(x[0])
+    assert graphs[2:] == ["value_and_grad", "transition"]
+
+
+def test_auto_gives_up_in_silence(graphs):
+    kernels, kernel = KeptKernels(), LangevinKernel()
+    for n in range(2 * MAX_MISSES):
+        energy = UnnormalizedEnergy(lambda x, n=n: n * x**2)
+        kernels.bound(kernel, energy, torch.zeros(3), "x", 1000)
+    assert kernels._misses == MAX_MISSES
+
+
 def test_a_last_minibatch_has_a_graph_of_its_own(graphs):
     same_run(KERNELS["ula"], batches(6, 6, 6, 2, 6, 6, 6, 2, 6, 6, 6, 2))
     assert graphs.count("transition") == 2
@@ -242,6 +266,26 @@ def test_settings_of_the_kernel_count(graphs):
 
         runs.append(train(kernel, batches(*[6] * 12), before=cool)[0])
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_transitions_in_a_row_are_those_one_by_one(adjusted):
+    ends = []
+    for in_a_row in (False, True):
+        torch.manual_seed(0)
+        net, x = MLPEnergy(2, hidden=(8,)).double(), torch.randn(5, 2).double()
+        kernel = LangevinKernel(adjusted=adjusted, step_size=0.3, jit_compile="capture")
+        kernel.bind(EnergyPotential(UnnormalizedEnergy(net, (2,)), like=x), 0)
+        before = state = kernel.init(x)
+        for _ in range(3):
+            if in_a_row:
+                before, state, infos = kernel.steps(state, 4)
+                continue
+            for _ in range(4):
+                before, (state, info) = state, kernel.step(state)
+        ends.append((before.z, state.z, (infos[-1] if in_a_row else info).accept_prob))
+        assert kernel.state_dict()["steps"] == kernel.state_dict()["calls"] == 12
+    assert all(map(torch.equal, *ends))
 
 
 def test_block_gibbs_and_composite_kernels():

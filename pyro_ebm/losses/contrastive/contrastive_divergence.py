@@ -55,9 +55,10 @@ class ContrastiveDivergence(EnergyLoss):
         kernel: any kernel, without a model; by default the energy's own, else
             :class:`~pyro_ebm.mcmc.LangevinKernel`. If it adapts its step size, that goes on all
             through training, towards its ``target_accept_prob``; its mass matrix stays the
-            identity, and a schedule of steps starts anew for each gradient. With ``jit_compile``
-            one graph serves all of training (:mod:`~pyro_ebm.losses.contrastive.kept_kernels`): it
-            pays for networks, with several ``num_steps``.
+            identity, and a schedule of steps starts anew for each gradient. One graph serves all
+            of training (:mod:`~pyro_ebm.losses.contrastive.kept_kernels`): with
+            ``jit_compile="auto"``, the default, of energies that come again after the first
+            hundred transitions; with True a compiled one, which pays after some 10,000.
         num_steps: transitions for each gradient, the k of CD-k.
         persistent: whether chains go on from step to step, in a buffer of this loss.
         num_chains: size of the buffer; by default the number of rows at the first step. More
@@ -203,6 +204,7 @@ class ContrastiveDivergence(EnergyLoss):
         return {
             **self.monitor.state_dict(),
             "watch": self.watch.state_dict(),
+            "kernels": self.negatives.kept.state_dict(),
             "chains": {name: chain.clone() for name, chain in self.chains.items()},
             "started": {name: has.clone() for name, has in self.negatives.started.items()},
             "step_sizes": {name: step.clone() for name, step in self.step_sizes.items()},
@@ -212,6 +214,8 @@ class ContrastiveDivergence(EnergyLoss):
         """Takes back what :meth:`state_dict` gave."""
         self.monitor.load_state_dict(state)
         self.watch.load_state_dict(state["watch"])
+        if "kernels" in state:  # older files do not have it
+            self.negatives.kept.load_state_dict(state["kernels"])
         for mine, saved in (
             (self.chains, state["chains"]),
             (self.negatives.started, state["started"]),

@@ -150,7 +150,8 @@ class NegativeSampler:
                 " first one at every gradient, and the negatives be none of the energy's. Use its"
                 " inner kernel with more num_steps or persistent chains"
             )
-        kernel, potential = self.kept.bound(template, energy, start, site.name)
+        num_steps = 0 if loss.evaluating else self.num_steps
+        kernel, potential = self.kept.bound(template, energy, start, site.name, num_steps)
         kernel.checks_potential = loss.looks_closely
         adaptation = kernel.adaptation
         if (step_size := self.step_sizes.get(site.name)) is not None:
@@ -163,13 +164,8 @@ class NegativeSampler:
         z = potential.inner_position(start, what, otherwise).contiguous()
         if loss.looks_closely:
             potential.check_repeats(z)
-        state, before = kernel.init(z), z
-        rates = []
-        for _ in range(self.num_steps):
-            before = state.z
-            state, info = kernel.step(state)
-            rates.append(info.accept_prob)
-        rate = torch.stack(rates).mean(0)
+        before, state, infos = kernel.steps(kernel.init(z), self.num_steps)
+        rate = torch.stack([info.accept_prob for info in infos]).mean(0)
         by_row = not self.persistent or self.chains_by is not None
         rate = site.mean(rate.reshape(site.batch_shape)) if by_row else rate.mean()
         # of all ranks' chains, so that their step sizes stay one
@@ -181,7 +177,7 @@ class NegativeSampler:
         last = None
         if isinstance(kernel, LangevinKernel):
             last = LangevinStep(
-                potential.to_points(before).reshape(start.shape),
+                potential.to_points(before.z).reshape(start.shape),
                 adaptation.step_size,
                 start.new_tensor(kernel.temperature),
             )

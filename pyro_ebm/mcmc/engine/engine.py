@@ -143,6 +143,48 @@ class Engine:
             found = self(*found[: len(carried)], *fixed)
         return found
 
+    def chain(self, n: int, state: Any, draw: Callable[[Any], Args]) -> tuple[Any, Any, list[Any]]:
+        """The function ``n`` times, from a state and random numbers to the next state and more.
+
+        Its graph is looked up once; nothing that it rests on may change on the way.
+
+        Args:
+            n: how many times, at least once.
+            state: the first argument at first, and then the first value of the last time.
+            draw: gives the other arguments at a state.
+
+        Returns:
+            The state before the last call, the one after it, and the second values of all.
+
+        Example:
+            >>> walk = Engine(lambda x, step: (x + step, x))
+            >>> walk.chain(3, torch.tensor(0), lambda x: (torch.tensor(2),))
+            (tensor(4), tensor(6), [tensor(0), tensor(2), tensor(4)])
+        """
+        inputs = (state, *draw(state))
+        graph, tensors = self._find(inputs, n)
+        before, others = state, []
+        if graph is not None and graph.checked:
+            layouts: list[Hashable] = []
+            describe(inputs, layouts, [])
+            with torch.no_grad(), graph.threads(), contextlib.suppress(torch.linalg.LinAlgError):
+                while True:
+                    before, (state, other) = state, graph.value(tensors)
+                    others.append(other)
+                    graph.calls, graph.last = graph.calls + 1, inputs
+                    if len(others) == n:
+                        return before, state, others
+                    inputs, described, tensors = (state, *draw(state)), [], []
+                    describe(inputs, described, tensors)
+                    if described != layouts:  # another graph's
+                        break
+        self.calls -= n - len(others)
+        while len(others) < n:
+            before, (state, other) = state, self(*inputs)
+            others.append(other)
+            inputs = (state, *draw(state)) if len(others) < n else inputs
+        return before, state, others
+
     def _run(self, graph: "FxGraph | None", tensors: list[Tensor], inputs: Args) -> Any:
         if graph is not None:
             with contextlib.suppress(torch.linalg.LinAlgError):  # which the function can handle

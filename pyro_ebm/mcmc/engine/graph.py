@@ -150,7 +150,11 @@ class FxGraph:
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The function's value at these inputs."""
         with torch.no_grad(), self.threads():
-            return self.build(self._run([*tensors, *self.constants]))
+            return self.value(tensors)
+
+    def value(self, tensors: list[Tensor]) -> Any:
+        """The function's value, within ``no_grad`` and :attr:`threads`."""
+        return self.build(self._run([*tensors, *self.constants]))
 
     def iterate(self, n: int, tensors: list[Tensor], carried: int) -> Any:
         """The function's last value when it is called ``n`` times.

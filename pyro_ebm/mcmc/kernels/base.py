@@ -144,6 +144,18 @@ class Kernel(HasSettings, ABC):
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains, and what warmup learns from it."""
 
+    def steps(self, state: State, n: int) -> tuple[State, State, list[Info]]:
+        """So many transitions in a row, at least one, between which no parameter changes.
+
+        Returns:
+            The states before the last transition and after it, and what each has told.
+        """
+        before, infos = state, []
+        for _ in range(n):
+            before, (state, info) = state, self.step(state)
+            infos.append(info)
+        return before, state, infos
+
     def check_graphs(self) -> None:
         """Compares the graphs that run for the model with the model as it is.
 

@@ -7,6 +7,8 @@ trajectory goes straight. So the warmup begins with the transitions of
 the warmup is over). The rest of the warmup, and all draws, are made by the kernel itself.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from pyro_ebm.files import Saved
@@ -68,6 +70,21 @@ class LocalKernel(TransitionKernel):
                 self.adaptation.restart(self.adaptation.step_size.square() / 2)
                 self._find_step_size(state)
         return state, info
+
+    def steps(self, state: State, n: int) -> tuple[State, State, list[Info]]:
+        """So many transitions in a row, see :meth:`Kernel.steps`."""
+        own = type(self).step is LocalKernel.step and type(self).move is TransitionKernel.move
+        adapts = self.adaptation.active or self._explorer is not None
+        if self._engine is None or adapts or not own or not self.potential.dim:
+            return super().steps(state, n)
+        before, state, infos = self._engine.chain(n, state, self._draw_next)
+        self._engine.made = self._steps
+        return before, state, infos
+
+    def _draw_next(self, state: State) -> tuple[Any, ...]:
+        draws = self.draw(state)
+        self._steps += 1
+        return draws
 
     def check_graphs(self) -> None:
         """Compares graphs with the model, those of the first trajectories too."""
