@@ -1,20 +1,28 @@
-r"""Anomalies by their energy: where it works, and where it is fooled.
+r"""Anomalies by their energy: where it is the right tool, and where it is fooled.
 
-An energy is trained on normal digits alone, 0 to 7, and then asked about digits it has never seen
-(8 and 9), digits with their middle wiped out, digits whose pixels are shuffled, and digits faded
-towards the mean of all. Three scores of a point x, each larger for the more anomalous:
+An energy is trained on normal points alone, and then asked about points of another kind. Two scores
+of a point x, each larger for the more anomalous:
 
-    energy       -log p(x) up to a constant: unlikely points. Famous for its failure (Nalisnick et
-                 al., 2019): simple, smooth images can be *likelier* than any real one, because the
+    energy       -log p(x) up to a constant: unlikely points. Its famous failure (Nalisnick et al.,
+                 2019): simple, smooth images can be *likelier* than any real one, because the
                  density of a point is not the mass of its neighbourhood.
     score norm   |grad log p(x)|: points that are not where a mode is.
-    typicality   |E(x) - mean E of normal points|: too likely is suspicious, too. (The mean is taken
-                 over some that did not train the energy: it flatters its own.)
 
-Beside them stand two that need no energy: scikit-learn's isolation forest, and the distance to
-the nearest normal digit. The energy is trained by denoising score matching: no sampling, no log Z.
-Two thirds of the normal digits train all of them; the others, and the anomalies, are ranked. The
-table holds the area under the ROC curve, which is the share of pairs (anomaly, normal digit) in
+Beside them stand three that need no energy: scikit-learn's isolation forest and local outlier
+factor, and the distance to the nearest normal point. The energy tilts the Gaussian with the moments
+of the data, and is trained by denoising score matching: no sampling, no log Z. The tasks:
+
+    malignant    tumours among benign ones, 30 numbers each
+    not a 1      other digits, where normal is a one; the same for an eight
+    8 or 9       digits of two kinds, where the other eight kinds are normal
+    faded        digits faded towards the mean of all of them
+
+Where normal is one kind of image, of which a hundred examples tell the shape, the energy is the
+right tool. Of eight kinds of digits at once the nearest neighbour knows more, an isolation forest
+is enough for tumours, and faded digits fool the energy.
+
+Of the normal points 60 % train all the scores; the others, and the anomalies, are ranked. The
+table holds the area under the ROC curve, which is the share of pairs (anomaly, normal point) in
 which the anomaly has the larger score: 0.5 is guessing, and less is being fooled.
 """
 
@@ -23,14 +31,15 @@ import time
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pyro
 import torch
-from pyro.infer import SVI
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import LocalOutlierFactor
 
-from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy, fit
 from pyro_ebm.losses import DenoisingScoreMatching, gaussian_noise
 from pyro_ebm.nn import MLPEnergy
 
@@ -40,137 +49,131 @@ import matplotlib.pyplot as plt
 # ---- the data ----------------------------------------------------------------------------------
 
 
-def images():
-    """Normal digits to train on and to test with, and four kinds of anomalies, all (n, 64)."""
-    digits = load_digits()
-    x = torch.tensor(digits.data / 16, dtype=torch.float32)
-    normal = torch.tensor(digits.target < 8)
-    inliers = x[normal][torch.randperm(int(normal.sum()))]
-    train, test = inliers[:960], inliers[960:]
-    wiped = test.clone().reshape(-1, 8, 8)
-    wiped[:, 3:5] = 0
-    faded = 0.35 * test + 0.65 * train.mean(0)
-    anomalies = {
-        "unseen digits": x[~normal],
-        "wiped": wiped.reshape(-1, 64),
-        "shuffled": test[:, torch.randperm(64)],
-        "faded": faded,
-    }
-    return train, test, anomalies
+def tasks():
+    """Names, normal points, and functions that make anomalies, given those held out."""
+    cancer, digits = load_breast_cancer(), load_digits()
+    x = torch.tensor(cancer.data, dtype=torch.float32)
+    benign = torch.tensor(cancer.target == 1)
+    yield "malignant", x[benign], lambda held_out: x[~benign]
+
+    images = torch.tensor(digits.data / 16, dtype=torch.float32)
+    kind = torch.tensor(digits.target)
+    for name, k in (("not a 1", 1), ("not an 8", 8)):
+        yield name, images[kind == k], lambda held_out, k=k: images[kind != k]
+    known = images[kind < 8]
+    yield "8 or 9", known, lambda held_out: images[kind >= 8]
+    yield "faded", known, lambda held_out: 0.35 * held_out + 0.65 * known.mean(0)
 
 
 # ---- the energy --------------------------------------------------------------------------------
 
 
-class Energy:
-    """A network that tilts the Gaussian with the moments of the normal digits."""
+def train_energy(x, num_steps, sigma):
+    """A network that tilts a Gaussian, trained on noised points."""
+    net = MLPEnergy(x.shape[1], hidden=(128, 128))
+    base = gaussian_noise(x + sigma * torch.randn_like(x), width=1.0)
 
-    def __init__(self, x):
-        self.net = MLPEnergy(64, hidden=(256, 256))
-        self.base = gaussian_noise(x, width=1.0)
+    def model(batch):
+        pyro.module("energy", net)
+        with pyro.plate("data", len(x), subsample_size=len(batch)):
+            pyro.sample("x", UnnormalizedEnergy(net, base=base), obs=batch)
 
-    def density(self):
-        return UnnormalizedEnergy(self.net, base=self.base)
-
-    def model(self, x):
-        pyro.module("energy", self.net)
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", self.density(), obs=x)
-
-
-def train_energy(x, num_steps, sigma, batch_size=128):
-    energy = Energy(x + sigma * torch.randn_like(x))
-    rates = {"lr": 1e-3, "lrd": 0.05 ** (1 / num_steps), "clip_norm": float("inf")}
-    loss = DenoisingScoreMatching(sigma=sigma)
-    svi = SVI(energy.model, lambda x: None, pyro.optim.ClippedAdam(rates), loss=loss)
-    for _ in range(num_steps):
-        svi.step(x[torch.randint(len(x), (batch_size,))])
-    return energy.density()
+    loss = DenoisingScoreMatching(sigma)
+    fit(
+        model,
+        lambda batch: None,
+        loss,
+        x,
+        num_steps=num_steps,
+        batch_size=64,
+        average=0.99,
+        disable_progbar=True,
+    )
+    return UnnormalizedEnergy(net, base=base)
 
 
 # ---- the scores --------------------------------------------------------------------------------
 
 
-def scores(p, train, spared):
+def scores(p, train):
     """Functions of points, larger for the more anomalous."""
-
-    @torch.no_grad()
-    def energy(x):
-        return -p.unnormalized_log_prob(x)
-
-    typical = energy(spared).mean()  # of digits that did not train it: theirs is lower
-
-    def neighbour(x):
-        distance = torch.cdist(x, train)
-        return distance.min(dim=1).values
-
     forest = IsolationForest(n_estimators=200, random_state=0).fit(train.numpy())
+    outliers = LocalOutlierFactor(novelty=True).fit(train.numpy())
     return {
-        "energy": energy,
+        "energy": lambda x: -p.unnormalized_log_prob(x).detach(),
         "score norm": lambda x: p.score(x).norm(dim=-1),
-        "typicality": lambda x: (energy(x) - typical).abs(),
-        "isolation forest": lambda x: torch.tensor(-forest.score_samples(x.numpy())),
-        "nearest neighbour": neighbour,
+        "isolation forest": lambda x: -forest.score_samples(x.numpy()),
+        "local outlier factor": lambda x: -outliers.score_samples(x.numpy()),
+        "nearest neighbour": lambda x: torch.cdist(x, train).amin(dim=1),
     }
 
 
 def auroc(score, normal, anomalies):
-    values = torch.cat([score(normal), score(anomalies)])
-    labels = torch.cat([torch.zeros(len(normal)), torch.ones(len(anomalies))])
-    return roc_auc_score(labels.numpy(), values.numpy())
+    values = np.concatenate([np.asarray(score(x)) for x in (normal, anomalies)])
+    return roc_auc_score(np.r_[np.zeros(len(normal)), np.ones(len(anomalies))], values)
 
 
-def picture(energy, normal, anomalies, path):
-    figure = plt.figure(figsize=(12, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
-    groups = {"normal": normal, **anomalies}
-    grid = left.subplots(len(groups), 7, subplot_kw={"xticks": [], "yticks": []})
-    for row, (name, x) in zip(grid, groups.items()):
-        for ax, image in zip(row, x):
-            ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    ax = right.subplots()
-    values = {name: energy(x) for name, x in groups.items()}
-    low = min(v.min() for v in values.values())
-    high = max(v.quantile(0.98) for v in values.values())
-    for name, v in values.items():
-        style = {"color": "black", "lw": 2.5} if name == "normal" else {"lw": 1.5}
-        ax.hist(
-            v.clamp(max=high), torch.linspace(low, high, 60).tolist(), density=True,
-            histtype="step", label=name, **style,
-        )  # fmt: skip
-    ax.set(title="energy: low is likely", xlabel="-log p(x), up to a constant", yticks=[])
-    ax.legend(frameon=False)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+def areas(normal, make_anomalies, num_steps, sigma):
+    """The area under the curve of each score, for one split of the normal points."""
+    normal = normal[torch.randperm(len(normal))]
+    train, held_out = normal.split([int(0.6 * len(normal)), len(normal) - int(0.6 * len(normal))])
+    anomalies = make_anomalies(held_out)
+    center = train.mean(0)
+    # images have one unit, the measurements of a tumour one each
+    scale = train.std() if normal.shape[1] == 64 else train.std(0)
+    train, held_out, anomalies = ((x - center) / scale for x in (train, held_out, anomalies))
+    p = train_energy(train, num_steps, sigma)
+    return {name: auroc(s, held_out, anomalies) for name, s in scores(p, train).items()}
+
+
+def picture(found, path):
+    """A dot for the mean of each score, a line from the least to the largest of all seeds."""
+    figure, axes = plt.subplots(1, len(found), figsize=(11, 2.6), sharey=True, layout="constrained")
+    for ax, (task, areas) in zip(axes, found.items()):
+        for place, (name, values) in enumerate(reversed(areas.items())):
+            color = "C3" if name in ("energy", "score norm") else "0.4"
+            ax.plot([min(values), max(values)], [place, place], color=color, lw=1.5)
+            ax.plot(np.mean(values), place, "o", color=color)
+        ax.set_yticks(range(len(areas)), list(reversed(areas)))
+        ax.set_title(task)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("area under the ROC curve")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Finds anomalous digits by an energy.")
-    parser.add_argument("--num-steps", type=int, default=3000, help="gradient steps")
-    parser.add_argument("--sigma", type=float, default=0.15, help="noise, of the grey scale 0..1")
+    parser = argparse.ArgumentParser(description="Finds anomalies by an energy.")
+    parser.add_argument("--seeds", type=int, default=1, help="how many splits of each task")
+    parser.add_argument("--num-steps", type=int, default=1500, help="gradient steps")
+    parser.add_argument("--sigma", type=float, default=0.3, help="noise, in deviations of the data")
     parser.add_argument("--output", type=Path, default=Path("examples/output/anomaly.png"))
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # for networks this small, threads cost more than they bring
-    pyro.set_rng_seed(0)
-    train, test, anomalies = images()
-    train, spared = train[160:], train[:160]
     start = time.perf_counter()
-    p = train_energy(train, args.num_steps, args.sigma)
-    print(
-        f"{args.num_steps} steps of denoising score matching: {time.perf_counter() - start:.0f} s"
-    )
+    found = {}
+    for task, normal, make_anomalies in tasks():
+        for seed in range(args.seeds):
+            pyro.set_rng_seed(seed)
+            row = areas(normal, make_anomalies, args.num_steps, args.sigma)
+            for name, area in row.items():
+                found.setdefault(task, {}).setdefault(name, []).append(area)
 
-    found = scores(p, train, spared)
-    print(f"\nArea under the ROC curve\n{'':20}" + "".join(f"{n:>17}" for n in anomalies))
-    for name, score in found.items():
-        row = "".join(f"{auroc(score, test, x):17.3f}" for x in anomalies.values())
-        print(f"{name:20}{row}")
-    picture(found["energy"], test, anomalies, args.output)
-    print(f"\nThe picture is in {args.output}")
+    names = list(found["malignant"])
+    many = args.seeds > 1
+    print("Area under the ROC curve" + (f", mean and range of {args.seeds} seeds" if many else ""))
+    width = 22 if many else 12
+    print(f"{'':22}" + "".join(f"{task:>{width}}" for task in found))
+    for name in names:
+        cells = []
+        for task in found:
+            x = found[task][name]
+            cells.append(f"{np.mean(x):.3f}" + (f" ({min(x):.3f}..{max(x):.3f})" if many else ""))
+        print(f"{name:22}" + "".join(f"{cell:>{width}}" for cell in cells))
+    picture(found, args.output)
+    print(f"\n{time.perf_counter() - start:.0f} s; the picture is in {args.output}")
 
 
 if __name__ == "__main__":

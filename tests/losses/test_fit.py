@@ -92,7 +92,8 @@ def test_it_is_the_loop_of_svi():
     """The same numbers, the gradient norm among them, and the same weights in the end."""
     x = data()
     rates = {"lr": 0.02, "betas": (0.8, 0.9)}
-    kwargs = {"shuffle": False, "schedule": None, "batch_size": 5, "num_epochs": 2}
+    kwargs = {"shuffle": False, "schedule": None, "average": None, "batch_size": 5}
+    kwargs["num_epochs"] = 2
     result, weights = trained(optim=pyro.optim.Adam(rates), **kwargs)
     world, loss = start()
     svi = SVI(world.model, world.guide, pyro.optim.Adam(rates), loss)
@@ -243,7 +244,9 @@ def test_gradients_are_clipped():
     parameters = list(world.nets["x"].parameters())
     before = [p.detach().clone() for p in parameters]
     make = functools.partial(torch.optim.SGD, lr=1.0)
-    result = quiet(world.model, world.guide, loss, data(), 1, optim=make, clip_norm=0.25)
+    result = quiet(
+        world.model, world.guide, loss, data(), 1, optim=make, clip_norm=0.25, average=None
+    )
     step = torch.cat([(a - b).flatten() for a, b in zip(before, parameters)])
     assert result.history["gradient_norm"][0] > 1.0  # that of the gradient itself
     assert step.norm().item() == pytest.approx(0.25, rel=1e-4)
@@ -404,7 +407,7 @@ def test_checkpoints_are_not_replaced_nor_mistaken(tmp_path):
     with pytest.raises(CheckpointError, match="12 rows in batches of 4, now 12 in batches of 6"):
         trained(num_steps=3, batch_size=6, checkpoint=path, resume=True)
     with pytest.raises(CheckpointError, match="WeightAverage"):
-        trained(num_steps=3, batch_size=4, checkpoint=path, resume=True, average=0.9)
+        trained(num_steps=3, batch_size=4, checkpoint=path, resume=True, average=None)
 
 
 def test_a_patience_that_is_at_its_end_is_at_its_end(tmp_path):

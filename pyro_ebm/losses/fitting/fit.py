@@ -89,7 +89,7 @@ def fit(
     lr: float | None = None,
     schedule: Schedule | None = falling,
     clip_norm: float | None = None,
-    average: float | None = None,
+    average: float | None = 0.99,
     metric: Callable[[], object] | None = None,
     metric_every: int = 100,
     patience: int | None = None,
@@ -123,7 +123,7 @@ def fit(
         optim: an optimiser of ``pyro.optim``, also with rates for each parameter; a class of
             torch's, as ``torch.optim.AdamW``, or a function from parameters to an optimiser; or an
             optimiser of torch, and what it holds is trained. By default Adam.
-        lr: the rate at the start, of Adam or a class; .002 by default.
+        lr: the rate at the start, of Adam or a class; .005 by default.
         schedule: a function from the fraction of the training that is done, in [0, 1], to a factor
             of the rate; a scheduler of torch, stepped at each step; or None for a constant rate. By
             default it falls exponentially to a twentieth (unless the optimiser has a schedule of
@@ -131,9 +131,9 @@ def fit(
         clip_norm: the gradient is shortened to this Euclidean norm, that of all parameters, if it
             is longer. The loss is a sum over the data, and so is its gradient: look at
             ``history["gradient_norm"]`` first.
-        average: the decay :math:`\beta` of the average of the weights, as .999. At the
-            end the weights *are* the averages, and ``metric`` sees them; callbacks see those that
-            are being trained.
+        average: the decay :math:`\beta` of the average of the weights, about the last
+            :math:`1 / (1 - \beta)` steps; None for none. At the end the weights *are* the averages,
+            and ``metric`` sees them; callbacks see those that are being trained.
         metric: a function without arguments whose value is the smaller the better, as the mean
             negative log-likelihood of held-out data. It is evaluated every ``metric_every`` steps
             and after the last, with random numbers of its own, and at the end the weights are

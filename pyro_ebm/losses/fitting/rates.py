@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from pyro_ebm.ops.arguments import check_callable, check_number, shown
 
-DEFAULT_RATE = 2e-3
+DEFAULT_RATE = 5e-3
 
 FINAL_RATE = 0.05
 """What the rate has fallen to at the end, as a part of that at the start."""
