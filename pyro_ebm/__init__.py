@@ -45,6 +45,7 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     NCE                       data against noise; learns log Z too
     RankingNCE                a datum against its noise points; needs no log Z
     FlowNCE                   data against a flow that learns
+    CooperativeTraining       negatives from a flow that learns from them
     datasets                  densities in the plane with exact draws, digits, clothes, Ising spins
     save_training             writes a training to one file
     load_training             reads it, to go on exactly
@@ -75,6 +76,7 @@ from pyro_ebm.distributions import (
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
+    CooperativeTraining,
     DenoisingScoreMatching,
     EnergyDiscrepancy,
     FlowNCE,
@@ -115,6 +117,7 @@ __all__ = [
     "CompositeKernel",
     "ContrastiveDivergence",
     "ConvergenceWarning",
+    "CooperativeTraining",
     "DeepBeliefNetwork",
     "DenoisingScoreMatching",
     "DiscreteLangevinKernel",

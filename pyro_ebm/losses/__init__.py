@@ -11,6 +11,7 @@ from pyro_ebm.losses.contrastive.recovery_likelihood import RecoveryLikelihood
 from pyro_ebm.losses.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.losses.fitting.fit import FitResult, fit
 from pyro_ebm.losses.module import EnergyLossModule
+from pyro_ebm.losses.noise.cooperative import CooperativeTraining
 from pyro_ebm.losses.noise.flow_nce import FlowNCE
 from pyro_ebm.losses.noise.gaussian_noise import gaussian_noise
 from pyro_ebm.losses.noise.nce import NCE
@@ -24,6 +25,7 @@ from pyro_ebm.losses.sites import EnergySite
 __all__ = [
     "NCE",
     "ContrastiveDivergence",
+    "CooperativeTraining",
     "DenoisingScoreMatching",
     "EnergyDiscrepancy",
     "EnergyLoss",

@@ -40,6 +40,7 @@ from pyro_ebm.distributions.flow import FlowDistribution, fit_flow, neural_splin
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
+    CooperativeTraining,
     DenoisingScoreMatching,
     EnergyDiscrepancy,
     EnergyLoss,
@@ -103,6 +104,9 @@ def methods() -> dict[str, Method]:
         # Unadjusted chains at a rate at which they run off but for the term of Du et al. (2021).
         "PCD-10 KL": Method(
             lambda broad: ContrastiveDivergence(UNADJUSTED, **chains, kl_weight=1.0), pace=0.5
+        ),
+        "Cooperative": Method(
+            lambda broad: CooperativeTraining(num_steps=10), pace=0.5, lr=slow, noise="flow"
         ),
         "ScoreMatching": Method(lambda broad: ScoreMatching(), lr=6e-3),
         "Sliced": Method(lambda broad: SlicedScoreMatching(), lr=6e-3),

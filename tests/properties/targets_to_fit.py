@@ -161,6 +161,12 @@ LOSSES = [
         {**PARTICLES, "kernel": None, "num_steps": 1, "energy_penalty": 0.1},
         fit_levels,
     ),
+    Target(
+        "CooperativeTraining",
+        losses.CooperativeTraining,
+        {**PARTICLES, "kernel": None, "num_steps": 1, "energy_penalty": 0.1},
+        fit,
+    ),
     Target("NCE", losses.NCE, NOISE, fit),
     Target("RankingNCE", losses.RankingNCE, NOISE, fit),
     Target(

@@ -169,7 +169,7 @@ def derivatives(case: Case, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
 def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None]:
     """The objective of each row by the definition; None where the row is masked out."""
     x = case.rows(case.x)[0]
-    q = case.normal(attached=name == "flow")
+    q = case.normal(attached=name in ("flow", "cooperative"))
     torch.manual_seed(7)
     if name == "sliced":
         probes = draw_probes("rademacher", (2,), x)
@@ -196,12 +196,15 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
         log_q_noise = q.log_prob(noise).reshape(NOISE_RATIO, -1)
         log_q = q.log_prob(case.x.nan_to_num(0.5)).flatten()
         noise = case.rows(noise)
+    if name == "cooperative":
+        log_q = q.log_prob(seen["negatives"]).flatten()
     terms: list[Tensor | None] = []
     for i, weight in enumerate(case.weights()):
         if weight == 0:
             terms.append(None)
-        elif name == "cd":
-            terms.append(case.log_p(x[i], i) - case.log_p(case.rows(seen["negatives"])[0, i], i))
+        elif name in ("cd", "cooperative"):
+            contrast = case.log_p(x[i], i) - case.log_p(case.rows(seen["negatives"])[0, i], i)
+            terms.append(contrast if name == "cd" else contrast + log_q[i])
         elif name == "denoising":
             moved = (x[i] + 0.2 * xi[i]).requires_grad_()
             s = torch.autograd.grad(case.log_p(moved, i), moved, create_graph=True)[0]
@@ -250,6 +253,7 @@ LOSSES = {
     "discrepancy": lambda: losses.EnergyDiscrepancy(0.16, num_samples=3, stabilization=0.5),
     "dual": lambda: losses.DenoisingScoreMatching(dual=True),
     "recovery": lambda: losses.RecoveryLikelihood(num_steps=2),
+    "cooperative": lambda: losses.CooperativeTraining(num_steps=2),
     "nce": lambda: losses.NCE(noise_ratio=NOISE_RATIO),
     "ranking": lambda: losses.RankingNCE(noise_ratio=NOISE_RATIO),
     "flow": lambda: losses.FlowNCE(noise_ratio=NOISE_RATIO, alternate=None),
@@ -270,7 +274,7 @@ def loss_is_its_definition(name: str, case: Case) -> None:
         return value
 
     loss.energy_term = seeded
-    if name in ("cd", "recovery"):
+    if name in ("cd", "recovery", "cooperative"):
         chains = loss.negatives.run
 
         def watched(*args: Any) -> Negatives:
@@ -300,8 +304,8 @@ def loss_is_its_definition(name: str, case: Case) -> None:
     slopes = torch.autograd.grad(want, parameters)
     for k, (p, slope) in enumerate(zip(parameters, slopes, strict=True)):
         grad = got[k] if got and got[k] is not None else torch.zeros_like(p)
-        # the flow climbs what the energy descends
-        torch.testing.assert_close(grad, -slope if p is case.phi else slope, **tolerance)
+        climbs = name == "flow" and p is case.phi  # what the energy descends
+        torch.testing.assert_close(grad, -slope if climbs else slope, **tolerance)
 
 
 CASES = st.builds(

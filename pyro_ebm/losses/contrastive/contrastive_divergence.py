@@ -29,7 +29,7 @@ from pyro_ebm.files import Saved
 from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.contrastive.chain_watch import ChainWatch
 from pyro_ebm.losses.contrastive.monitor import Monitor
-from pyro_ebm.losses.contrastive.negatives import NegativeSampler
+from pyro_ebm.losses.contrastive.negatives import Negatives, NegativeSampler
 from pyro_ebm.losses.contrastive.sampler_term import sampler_divergence
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.kernels.base import Kernel
@@ -169,7 +169,10 @@ class ContrastiveDivergence(EnergyLoss):
 
     def energy_term(self, site: EnergySite) -> Tensor:
         r""":math:`E(x') - E(x)`, with negatives :math:`x'`, shape ``(*batch)``."""
-        negatives = self.negatives.draw(site, self)
+        return self.contrast(site, self.negatives.draw(site, self))
+
+    def contrast(self, site: EnergySite, negatives: Negatives) -> Tensor:
+        """The term of a site with these negatives, shape ``(*batch)``."""
         energy = negatives.energy
         e_data, e_negatives = site.energy.energy(site.x), energy.energy(negatives.x)
         self.record(

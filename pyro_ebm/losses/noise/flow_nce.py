@@ -34,10 +34,9 @@ from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.files import Saved
 from pyro_ebm.losses.base import LossSettings
 from pyro_ebm.losses.noise.nce import NCE
-from pyro_ebm.losses.noise.noise import Noise
+from pyro_ebm.losses.noise.noise import Noise, refuse_shared
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_number, shown
-from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.leaves import leaves
 from pyro_ebm.ops.score import value_and_grad
 
@@ -147,7 +146,7 @@ class FlowNCE(NCE):
             if self.broad_noise is not None:
                 noise = self._mixed(site, fn, self.broad_noise, noise)
         if site.name not in self._sites_checked:
-            self._refuse_shared(site, noise.log_q_data)
+            refuse_shared(site, noise.log_q_data)
         if self.turn == "energy":
             return noise.detach()
         return Noise(*map(reverse, noise))
@@ -204,17 +203,6 @@ class FlowNCE(NCE):
 
         at_data = mix(noise.log_q_data, broad.log_prob(site.x))
         return Noise(x, mix(log_q, broad.log_prob(x)), at_data)
-
-    def _refuse_shared(self, site: EnergySite, log_q_data: Tensor) -> None:
-        with eval_mode(site.energy.modules):  # in which a spectral norm stays as it is
-            mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
-        for leaf in leaves(log_q_data):
-            if id(leaf) in mine:
-                raise ValueError(
-                    f"site {site.name!r}: the energy and its noise share a parameter of shape"
-                    f" {tuple(leaf.shape)}, which would climb and descend the same objective: give"
-                    " each its own"
-                )
 
     def differentiable_loss(
         self, model: Model, guide: Model, *args: object, **kwargs: object

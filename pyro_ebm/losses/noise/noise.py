@@ -14,6 +14,8 @@ from pyro_ebm.distributions.energy import find_energy
 from pyro_ebm.losses.base import EnergyLoss, LossSettings
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.eval_mode import eval_mode
+from pyro_ebm.ops.leaves import leaves
 
 
 class Noise(NamedTuple):
@@ -58,7 +60,7 @@ class NoiseLoss(EnergyLoss):
 
     def energy_term(self, site: EnergySite) -> Tensor:
         """The log-likelihood of the classification, shape ``(*batch)``."""
-        fn = _checked_noise(site, type(self).__name__)
+        fn = checked_noise(site, type(self).__name__)
         noise = self.noise_of(site, fn)
         self.prepare(site, noise)
         self._sites_checked.add(site.name)
@@ -77,7 +79,7 @@ class NoiseLoss(EnergyLoss):
     def scored(self, site: EnergySite, fn: TorchDistribution, x: Tensor) -> Noise:
         """Points ``(noise_ratio, *batch, *event)`` with the log densities of a noise ``fn``."""
         if site.name not in self._sites_checked:
-            _check_support(fn, site, x)
+            check_support(fn, site, x)
         return Noise(x, log_density(fn, x, site), log_density(fn, site.x, site))
 
 
@@ -101,7 +103,7 @@ def tail_share(site: EnergySite, noise: Noise) -> Tensor:
     return site.mean((noise.log_q_data < tail.amax()).float())
 
 
-def _checked_noise(site: EnergySite, loss: str) -> TorchDistribution:
+def checked_noise(site: EnergySite, loss: str) -> TorchDistribution:
     """The distribution that the guide samples at a site, one for each of its rows.
 
     Raises:
@@ -134,7 +136,7 @@ def _checked_noise(site: EnergySite, loss: str) -> TorchDistribution:
     return fn
 
 
-def _check_support(fn: TorchDistribution, site: EnergySite, noise: Tensor) -> None:
+def check_support(fn: TorchDistribution, site: EnergySite, noise: Tensor) -> None:
     """Raises a ValueError for noise outside the energy's support, or data outside the noise's."""
     if not site.energy.support.check(noise).all():
         raise ValueError(
@@ -167,3 +169,21 @@ def log_density(fn: TorchDistribution, x: Tensor, site: EnergySite) -> Tensor:
             " points: it must cover the data"
         )
     return log_q
+
+
+def refuse_shared(site: EnergySite, log_q: Tensor) -> None:
+    """Raises a ValueError where the energy and its noise, of log density ``log_q``, share a leaf.
+
+    Args:
+        site: the site.
+        log_q: the noise's log density at some points, of any shape.
+    """
+    with eval_mode(site.energy.modules):  # in which a spectral norm stays as it is
+        mine = {id(leaf) for leaf in leaves(site.energy.log_prob(site.x))}
+    for leaf in leaves(log_q):
+        if id(leaf) in mine:
+            raise ValueError(
+                f"site {site.name!r}: the energy and its noise share a parameter of shape"
+                f" {tuple(leaf.shape)}, which both would train, each for an end of its own: give"
+                " each its own"
+            )
