@@ -89,6 +89,7 @@ class Method:
     """Of a noise-conditional energy, which has a network of its own, and averaged weights."""
 
 
+WIDTH = 1.5  # of the base, in spreads of the data
 LADDER = geometric_ladder(4.0, 0.02, 40)
 COARSE = geometric_ladder(4.0, 0.03, 8)
 UNADJUSTED = LangevinKernel(adjusted=False, step_size=0.02)
@@ -100,6 +101,13 @@ def methods() -> dict[str, Method]:
     return {
         "CD-1": Method(lambda broad: ContrastiveDivergence(num_steps=1), lr=slow),
         "CD-10": Method(lambda broad: ContrastiveDivergence(num_steps=10), pace=0.5, lr=slow),
+        "CD-10 short": Method(
+            lambda broad: ContrastiveDivergence(
+                LangevinKernel.short_run(broad, 0.005 / WIDTH**2), num_steps=10
+            ),
+            pace=0.5,
+            lr=slow,
+        ),
         "PCD-10": Method(lambda broad: ContrastiveDivergence(**chains), pace=0.5, lr=slow),
         # Unadjusted chains at a rate at which they run off but for the term of Du et al. (2021).
         "PCD-10 KL": Method(
@@ -170,7 +178,7 @@ def fit(name: str, method_name: str, steps: int, points: int, seed: int, warm_up
     toy, method = TOY_SETS[name], methods()[method_name]
     steps = max(int(method.pace * steps), 1)
     some = toy.draw(5000)
-    base = gaussian_noise(some, width=1.5, full_covariance=False)
+    base = gaussian_noise(some, width=WIDTH, full_covariance=False)
     net: Any = MLPEnergy(2, hidden=(128, 128))
     if method.levels:
         net = NoiseConditionalMLP(2, spread=float(some.std()))

@@ -295,3 +295,14 @@ def test_unadjusted_steps_that_miss_a_part_of_the_density_are_noticed(chains):
         draws(True, adjusted=False)
     draws(False, adjusted=False)  # no warning
     draws(True)  # slow, and right
+
+
+def test_short_runs_step_by_the_scale_of_the_data():
+    x = torch.tensor([1.0, 3.0]) * torch.randn(100_000, 2)
+    for points in (x, dist.Normal(torch.zeros(2), torch.tensor([1.0, 3.0])).to_event(1)):
+        kernel = LangevinKernel.short_run(points, 0.1, temperature=0.5)
+        # 0.1 (1 + 9) / 2; the variance of the estimate of sigma^2 is 2 sigma^4 / n
+        assert abs(kernel.step_size - 0.5) < 0.1 * 5 * (2 * (1 + 81) / 4 / len(x)) ** 0.5
+        assert (kernel.adjusted, kernel.adapt_step_size, kernel.temperature) == (False, False, 0.5)
+    with pytest.raises(ValueError, match="positive and finite variance, got 0"):
+        LangevinKernel.short_run(torch.ones(1, 3))
