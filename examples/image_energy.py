@@ -95,9 +95,12 @@ class NoisyConv(nn.Module):
 
     def __init__(self, shape, channels):
         super().__init__()
-        height, width = shape
-        # from 28 to 14 and 7; from 8 to 4
-        strides = [1, 2, 2, 1] if height > 8 else [1, 2, 1]
+        size = torch.tensor(shape)
+        strides = [1]
+        while size.max() > 4:  # from 28 to 14, 7 and 4; from 8 to 4
+            size = (size + 1) // 2
+            strides.append(2)
+        strides.append(1)  # its outputs see all of the image
         widths = [1, *(channels * min(2**i, 4) for i in range(len(strides)))]
         convs = [
             nn.Conv2d(before, after, 3, stride, padding=1)
@@ -110,7 +113,7 @@ class NoisyConv(nn.Module):
             nn.init.zeros_(modulation.bias)
         self.convs, self.modulations = nn.ModuleList(convs), nn.ModuleList(modulations)
         self.level = nn.Sequential(nn.Linear(33, 64), nn.SiLU())
-        self.last = nn.Linear(widths[-1] * height * width // math.prod(strides) ** 2, 1)
+        self.last = nn.Linear(widths[-1] * int(size.prod()), 1)
         self.register_buffer("frequencies", torch.randn(16))
 
     def forward(self, x, sigma):
@@ -182,10 +185,11 @@ class Film:
 
     def add(self, density):
         x = self.images.pixels(draws(density, 24))
+        x = F.pad(x, (1, 1, 1, 1))
         height, width = x.shape[1:]
         sheet = x.reshape(4, 6, height, width).transpose(1, 2).reshape(4 * height, 6 * width)
         frame = Image.fromarray((255 * (1 - sheet)).byte().numpy())
-        scale = 56 // height
+        scale = 70 // height
         self.frames.append(
             frame.resize((scale * frame.width, scale * frame.height), Image.Resampling.NEAREST)
         )
@@ -208,14 +212,17 @@ def inpaint(density, seen, num_chains, num_samples):
             x = pyro.sample("x", density)
             pyro.sample("seen", dist.Normal(x[..., :top, :], SMALL).to_event(2), obs=seen)
 
-    def posterior(x, sigma):  # the same at every level
-        misfit = (x[..., :top, :] - seen).square().sum((-1, -2)) / (2 * sigma.square())
-        return density.at(sigma).energy(x) + misfit
+    noise = torch.randn(num_chains, *seen.shape)  # which a chain sees at every level
+
+    def lower_energy(lower, sigma):
+        upper = (seen + sigma[..., None, None] * noise).expand_as(lower)
+        return density.at(sigma).energy(torch.cat([upper, lower], -2))
 
     levels = noise_conditional(
-        posterior, LADDER, event_shape=density.event_shape, batch_shape=(len(seen),)
+        lower_energy, LADDER, event_shape=seen.shape[1:], batch_shape=noise.shape[:2]
     )
-    starts = annealed_langevin(levels, levels.starting_points((num_chains,)), 10)
+    (lower,) = annealed_langevin(levels, levels.starting_points((1,)))
+    starts = torch.cat([seen + SMALL * noise, lower], -2)
     mcmc = MCMC(
         ChEESKernel(model), num_samples, num_chains=num_chains, initial_params={"x": starts},
         disable_progbar=True, check_convergence=False,
@@ -263,9 +270,6 @@ def anomaly_scores(density, images):
     def norm(p):
         return lambda x: p.score(x).flatten(1).norm(dim=-1)
 
-    def all_norms(x):
-        return sum((s * density.at(s).score(x).flatten(1)).square().sum(-1) for s in LADDER[::2])
-
     energy = in_parts(energy)
     typical = energy(images.train[:1000]).mean()
     train = images.train.flatten(1)
@@ -275,7 +279,6 @@ def anomaly_scores(density, images):
         "typicality": lambda x: (energy(x) - typical).abs(),
         "score norm": in_parts(norm(density)),
         "score norm, sigma 1": in_parts(norm(density.at(1.0))),
-        "score norms, all levels": in_parts(all_norms),
         "nearest neighbour": in_parts(lambda x: torch.cdist(x.flatten(1), train).min(1).values),
         "isolation forest": lambda x: torch.tensor(-forest.score_samples(x.flatten(1).numpy())),
     }
