@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +112,10 @@ def _idx(folder: Path, name: str) -> Tensor:
             f"fashion_mnist() finds no {name}.gz in {str(folder)!r}. On Debian: apt install"
             ' dataset-fashion-mnist, and fashion_mnist("/usr/share/datasets/fashion-mnist")'
         )
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error})") from error
     axes = int(name.split("idx")[1][0])
     start = 4 + 4 * axes
     shape = [int.from_bytes(data[i : i + 4]) for i in range(4, start, 4)]

@@ -26,17 +26,31 @@ Reference:
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_ebm.distributions.core.introspection import name_of_function
+from pyro_ebm.distributions.core.sampler import ChainKernel
+from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.arguments import check_callable, check_count, check_number, shown
 
 NoisyEnergy = Callable[[Tensor, Tensor], Tensor]
+
+
+class LevelSettings(TypedDict, total=False):
+    """What all levels share, of :class:`~pyro_ebm.UnnormalizedEnergy`."""
+
+    event_shape: torch.Size | tuple[int, ...] | None
+    batch_shape: torch.Size | tuple[int, ...] | None
+    base: TorchDistribution | None
+    kernel: ChainKernel | None
+    num_steps: int
+    validate_args: bool | None
 
 
 def geometric_ladder(largest: float, smallest: float, num_levels: int) -> tuple[float, ...]:
@@ -64,7 +78,7 @@ def geometric_ladder(largest: float, smallest: float, num_levels: int) -> tuple[
 
 
 def noise_conditional(
-    energy: NoisyEnergy, sigmas: Iterable[float], **kwargs: Any
+    energy: NoisyEnergy, sigmas: Iterable[float], **kwargs: Unpack[LevelSettings]
 ) -> UnnormalizedEnergy:
     r"""A density at every noise level of a ladder.
 
@@ -88,7 +102,8 @@ def noise_conditional(
             chains start from :math:`N(0, \sigma_{\max}^2 I)`.
 
     Raises:
-        ValueError: for levels that are not positive, or arguments that the energy does not take.
+        ValueError: for levels that are not positive, or a base that is not on the reals.
+        TypeError: for other settings: log Z is another at each level.
 
     Reference:
         Song and Ermon (2019), Generative modeling by estimating gradients of the data distribution.
@@ -114,8 +129,15 @@ def noise_conditional(
         ) from error
     if not levels or not all(0 < sigma < math.inf for sigma in levels):
         raise ValueError(f"sigmas must be positive and finite, got {shown(sigmas)}")
-    p = _level(energy, kwargs, levels[-1])
-    p.sigmas, p._at = tuple(levels), partial(_level, energy, kwargs)
+    if others := sorted(set(kwargs) - set(LevelSettings.__annotations__)):
+        raise TypeError(
+            f"noise_conditional takes no {', '.join(others)}: all levels are on the reals, each"
+            " with a log Z of its own (p.normalized(log_z) holds that of the smallest)"
+        )
+    p = _level(energy, dict(kwargs), levels[-1])
+    if not is_unbounded(p.support):
+        raise ValueError(f"noise leads out of the support {p.support} of the base: use the reals")
+    p.sigmas, p._at = tuple(levels), partial(_level, energy, dict(kwargs))
     if p.base is None:
         wide = dist.Normal(p.like.new_zeros(p.event_shape), levels[0])
         p.starts = UnnormalizedEnergy(_Zero(p.event_dim), base=wide.to_event(p.event_dim))

@@ -12,6 +12,7 @@ ordinary term, so that plates, scales, masks, latents and guides mean what they 
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self, TypedDict
@@ -104,6 +105,8 @@ class EnergyLoss(Trace_ELBO):
 
     needs_noise = False
     """Whether the guide must have a distribution, the noise, at the observed energy sites."""
+    trains_levels = False
+    """Whether it trains all levels of a noise-conditional energy."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """A loss; a model and a guide are arguments of the loss, and not of its class."""
@@ -284,6 +287,13 @@ class EnergyLoss(Trace_ELBO):
 
     def _own_term(self, site: EnergySite) -> Tensor:
         """The method's term, shape ``(*batch)``."""
+        if len(site.energy.sigmas) > 1 and not self.trains_levels and self.steps_taken == 0:
+            warnings.warn(
+                f"site {site.name!r}: {type(self).__name__} trains the smallest noise level of"
+                " the energy alone, and sample() comes down all of them. Train them by"
+                " DenoisingScoreMatching or RecoveryLikelihood, or give the site p.at(sigma)",
+                stacklevel=2,
+            )
         try:
             term = self.energy_term(site) if site.is_observed else self.latent_term(site)
         except (RuntimeError, ValueError):

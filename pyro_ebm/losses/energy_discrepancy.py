@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_ebm.distributions.core.discrete import spin
 from pyro_ebm.distributions.core.introspection import elementwise
 from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.losses.base import EnergyLoss, LossSettings
@@ -36,11 +37,11 @@ class EnergyDiscrepancy(EnergyLoss):
     .. math:: J = \log \Big( \frac wM + \frac1M \sum_{j=1}^M e^{E(x) - E(x'_j)} \Big), \qquad
               x'_j = x + \sqrt t\, (\xi + \xi'_j), \quad \xi, \xi'_j \sim N(0, I)
 
-    On the reals the diffusion is Brownian motion. On 0 and 1 each element flips at rate 1, and so
-    it is flipped with probability :math:`(1 - e^{-2t}) / 2`: an infinite time forgets the datum and
-    is maximum likelihood, with :math:`\log Z` from :math:`M` uniform points. With few points the
-    mean over them is biased, which :math:`w` makes up for in part: it bounds the variance where no
-    point has a low energy.
+    On the reals the diffusion is Brownian motion. Of two values, 0 and 1 or the -1 and 1 of spins,
+    each element flips at rate 1, and so it is flipped with probability
+    :math:`(1 - e^{-2t}) / 2`: an infinite time forgets the datum and is maximum likelihood, with
+    :math:`\log Z` from :math:`M` uniform points. With few points the mean over them is biased,
+    which :math:`w` makes up for in part: it bounds the variance where no point has a low energy.
 
     Args:
         time: :math:`t`, on the reals in the squared units of the data. :math:`\sqrt{2t}` should
@@ -50,7 +51,7 @@ class EnergyDiscrepancy(EnergyLoss):
         **kwargs: those of :class:`~pyro_ebm.losses.EnergyLoss`, such as ``num_particles``.
 
     Raises:
-        ValueError: for numbers out of range, or a support other than the reals or 0 and 1.
+        ValueError: for numbers out of range, or a support other than the reals, 0 and 1, or spins.
 
     Example:
         >>> def model(x):
@@ -97,12 +98,14 @@ class EnergyDiscrepancy(EnergyLoss):
         support = site.energy.support
         if is_unbounded(support) and math.isfinite(self.time):
             return x + math.sqrt(self.time) * torch.randn_like(x)
-        if isinstance(elementwise(support), type(constraints.boolean)):
+        binary = isinstance(elementwise(support), type(constraints.boolean))
+        if binary or isinstance(elementwise(support), type(spin)):
             flips = torch.rand(x.shape, device=x.device) < -math.expm1(-2 * self.time) / 2
-            return torch.where(flips, x.logical_not().to(x.dtype), x)
+            return torch.where(flips, x.logical_not().to(x.dtype) if binary else -x, x)
         if is_unbounded(support):
-            raise ValueError(f"site {site.name!r}: an infinite time is for data of 0 and 1")
+            raise ValueError(f"site {site.name!r}: an infinite time is for data of two values")
         raise ValueError(
             f"site {site.name!r}: a diffusion would leave the support {support}. Use"
-            " ContrastiveDivergence or NCE, or transform the data to the reals"
+            " ContrastiveDivergence"
+            + ("" if support.is_discrete else " or NCE, or transform the data to the reals")
         )

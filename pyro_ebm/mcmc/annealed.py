@@ -26,6 +26,7 @@ Reference:
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.kernels.transition import check_positive
@@ -51,14 +52,16 @@ def annealed_langevin(
         p: a noise-conditional energy (:func:`~pyro_ebm.noise_conditional`), or a product of some.
         x: where chains start, shape ``(n, *batch, *event)``.
         steps_per_level: transitions at each level.
-        step_size: :math:`c`; stable below 2 where the data add no curvature.
+        step_size: :math:`c`; stable below 2 where the data add no curvature. (Of a tempered energy
+            or a product it is divided by the sum of the coefficients.)
         adjusted: whether transitions are accepted or rejected at their level.
 
     Returns:
         Points, the shape of ``x``.
 
     Raises:
-        ValueError: if the energy has no noise levels, or points are not finite.
+        ValueError: if the energy has no noise levels or a constrained support, or points are not
+            finite.
 
     Example:
         >>> from pyro_ebm.distributions import noise_conditional
@@ -75,14 +78,21 @@ def annealed_langevin(
         raise ValueError(
             f"p must have noise levels, as noise_conditional(energy, sigmas) does, got {shown(p)}"
         )
+    if not is_unbounded(p.support):
+        raise ValueError(
+            f"noise leads out of the support {p.support}: annealed_langevin is for the reals. Start"
+            " chains at p.starting_points(), and move them by a kernel at the smallest level"
+        )
     x = p.broadcast(x)
     if not (x.is_floating_point() and x.isfinite().all()):
         raise ValueError(f"x must be finite floating points, got {shown(x)}")
+    # the curvature of beta E, or of a sum, is as many times that of one
+    strength = max(1.0, sum(float(torch.as_tensor(c).abs().max()) for c, _ in p.terms))
     before, grad = 0.0, x
     for sigma in p.sigmas:
         potential = EnergyPotential(p.at(sigma), like=x)
         kernel = LangevinKernel(
-            step_size=step_size * sigma**2, adjusted=adjusted, adapt_step_size=False
+            step_size=step_size * sigma**2 / strength, adjusted=adjusted, adapt_step_size=False
         )
         kernel.checks_potential = False
         kernel.bind(potential, warmup_steps=0)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
+from pyro_ebm.distributions.core.supports import is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.annealed import annealed_langevin
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel, refuse_temperature
@@ -64,7 +65,7 @@ def short_run(
 ) -> tuple[Tensor, ChainDiagnostics]:
     """Runs ``sample_shape`` x ``batch_shape`` chains of ``energy.num_steps`` transitions.
 
-    Those of a noise-conditional energy come down its noise levels before.
+    Those of a noise-conditional energy on the reals come down its noise levels before.
 
     Args:
         energy: what to draw from.
@@ -95,7 +96,7 @@ def short_run(
     kernel.planned_steps = steps
     kernel.bind(potential, warmup_steps=steps // 2)
     z = potential.initial(n * potential.targets)
-    if energy.sigmas:
+    if energy.sigmas and is_unbounded(energy.support):
         z = potential.to_position(annealed_langevin(energy, potential.to_points(z)))
     state = kernel.init(z)
     history, accept = [], torch.zeros_like(state.potential)

@@ -192,3 +192,11 @@ def test_a_site_in_a_model():
             return pyro.sample("x", p)
 
     assert model().shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["log_normalizer", "support", "constant_normalizer"])
+def test_settings_that_would_differ_between_levels_are_refused(name):
+    with pytest.raises(TypeError, match=f"noise_conditional takes no {name}"):
+        noise_conditional(lambda x, sigma: x, LADDER, **{name: 1.0})
+    with pytest.raises(ValueError, match="noise leads out of the support"):
+        noise_conditional(lambda x, sigma: x, LADDER, base=dist.HalfNormal(1.0))

@@ -195,7 +195,7 @@ def test_it_goes_on_exactly_after_loading():
 
 def test_without_groups_the_way_out_is_named():
     loss = ContrastiveDivergence(persistent=True)
-    with pytest.raises(ValueError, match=r"'x' is conditional.*Use chains_by=, the name of a site"):
+    with pytest.raises(ValueError, match=r"'x' is conditional.*Name by chains_by= a site"):
         step(loss, torch.randn(4), torch.arange(4), torch.randn(4))
 
 
@@ -232,3 +232,28 @@ def test_settings():
     with pytest.raises(ValueError, match="chains_by must be the name of a site, got 3"):
         ContrastiveDivergence(persistent=True, chains_by=3)
     assert "persistent=True, chains_by='group'" in repr(by_group())
+
+
+def test_masked_rows_belong_to_no_group():
+    group, mask = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, True, True, True, False])
+    loss = by_group()
+    step(loss, torch.zeros(5), group, 3.0 * group, 5, mask)
+    step(by_group(), torch.zeros(5), group, 3.0 * group, 5, torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="of one group of chains_by have different densities"):
+        step(by_group(), torch.zeros(5), group, torch.arange(5.0), 5, mask)
+
+
+def test_no_chain_is_augmented_before_it_starts():
+    sizes = []
+    loss = by_group(augmentation=lambda x: sizes.append(len(x)) or x.double())
+    for _ in range(4):
+        step(loss, torch.zeros(3), torch.tensor([0, 1, 1]))
+    assert sizes
+    assert min(sizes) > 0
+
+
+def test_chains_of_groups_and_of_one_density_are_not_mistaken():
+    loss = by_group()
+    step(loss, torch.zeros(3), torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="are of groups, and this loss has chains_by=None"):
+        ContrastiveDivergence(persistent=True).load_state_dict(loss.state_dict())

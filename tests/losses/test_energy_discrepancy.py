@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm.distributions import UnnormalizedEnergy
+from pyro_ebm.distributions.core.discrete import spin
 from pyro_ebm.losses import EnergyDiscrepancy, ScoreMatching
 from tests.statistics import assert_mean_of_rows
 
@@ -116,6 +117,19 @@ def test_flips_of_bits_are_enumerated(time):
     assert_mean_of_rows(gradients(EnergyDiscrepancy(time, 2), model, x, 4000), want)
 
 
+def test_spins_flip_as_bits_do():
+    found = {}
+    for support, of_bits in ((constraints.boolean, lambda x: x), (spin, lambda s: (s + 1) / 2)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = model_of(lambda t, x, of_bits=of_bits: t * of_bits(x), 0.5, support=support)
+        x = torch.tensor([0.0, 1.0, 1.0])
+        x = x if support is constraints.boolean else 2 * x - 1
+        EnergyDiscrepancy().loss_and_grads(model, no_guide, x)
+        found[support] = pyro.param("t").grad
+    torch.testing.assert_close(found[spin], found[constraints.boolean])
+
+
 def test_data_that_are_integers_or_truths_flip_too():
     for dtype in (torch.long, torch.bool):
         pyro.clear_param_store()
@@ -149,5 +163,5 @@ def test_other_supports_are_refused(support):
 
 
 def test_an_infinite_time_is_for_bits():
-    with pytest.raises(ValueError, match=r"'x': an infinite time is for data of 0 and 1"):
+    with pytest.raises(ValueError, match=r"'x': an infinite time is for data of two values"):
         EnergyDiscrepancy(math.inf).loss_and_grads(model_of(gaussian, 1.0), no_guide, torch.ones(2))

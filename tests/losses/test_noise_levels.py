@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer import SVI
 
 from pyro_ebm import UnnormalizedEnergy, geometric_ladder, noise_conditional
-from pyro_ebm.losses import DenoisingScoreMatching, RecoveryLikelihood
+from pyro_ebm.losses import DenoisingScoreMatching, RecoveryLikelihood, ScoreMatching
 from pyro_ebm.mcmc import LangevinKernel
 from tests.statistics import SIGMAS, assert_mean_of_rows
 
@@ -236,3 +236,23 @@ def test_an_energy_without_levels_is_refused(loss, message):
 
     with pytest.raises(ValueError, match=message):
         loss.loss_and_grads(model, no_guide, torch.randn(5))
+
+
+def test_a_loss_of_one_level_says_so_once():
+    def model(x):
+        t = pyro.param("t", torch.ones(()))
+        p = noise_conditional(lambda x, sigma: t * x**2, LADDER)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", p, obs=x)
+
+    loss = ScoreMatching()
+    with pytest.warns(UserWarning, match="'x': ScoreMatching trains the smallest noise level"):
+        loss.loss_and_grads(model, no_guide, torch.randn(4))
+    loss.loss_and_grads(model, no_guide, torch.randn(4))  # warnings are errors here
+    DenoisingScoreMatching().loss_and_grads(model, no_guide, torch.randn(4))
+    RecoveryLikelihood().loss_and_grads(model, no_guide, torch.randn(4))
+
+
+def test_the_chains_of_a_recovery_likelihood_are_its_own():
+    with pytest.raises(TypeError, match="RecoveryLikelihood takes no num_chains, persistent"):
+        RecoveryLikelihood(persistent=True, num_chains=7)

@@ -93,7 +93,8 @@ def test_a_weight_of_minus_one_is_hinton_s_objective():
 
 def test_a_temperature_is_that_of_the_step():
     contrast = (VARIANCE - after_a_step(PRECISION, 0.2)) / 2
-    sampler = derivative(lambda lam: divergence(after_a_step(lam, 0.2), PRECISION))
+    # from the density that the chains leave invariant, of the precision lam / T
+    sampler = derivative(lambda lam: divergence(after_a_step(lam, 0.2), PRECISION / 0.2))
     found = slopes(2, kl_weight=1.0, temperature=0.2)
     assert_mean_of_rows(found, contrast + sampler)
 

@@ -93,3 +93,26 @@ def test_an_energy_without_levels_is_refused():
     p = UnnormalizedEnergy(torch.square)
     with pytest.raises(ValueError, match=r"p must have noise levels.*noise_conditional"):
         annealed_langevin(p, torch.randn(3))
+
+
+def test_a_product_with_a_density_on_a_half_line_is_drawn_without_the_levels():
+    # N(1, 1) on the half-line with a half-normal: N(.5, .5) above 0
+    def energy(x, sigma):
+        return (x - 1).square() / (1 + sigma**2) / 2
+
+    p = noise_conditional(energy, geometric_ladder(4.0, 0.01, 20))
+    above = product(p, dist.HalfNormal(1.0))
+    x, diagnostics = above.sample_with_diagnostics((2000,))
+    exact = dist.Normal(0.5, 0.5**0.5)
+    tail = 1 - exact.cdf(torch.tensor(0.0))
+    mean = 0.5 + 0.5 * exact.log_prob(torch.tensor(0.0)).exp() / tail
+    assert (x.mean() - mean).abs() < SIGMAS * 0.5 / 2000**0.5
+    assert diagnostics.r_hat < 1.1
+    with pytest.raises(ValueError, match="noise leads out of the support"):
+        annealed_langevin(above, x)
+
+
+def test_the_levels_of_a_steep_energy_are_walked_in_small_steps():
+    p = noise_conditional(two_modes, geometric_ladder(12.0, 0.5, 20))
+    x = annealed_langevin(p.tempered(400.0), p.starting_points((500,)))
+    assert x.abs().max() < 8

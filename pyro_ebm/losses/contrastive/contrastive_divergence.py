@@ -215,6 +215,12 @@ class ContrastiveDivergence(EnergyLoss):
 
     def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
+        grouped = self.negatives.chains_by is not None
+        if state["chains"] and bool(state["started"]) != grouped:
+            raise ValueError(
+                f"the chains that are loaded are of {'one density' if grouped else 'groups'}, and"
+                f" this loss has chains_by={self.negatives.chains_by!r}"
+            )
         self.monitor.load_state_dict(state)
         self.watch.load_state_dict(state["watch"])
         if "kernels" in state:  # older files do not have it

@@ -247,7 +247,7 @@ class NegativeSampler:
             goes_on = goes_on & (torch.rand(len(rows), device=rows.device) >= self.restart_prob)
         start = site.energy.starting_points().to(site.x).reshape(-1, *event)
         going = chains[slots]
-        if self.augmentation is not None:
+        if self.augmentation is not None and goes_on.any():
             going[goes_on] = self._augmented(going[goes_on], site.energy, name)
         start[rows[goes_on]] = going[goes_on]
         negatives = self.run(site, site.energy, start.reshape(site.x.shape), loss)
@@ -288,7 +288,7 @@ class NegativeSampler:
         moved = self.augmentation(chains.clone())
         same = isinstance(moved, Tensor) and moved.shape == chains.shape
         if same and moved.isfinite().all() and energy.support.check(moved).all():
-            return moved.detach()
+            return moved.detach().to(chains)
         raise ValueError(
             f"augmentation turned the chains of site {name!r}, of shape {tuple(chains.shape)} on"
             f" {energy.support}, into {shown(moved)}: it must return points of that shape and"
@@ -342,9 +342,9 @@ def _refuse_conditional(site: EnergySite, groups: Tensor | None = None) -> None:
         raise ValueError(
             f"the energy of site {site.name!r} is conditional: its rows"
             f"{'' if groups is None else ' of one group of chains_by'} have different densities,"
-            " and a persistent chain would belong to no row in the next minibatch. Use"
-            " chains_by=, the name of a site with the class or the index of each row, which has"
-            " chains of its own then; or persistent=False with more num_steps"
+            " and a persistent chain would belong to no row in the next minibatch. Name by"
+            " chains_by= a site whose value says which rows have one density, as the class or the"
+            " index of each row; or use persistent=False with more num_steps"
         )
 
 
@@ -363,11 +363,16 @@ def rows_differ(site: EnergySite, groups: Tensor | None = None) -> bool:
     with eval_mode(site.energy.modules):
         energies = -site.energy.unnormalized_log_prob(point.expand(site.x.shape).clone())
     first = torch.zeros((), dtype=torch.long, device=energies.device)
+    mask = None if groups is None else site.mask
     if groups is not None:
+        if mask is not None:  # rows without data are a group of their own
+            groups = torch.where(mask, groups, groups.max() + 1)
         _, of_row = groups.flatten().unique(return_inverse=True)
         order = of_row.argsort(stable=True)
         first = order[torch.searchsorted(of_row[order], of_row)].reshape(energies.shape)
     apart = energies - energies.flatten()[first]
+    if mask is not None:
+        apart = torch.where(mask, apart, 0.0)
     if (apart.abs() > 1e-4 + 1e-3 * energies.abs().max()).any():
         return True
     parameters = list(leaves(energies))

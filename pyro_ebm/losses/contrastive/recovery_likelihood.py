@@ -82,6 +82,8 @@ class RecoveryLikelihood(ContrastiveDivergence):
         True
     """
 
+    trains_levels = True
+
     def __init__(
         self,
         kernel: Kernel | None = None,
@@ -89,6 +91,11 @@ class RecoveryLikelihood(ContrastiveDivergence):
         energy_penalty: float = 0.0,
         **kwargs: Unpack[LossSettings],
     ):
+        if others := sorted(set(kwargs) - set(LossSettings.__annotations__)):
+            raise TypeError(
+                f"RecoveryLikelihood takes no {', '.join(others)}: each row's chain starts at the"
+                " noisier row, and follows a density of its own"
+            )
         super().__init__(kernel, num_steps, energy_penalty=energy_penalty, **kwargs)
         self.negatives = _FromTheNoisier(kernel, num_steps)
 

@@ -5,9 +5,10 @@ The negatives of :math:`q_\theta`, the law of chains whose last Langevin step is
 .. math:: x' = x - \varepsilon \nabla U_\theta(x) + \sqrt{2 \varepsilon T}\, \xi,
 
 move with the parameters too. With :math:`\bar\theta` held fixed, their divergence from the model
+at that temperature,
 
 .. math:: KL(q_\theta \,\|\, p_{\bar\theta})
-          = \mathbb E_{q_\theta}\, U_{\bar\theta}(x') - H(q_\theta) + \log Z
+          = \mathbb E_{q_\theta}\, U_{\bar\theta}(x') / T - H(q_\theta) + \log Z
 
 has a gradient through :math:`x'`, for which the last step alone is differentiated. The entropy of
 :math:`C` chains in :math:`d` dimensions is estimated from the distance :math:`\rho_c` of each to
@@ -80,7 +81,7 @@ def sampler_divergence(site: EnergySite, negatives: Negatives, loss: EnergyLoss)
         x, there = x[rows], there[rows]
     if len(x) < 2:
         return x.new_zeros(())
-    divergence = -(there * x).sum(-1).mean() - width * log_distances(x).mean()
+    divergence = -(there * x).sum(-1).mean() / last.temperature - width * log_distances(x).mean()
     return divergence - divergence.detach()
 
 

@@ -70,6 +70,8 @@ class DenoisingScoreMatching(EnergyLoss):
         >>> loss = DenoisingScoreMatching(sigma=[0.1, 0.3, 1.0])
     """
 
+    trains_levels = True
+
     def __init__(
         self,
         sigma: float | Sequence[float] | None = None,

@@ -14,8 +14,9 @@ def nan_where_singular(
 ) -> tuple[Tensor, ...]:
     """Calls a batched function that may meet a singular matrix: NaN for the chains that do.
 
-    torch raises for the whole batch, and names a matrix of it: the chain of that place is tried
-    alone, or, where torch names none, each half of the chains. Those to blame get a potential of
+    torch raises for the whole batch, and names the first matrix to blame: the chain of that place
+    is tried alone, those before it together, and those after it, or all where torch names none, in
+    halves. Those to blame get a potential of
     NaN, which is never accepted, and a gradient of 0, so that a trajectory goes straight on; the
     others get what they would have got anyway.
 
@@ -40,7 +41,10 @@ def nan_where_singular(
             return z.new_full(z.shape[:1], torch.nan), torch.zeros_like(z)
         named = _NAMED.search(str(error))
     row = int(named[1]) // targets if named else rows
-    sizes = [row, 1, rows - row - 1] if row < rows else [(rows + 1) // 2, rows // 2]
+    rest = rows - row - 1 if row < rows else rows
+    sizes = [(rest + 1) // 2, rest // 2]
+    if row < rows:
+        sizes = [row, 1, *sizes]
     split = [part for part in z.split([n * targets for n in sizes]) if len(part)]
     parts = [nan_where_singular(function, part, targets) for part in split]
     return tuple(torch.cat(part) for part in zip(*parts, strict=False))

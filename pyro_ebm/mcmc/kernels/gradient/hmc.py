@@ -320,7 +320,7 @@ class ChEESKernel(TransitionKernel):
     def _halves_steps(self) -> bool:
         """Whether this transition takes twice as many steps of half the size."""
         shared = self.adapt_step_size and not self.adaptation.own_step_sizes
-        return shared and self._steps % HALVED_EVERY == 0
+        return shared and self._steps % HALVED_EVERY == HALVED_EVERY - 1
 
     @property
     def _learns(self) -> bool:
