@@ -55,7 +55,7 @@ EXAMPLES = {
         ["Area under the ROC curve", "anomaly.png"],
     ),
     "image_energy.py": (
-        "--num-steps 3 --frames 2 --num-chains 4 --num-samples 5 --output image.png",
+        "--num-steps 3 --frames 2 --num-images 6 --num-samples 5 --output image.png",
         ["image.png", "image.gif"],
         ["spread of the draws", "Mean squared error", "Area under the ROC curve", "image.png"],
     ),
