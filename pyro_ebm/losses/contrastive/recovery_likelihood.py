@@ -21,6 +21,7 @@ Reference:
 """
 
 import dataclasses
+import inspect
 from typing import Unpack
 
 import pyro.distributions as dist
@@ -91,7 +92,8 @@ class RecoveryLikelihood(ContrastiveDivergence):
         energy_penalty: float = 0.0,
         **kwargs: Unpack[LossSettings],
     ):
-        if others := sorted(set(kwargs) - set(LossSettings.__annotations__)):
+        of_contrastive = set(inspect.signature(ContrastiveDivergence).parameters)
+        if others := sorted(of_contrastive & set(kwargs)):
             raise TypeError(
                 f"RecoveryLikelihood takes no {', '.join(others)}: each row's chain starts at the"
                 " noisier row, and follows a density of its own"
