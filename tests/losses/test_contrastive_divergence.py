@@ -363,6 +363,7 @@ def test_data_on_the_boundary():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:site 'x'. the step size of the chains")  # a constant rate
 def test_20_000_steps_of_persistent_chains_neither_explode_nor_collapse():
     torch.manual_seed(0)
     angles = torch.arange(8) * (2 * math.pi / 8)
