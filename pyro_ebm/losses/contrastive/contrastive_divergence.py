@@ -215,19 +215,19 @@ class ContrastiveDivergence(EnergyLoss):
 
     def load_state_dict(self, state: Saved) -> None:
         """Takes back what :meth:`state_dict` gave."""
-        grouped = self.negatives.chains_by is not None
-        if state["chains"] and bool(state["started"]) != grouped:
+        grouped, started = self.negatives.chains_by is not None, state.get("started", {})
+        if state["chains"] and bool(started) != grouped:
             raise ValueError(
                 f"the chains that are loaded are of {'one density' if grouped else 'groups'}, and"
                 f" this loss has chains_by={self.negatives.chains_by!r}"
             )
         self.monitor.load_state_dict(state)
         self.watch.load_state_dict(state["watch"])
-        if "kernels" in state:  # older files do not have it
+        if "kernels" in state:  # older files have neither
             self.negatives.kept.load_state_dict(state["kernels"])
         for mine, saved in (
             (self.chains, state["chains"]),
-            (self.negatives.started, state["started"]),
+            (self.negatives.started, started),
             (self.step_sizes, state["step_sizes"]),
         ):
             mine.clear()

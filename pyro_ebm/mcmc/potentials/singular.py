@@ -16,9 +16,8 @@ def nan_where_singular(
 
     torch raises for the whole batch, and names the first matrix to blame: the chain of that place
     is tried alone, those before it together, and those after it, or all where torch names none, in
-    halves. Those to blame get a potential of
-    NaN, which is never accepted, and a gradient of 0, so that a trajectory goes straight on; the
-    others get what they would have got anyway.
+    halves. Those to blame get a potential of NaN, which is never accepted, and a gradient of 0, so
+    that a trajectory goes straight on; the others get what they would have got anyway.
 
     Args:
         function: maps positions to potentials, or to potentials and gradients.
