@@ -154,9 +154,9 @@ def test_a_million_transitions(tmp_path, store):
     statistics = data.sample_stats
     rates = [part.mean() for part in np.split(statistics["acceptance_rate"].values, 10, 1)]
     # four chains learn a step that is accepted .60 of the time, give or take .04; once it is
-    # learned, a tenth of the run knows the rate to .001
+    # learned, a tenth of the run knows the rate to .002
     assert abs(np.mean(rates) - 0.6) < 0.16
-    assert max(rates) - min(rates) < 0.01
+    assert max(rates) - min(rates) < 0.02
     assert len(set(statistics["step_size"].values.ravel().tolist())) == 1
     lp = torch.as_tensor(statistics["lp"].values)[:, :: 10 if store else 1]
     torch.testing.assert_close(lp, -x.square().sum(-1) / 2)
