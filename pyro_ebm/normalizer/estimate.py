@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.checks.rows import check_rows
 from pyro_ebm.distributions.core.discrete import support_values_of
-from pyro_ebm.distributions.core.wrappers import unvalidated
+from pyro_ebm.distributions.core.wrappers import composite_part, unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
 from pyro_ebm.distributions.exponential.quadrature import (
@@ -273,6 +273,11 @@ def _chosen(p: UnnormalizedEnergy, given: Given) -> tuple[str, NormalizerEstimat
 
 
 def _check_energy(p: object) -> None:
+    if (part := composite_part(p)) is not None:
+        raise ValueError(
+            f"p is or holds {part!r}, a composite likelihood: it is no density up to a"
+            " constant, and has no Z to estimate. Give the energy that it was made of"
+        )
     if isinstance(p, UnnormalizedEnergy):
         if 0 in p.batch_shape + p.event_shape:
             raise ValueError(

@@ -83,6 +83,24 @@ def improper_part(fn: object) -> str | None:
     return next((type(part).__name__ for part in walk(fn) if isinstance(part, without)), None)
 
 
+def composite_part(fn: object) -> Distribution | None:
+    """The part of a distribution whose ``log_prob`` is a composite log likelihood, or None.
+
+    Such a part has the attribute ``is_composite = True``: its ``log_prob`` is a sum of the log
+    densities of parts of a point given others, and no log density of the point. A posterior may be
+    sampled with it knowingly; evidence, and a draw of the point, are not to be had from it.
+
+    Example:
+        >>> class Composite(dist.Normal):
+        ...     is_composite = True
+        >>> p = Composite(torch.zeros(2), 1.0)
+        >>> composite_part(p.to_event(1).mask(True)) is p, composite_part(dist.Normal(0.0, 1.0))
+        (True, None)
+    """
+    parts = (part for part in walk(fn) if isinstance(part, Distribution))
+    return next((part for part in parts if getattr(part, "is_composite", False)), None)
+
+
 def inside_event(fn: object, dims: int) -> Any:
     """The distribution inside ``to_event(dims)``, as far as there is one.
 
