@@ -179,6 +179,10 @@ class ModelPotential(FunctionPotential):
             except torch.linalg.LinAlgError:  # no start: the next try draws another
                 nothing = {"dtype": self.dtype, "device": self.device}
                 return torch.full((self.dim,), torch.nan, **nothing)
+        return self.position_of(trace)
+
+    def position_of(self, trace: poutine.Trace) -> Tensor:
+        """The position ``(dim,)`` of a run's latents, infinite for those on a boundary."""
         return self.ravel({s.name: _position(s, trace) for s in self.sites})
 
     def blame(self, z: Tensor) -> str:

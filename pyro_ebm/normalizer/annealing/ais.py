@@ -93,7 +93,7 @@ def annealed(
         with ranks.fail_together("annealing in reverse" if reverse else "annealing"):
             z = start(ranks.here(num))
             log_w = annealer.run(z, reverse, disable_progbar)
-            log_w = log_w.reshape((-1,) + way.target.energy.batch_shape)
+            log_w = log_w.reshape((-1,) + way.of_energy.energy.batch_shape)
         return _estimate(way, schedule, ranks.rows(log_w), reverse)
 
     results = []
@@ -103,7 +103,9 @@ def annealed(
             estimate(False, num_chains, lambda here: way.at(0.0).draw(len(chains[here])))
         )
     if samples is not None:
-        ends = way.target.inner_position(samples, "the samples").reshape(len(samples), -1, way.dim)
+        ends = way.of_energy.inner_position(samples, "the samples").reshape(
+            len(samples), -1, way.dim
+        )
         results.append(estimate(True, len(samples), lambda here: ends[here].flatten(0, 1)))
     forward, backward = results[0], results[-1]
     if len(results) == 2:

@@ -161,14 +161,16 @@ class Annealer:
             return Leap(new, None, fall, None)
         if len(last.parts.grads) < len(known.grads):
             return Leap(new, None, fall, None)
+        # a kernel that is made of others may know gradients where it needs none
+        after = Parts(last.parts.values, last.parts.grads[: len(known.grads)])
         # a chain is where the path was evaluated last, or, rejected, where it was before
         moved = (new.z == last.z).all(-1)
         if not self.engine.uses_graphs and moved.all():  # no branch for a graph
-            return Leap(new, last.parts, fall, None)
+            return Leap(new, after, fall, None)
         unsure = ~(moved | (new.z == z).all(-1)).all()
         parts = (
-            tuple(select(moved, *pair) for pair in zip(after, before, strict=True))
-            for after, before in zip(last.parts, known, strict=True)
+            tuple(select(moved, *pair) for pair in zip(there, before, strict=True))
+            for there, before in zip(after, known, strict=True)
         )
         return Leap(new, Parts(*parts), fall, unsure)
 

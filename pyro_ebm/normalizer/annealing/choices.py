@@ -49,7 +49,7 @@ def path_of(
     if isinstance(path, AnnealingPath):
         if proposal is not None:
             raise ValueError("a path has its own start: give path or proposal, not both")
-        end = path.target.energy
+        end = path.of_energy.energy
         if (end.event_shape, end.batch_shape) != (p.event_shape, p.batch_shape):
             raise ValueError(f"the path leads to {end!r}, and log Z is to be that of {p!r}")
         return path

@@ -58,7 +58,7 @@ class FunctionPath(AnnealingPath):
         return self
 
     def _energy_at(self, beta: Tensor | float) -> EnergyPotential:
-        p, target = self.function(self.beta.detach().clone().fill_(beta)), self.target.energy
+        p, target = self.function(self.beta.detach().clone().fill_(beta)), self.of_energy.energy
         want = (target.batch_shape, target.event_shape)
         if (
             not isinstance(p, UnnormalizedEnergy)
@@ -81,7 +81,7 @@ class FunctionPath(AnnealingPath):
                     " has neither: give the normalized distribution that it starts at as proposal="
                 )
             q = p.normalized(p.exact_log_normalizer())
-        self.start = DistributionStart(q := checked_proposal(q, p), self.target)
+        self.start = DistributionStart(q := checked_proposal(q, p), self.of_energy)
         with torch.no_grad():
             # log p~_0(x) = log q(x) + log Z_0
             z = self.start.sample(64)
@@ -93,7 +93,7 @@ class FunctionPath(AnnealingPath):
                 f" differ by up to {float(spread.max()):.3g} nats and a constant. The start must be"
                 " known exactly: give it as proposal="
             )
-        batch = self.target.energy.batch_shape
+        batch = self.of_energy.energy.batch_shape
         self.log_normalizer = constant.double().mean(0).to(self.dtype).reshape(batch)
 
     def _check_end(self) -> None:

@@ -69,7 +69,7 @@ class AnnealingPath(Potential):
         tensor([75.7500])
 
     Args:
-        target: the energy at :math:`\beta = 1`.
+        target: the energy at :math:`\beta = 1`, or the potential of an energy or of a model.
         log_normalizer: :math:`\log Z_0` of the start, broadcastable to the target's batch.
         start: a normalized density to draw from, for a path that does not override :meth:`sample`.
 
@@ -83,18 +83,19 @@ class AnnealingPath(Potential):
 
     def __init__(
         self,
-        target: UnnormalizedEnergy | EnergyPotential,
+        target: UnnormalizedEnergy | Potential,
         log_normalizer: Tensor | float = 0.0,
         start: Start | None = None,
     ):
         if isinstance(target, UnnormalizedEnergy):
             target = EnergyPotential(target)
         super().__init__(target.sites, target.targets)
-        self.target, self.dtype = target, target.dtype
+        self.target: Potential = target
+        self.dtype, self.device = target.dtype, target.device
         if start is not None:
             self.start = start
         self.modules = target.modules
-        device = target.sites[0].device
+        device = target.device
         self.log_normalizer = torch.as_tensor(log_normalizer, dtype=self.dtype, device=device)
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.beta = torch.zeros((), dtype=exact, device=device)
@@ -123,6 +124,16 @@ class AnnealingPath(Potential):
         return None
 
     # -- what annealing uses -------------------------------------------------------------------
+
+    @property
+    def of_energy(self) -> EnergyPotential:
+        """The target, if it is an energy's; raises a ValueError if it is a model's."""
+        if isinstance(self.target, EnergyPotential):
+            return self.target
+        raise ValueError(
+            f"{type(self).__name__} leads to a model with the sites {self.target.names}, and not to"
+            " an energy"
+        )
 
     def at(self, beta: Tensor | float) -> "AnnealingPath":
         r"""This path, with :attr:`beta` set."""
@@ -178,6 +189,7 @@ class GeometricPath(AnnealingPath):
     Args:
         target: the potential of the energy.
         start: :math:`q`.
+        log_normalizer: the log of its integral, where that is not 1.
 
     Example:
         >>> p = UnnormalizedEnergy(lambda x: x**4)
@@ -186,8 +198,8 @@ class GeometricPath(AnnealingPath):
         tensor([16.])
     """
 
-    def __init__(self, target: EnergyPotential, start: Start):
-        super().__init__(target, start=start)
+    def __init__(self, target: Potential, start: Start, log_normalizer: Tensor | float = 0.0):
+        super().__init__(target, log_normalizer, start)
 
     @classmethod
     def between(cls, proposal: Proposal, p: UnnormalizedEnergy) -> "GeometricPath":
