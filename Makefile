@@ -13,7 +13,7 @@ PIP  := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TEST := $(RUN) -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench clean
+.PHONY: help demo test test-slow lint format docs gallery bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ docs: $(VENV)/.installed-docs  ## the documentation, to docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
+gallery: $(VENV)/.installed-dev  ## run the examples that changed, for their pages; NAMES="ising ..."
+	$(RUN) docs/_ext/gallery.py $(NAMES)
+
 bench: $(VENV)/.installed-bench  ## ours against the peers, a table for each question; BENCH=--quick
 	$(RUN) -m tests.benchmarks $(BENCH)
 
@@ -58,7 +61,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	@$(PIP) -e ".[dev]"
 	@touch $@
 
-$(VENV)/.installed-docs $(VENV)/.installed-bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
+$(VENV)/.installed-docs $(VENV)/.installed-gallery: $(VENV)/.installed-dev  ## run the examples that changed, for their pages; NAMES="ising ..."
+	$(RUN) docs/_ext/gallery.py $(NAMES)
+
+bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	@echo "installing what \`make $*\` needs"
 	@$(PIP) -e ".[$*]"
 	@touch $@

@@ -2,6 +2,9 @@
 
 import importlib
 import inspect
+import os
+import sys
+from pathlib import Path
 
 from docutils.statemachine import StringList
 from sphinx.ext.napoleon import GoogleDocstring
@@ -10,6 +13,11 @@ from sphinx.util.docutils import SphinxDirective
 
 import pyro_ebm
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+import site_parts
+
 project = "pyro_ebm"
 author = "pyro_ebm contributors"
 copyright = f"2026, {author}"
@@ -17,16 +25,29 @@ version = release = pyro_ebm.__version__
 
 extensions = [
     "myst_nb",
+    "site_parts",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxext.opengraph",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
-# The tests run the Python blocks of these pages (tests/test_readme.py); the build does not.
-nb_execution_mode = "off"
+# The build runs the notebooks of tutorials/, each within a minute or two. The Python blocks of the
+# other pages are run by the tests (tests/test_readme.py).
+nb_execution_mode = "auto"
+nb_execution_timeout = 120  # seconds for a cell
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"
+nb_execution_excludepatterns = ["api/*", "gallery/*"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_exclude = ".linenos, .gp, .go"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -41,12 +62,33 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Reference"]
 
-# Without a network there is no looking up of other projects' names; our own must resolve.
+# Our own names must resolve. Other projects' are links where their inventories can be fetched.
 nitpicky = True
+intersphinx_mapping = site_parts.intersphinx_mapping(HERE / "_build" / "inventories")
 nitpick_ignore_regex = [(r"py:.*", r"(?!pyro_ebm\.).*")]
 
 html_theme = "furo"
 html_title = f"pyro_ebm {version}"
+html_baseurl = os.environ.get(
+    "READTHEDOCS_CANONICAL_URL", "https://pyro-ebm.readthedocs.io/en/latest/"
+)
+html_logo = "_static/logo.svg"
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_search_scorer = str(HERE / "_static" / "scorer.js")
+html_theme_options = {
+    "source_repository": "https://github.com/pyro-ebm/pyro_ebm/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "sidebar_hide_name": False,
+}
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"chtml": {"scale": 0.95}}
+ogp_site_url = html_baseurl
+ogp_site_name = "pyro_ebm"
+ogp_social_cards = {"enable": False}
+ogp_enable_meta_description = True
 
 # The modules whose public names are the API. Each name has an entry on a page of api/.
 PUBLIC = ["", ".distributions", ".mcmc", ".normalizer", ".losses", ".nn", ".ops", ".diagnostics"]
@@ -122,5 +164,5 @@ def check_every_name_has_an_entry(app, env):
 
 def setup(app):
     app.add_directive("module-docstring", ModuleDocstring)
-    app.connect("missing-reference", resolve_public_name)
+    app.connect("missing-reference", resolve_public_name, priority=600)  # after intersphinx
     app.connect("env-check-consistency", check_every_name_has_an_entry)
