@@ -24,6 +24,7 @@ Sample it:
     DiscreteLangevinKernel    changes of all discrete variables, by the gradient
     CompositeKernel           kernels in turn, for discrete and continuous latents
     TemperingKernel           replica exchange around another kernel
+    FlowKernel                far moves by a flow that is fitted while chains make local ones
     ExchangeKernel            posteriors in which an unknown log Z depends on a latent
     NormalizerError           raised where a posterior needs a log Z that is unknown
 
@@ -95,6 +96,7 @@ from pyro_ebm.mcmc import (
     CompositeKernel,
     DiscreteLangevinKernel,
     ExchangeKernel,
+    FlowKernel,
     GibbsKernel,
     GibbsWithGradientsKernel,
     LangevinKernel,
@@ -124,6 +126,7 @@ __all__ = [
     "EnergyDiscrepancy",
     "ExchangeKernel",
     "ExponentialFamily",
+    "FlowKernel",
     "FlowNCE",
     "GaussianRBM",
     "GibbsKernel",

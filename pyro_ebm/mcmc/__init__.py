@@ -15,6 +15,7 @@ from pyro_ebm.mcmc.exchange.kernel import ExchangeKernel
 from pyro_ebm.mcmc.kernels.accept import accept
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
+from pyro_ebm.mcmc.kernels.composed.flow import FlowKernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel, geometric_betas
 from pyro_ebm.mcmc.kernels.discrete.discrete_gradient import (
     DiscreteLangevinKernel,
@@ -50,6 +51,7 @@ __all__ = [
     "EnergyPotential",
     "ExchangeKernel",
     "Flip",
+    "FlowKernel",
     "FunctionPotential",
     "GibbsKernel",
     "GibbsWithGradientsKernel",

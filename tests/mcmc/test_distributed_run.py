@@ -12,6 +12,7 @@ from pyro_ebm.mcmc import (
     MCMC,
     ChEESKernel,
     CompositeKernel,
+    FlowKernel,
     GibbsKernel,
     LangevinKernel,
     TemperingKernel,
@@ -197,16 +198,21 @@ def composite(kind):
     kernels = {
         "composite": lambda: CompositeKernel(mixed, [GibbsKernel(), ChEESKernel()]),
         "replicas": lambda: TemperingKernel(LangevinKernel(normal), [1.0, 0.5]),
+        "flow": lambda: FlowKernel(LangevinKernel(normal), num_fit_steps=20),
     }
     mcmc = MCMC(kernels[kind](), 50, 60, num_chains=60, distributed=True, disable_progbar=True)
-    mcmc.run(*([Y] if kind == "replicas" else []))
-    return everything(mcmc), mcmc.kernel.adaptation.step_size
+    mcmc.run(*([] if kind == "composite" else [Y]))
+    learned = mcmc.kernel.adaptation.step_size
+    if kind == "flow":
+        flow = mcmc.kernel._flow
+        learned = torch.cat([flow.mean, flow.scale, *map(torch.flatten, flow.net.parameters())])
+    return everything(mcmc), learned
 
 
-@pytest.mark.parametrize("kind", ["composite", "replicas"])
+@pytest.mark.parametrize("kind", ["composite", "replicas", "flow"])
 def test_kernels_made_of_kernels(ranks, kind):
-    (draws, step_size), (_, theirs) = ranks(composite, kind)
-    assert torch.equal(step_size, theirs)
+    (draws, learned), (_, theirs) = ranks(composite, kind)
+    assert torch.equal(learned, theirs)
     if kind == "composite":
         assert_moments(draws["k"].double(), 0.3, 0.21)
     else:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
 from pyro_ebm.distributions import BoltzmannMachine
+from pyro_ebm.distributions.flow import coupling_flow
 from pyro_ebm.mcmc import (
     BarkerKernel,
     ChEESKernel,
@@ -22,6 +23,7 @@ from pyro_ebm.mcmc import (
     DiscreteLangevinKernel,
     ExchangeKernel,
     Flip,
+    FlowKernel,
     FunctionPotential,
     GibbsKernel,
     GibbsWithGradientsKernel,
@@ -115,6 +117,8 @@ def flat():
     return dist.Normal(torch.zeros(3), 1.5).to_event(1)
 
 
+SMALL_FLOW = coupling_flow(3, transforms=1, hidden_features=(4,), bins=4)
+
 # name: the kernel, given a model (or nothing) and other arguments of the base class
 KERNELS = {
     "langevin": LangevinKernel,
@@ -131,6 +135,7 @@ KERNELS = {
     "own-symmetric": lambda *a, **k: MHKernel(*a, proposal=Cauchy(), **k),
     "own-density": lambda *a, **k: MHKernel(*a, proposal=Drift(), **k),
     "tempering": lambda *a, **k: TemperingKernel(LangevinKernel(*a, **k), [1.0, 0.5]),
+    "flow": lambda *a, **k: FlowKernel(LangevinKernel(*a, **k), SMALL_FLOW, 5),
     "own": Own,
 }
 COMPILED = ["langevin", "chees", "walk"]  # each of them takes seconds
@@ -317,7 +322,7 @@ def test_a_copy_has_the_settings_and_no_memory(case, first):
 def test_a_copy_with_another_setting(make):
     strategy = init_to_value(values={})
     kernel = make(model)
-    changed = kernel.kernel if isinstance(kernel, TemperingKernel) else kernel
+    changed = kernel.kernel if isinstance(kernel, TemperingKernel | FlowKernel) else kernel
     changed = changed.copy(init_strategy=strategy, target_accept_prob=0.4)
     assert (changed.init_strategy, changed.target_accept_prob) == (strategy, 0.4)
     assert "target_accept_prob=0.4" in repr(changed)

@@ -119,6 +119,12 @@ KERNELS = [
         run,
     ),
     Target(
+        "FlowKernel",
+        pe.FlowKernel,
+        {"kernel": pe.LangevinKernel(real_model), "flow": None, "num_fit_steps": 2, "lr": 0.01},
+        run,
+    ),
+    Target(
         "geometric_betas",
         mcmc.geometric_betas,
         {"lowest": 0.1, "num_replicas": 3},

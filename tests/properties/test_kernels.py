@@ -15,6 +15,7 @@ from pyro_ebm import (
     ChEESKernel,
     CompositeKernel,
     DiscreteLangevinKernel,
+    FlowKernel,
     GibbsKernel,
     GibbsWithGradientsKernel,
     LangevinKernel,
@@ -31,6 +32,7 @@ CONTINUOUS = {
     "chees": ChEESKernel,
     "walk": MHKernel,
     "dense": lambda m, **k: LangevinKernel(m, full_mass=True, **k),
+    "flow": lambda m, **k: FlowKernel(LangevinKernel(m, **k), num_fit_steps=2),
     "tempering": lambda m, **k: TemperingKernel(LangevinKernel(m, **k), [1.0, 0.5]),
 }
 FINITE = {

@@ -23,6 +23,7 @@ from pyro_ebm.losses.base import EnergyLoss
 from pyro_ebm.losses.contrastive.kept_kernels import KeptKernels
 from pyro_ebm.losses.sites import EnergySite
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
+from pyro_ebm.mcmc.kernels.composed.flow import FlowKernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.short_run import default_kernel, own_kernel
@@ -149,6 +150,11 @@ class NegativeSampler:
                 f"TemperingKernel at site {site.name!r}: its replicas would start anew from the"
                 " first one at every gradient, and the negatives be none of the energy's. Use its"
                 " inner kernel with more num_steps or persistent chains"
+            )
+        if isinstance(template, FlowKernel):
+            raise ValueError(
+                f"FlowKernel at site {site.name!r}: negatives have no warmup in which its flow is"
+                " fitted. Use its inner kernel, or CooperativeTraining, with chains from a flow"
             )
         num_steps = 0 if loss.evaluating else self.num_steps
         kernel, potential = self.kept.bound(template, energy, start, site.name, num_steps)

@@ -10,6 +10,7 @@ from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.engine.engine import Engine, JitCompile
+from pyro_ebm.mcmc.kernels.accept import choose
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State, to_device
 from pyro_ebm.ops.arguments import shown
@@ -155,6 +156,16 @@ class Kernel(HasSettings, ABC):
             before, (state, info) = state, self.step(state)
             infos.append(info)
         return before, state, infos
+
+    def placed(self, state: State, new: State, chosen: Tensor) -> State:
+        """The state with some chains elsewhere, put there by another kernel.
+
+        Args:
+            state: where the chains are.
+            new: other positions, with potentials, and gradients if states have them.
+            chosen: which chains are put there, boolean, shape ``(chains,)``.
+        """
+        return choose(chosen, new, state)
 
     def check_graphs(self) -> None:
         """Compares the graphs that run for the model with the model as it is.

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
+from pyro_ebm.mcmc.kernels.accept import choose
 from pyro_ebm.mcmc.kernels.base import refuse_temperature
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -195,6 +196,21 @@ class TemperingKernel(PyroKernel):
         accept_prob = self._rows(info.accept_prob)[:, 0].reshape(-1)
         diverging = self._rows(info.diverging).any(1).reshape(-1)  # of any replica
         return self._outward(replicas), Info(accept_prob, diverging)
+
+    def placed(self, state: TemperedState, new: State, chosen: Tensor) -> TemperedState:
+        """The state with some first replicas elsewhere, see :meth:`Kernel.placed`."""
+        first = choose(chosen, new, State(state.z, state.potential, state.grad))
+
+        def replaced(x: Tensor, of_first: Tensor) -> Tensor:
+            others = self._rows(x)[:, 1:]
+            here = of_first.unflatten(0, (-1, 1, self.potential.targets))
+            return torch.cat([here, others], 1).reshape(x.shape)
+
+        z, potential, grad = state.replicas
+        if grad is not None and first.grad is not None:
+            grad = replaced(grad, first.grad)
+        z, potential = replaced(z, first.z), replaced(potential, first.potential)
+        return TemperedState(*first, State(z, potential, grad))
 
     def check_graphs(self) -> None:
         """Compares the graphs of the inner kernel, see :meth:`Kernel.check_graphs`."""
