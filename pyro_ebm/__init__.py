@@ -54,6 +54,8 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
 Estimate its log Z:
     estimate_log_normalizer   log Z with an error: exact, quadrature, annealing, bridge, ...
     mean_log_likelihood       the mean log likelihood of data, with both of its errors
+    log_evidence              the marginal likelihood of a Pyro model, with an error
+    compare_evidence          a table of Bayes factors
 
 More in pyro_ebm.distributions, .mcmc, .losses, .normalizer, .ops, .diagnostics and .files.
 """
@@ -74,6 +76,7 @@ from pyro_ebm.distributions import (
     noise_conditional,
     product,
 )
+from pyro_ebm.evidence import compare_evidence, log_evidence
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
@@ -142,11 +145,13 @@ __all__ = [
     "TemperingKernel",
     "UnnormalizedEnergy",
     "__version__",
+    "compare_evidence",
     "estimate_log_normalizer",
     "fisher_divergence",
     "fit",
     "geometric_ladder",
     "load_training",
+    "log_evidence",
     "mean_log_likelihood",
     "mixture",
     "negation",

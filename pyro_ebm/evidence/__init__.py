@@ -1,5 +1,13 @@
 """The evidence of the data under a model: its marginal likelihood.
 
-``model_path`` leads from the prior of a model, or a guide, to its joint density, which ``proper``
-sees to be one; ``model_starts`` are the densities that it starts at.
+``estimate`` chooses among the methods, ``bridge`` is one of them, and ``compare`` puts models
+beside each other; ``draws`` brings posterior draws to positions. ``model_path`` leads from the
+prior of a model, or a guide, to its joint density, which ``proper`` sees to be one;
+``model_starts`` are the densities that it starts at.
 """
+
+from pyro_ebm.evidence.compare import compare_evidence
+from pyro_ebm.evidence.estimate import log_evidence
+from pyro_ebm.evidence.result import EvidenceEstimate
+
+__all__ = ["EvidenceEstimate", "compare_evidence", "log_evidence"]

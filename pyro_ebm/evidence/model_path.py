@@ -20,7 +20,6 @@ Reference:
     (from other densities than the prior).
 """
 
-import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -56,10 +55,9 @@ class ModelPath(GeometricPath):
     """
 
     def __init__(self, target: ModelPotential, start: PriorStart | GuideStart):
-        idle = sum(int(where.sum()) for where in target.idle.values())
-        # exp(-|z|^2 / 2) of an idle element integrates to the root of 2 pi: in the prior too
-        missing = 0.0 if isinstance(start, PriorStart) else -idle * math.log(2 * math.pi) / 2
-        super().__init__(target, start, missing)
+        # a factor of the target, and of the prior too
+        idle = 0.0 if isinstance(start, PriorStart) else target.idle_log_normalizer
+        super().__init__(target, start, -idle)
         self.model = target
 
     def parts(self, z: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.checks.intractability import NormalizerError
 from pyro_ebm.models.runs import sample_sites, side_runs
 from pyro_ebm.models.sites.latents import SampleSite
+from pyro_ebm.ops.arguments import shown
 
 
 def check_proper(potential: ModelPotential, improper: Collection[str] = ()) -> None:
@@ -27,7 +28,8 @@ def check_proper(potential: ModelPotential, improper: Collection[str] = ()) -> N
 
     Raises:
         NormalizerError: for an energy whose log Z is unknown or learned, or a composite likelihood.
-        ValueError: for a latent whose prior is improper, or scaled; both name the site.
+        ValueError: for a latent whose prior is improper, or scaled, or a likelihood that is scaled
+            by a fraction; both name the site.
 
     Example:
         >>> def model(x):
@@ -45,14 +47,27 @@ def check_proper(potential: ModelPotential, improper: Collection[str] = ()) -> N
                 f"site {name!r} is a composite likelihood, which is no density of its data: a model"
                 " with it has a composite posterior, and no evidence"
             )
+        if name in improper and not site["is_observed"]:
+            continue
         for p in energies_of(site["fn"]):
             if not p.is_normalized:
                 raise NormalizerError(
                     f"site {name!r} is an energy whose log Z is {p.normalizer_state}, and the"
                     " evidence needs it: give p.normalized(estimate_log_normalizer(p))"
                 )
-        if not site["is_observed"] and name not in improper:
+        if site["is_observed"]:
+            _check_power(name, site)
+        else:
             _check_prior(name, site, potential)
+
+
+def _check_power(name: str, site: SampleSite) -> None:
+    scale = torch.as_tensor(site["scale"])
+    if not bool((scale == scale.round()).all()):  # a whole number is a count of equal rows
+        raise ValueError(
+            f"the likelihood of site {name!r} is scaled by {shown(site['scale'])} (poutine.scale),"
+            " and a power of a density is no density of the data: evaluate it on all data, once"
+        )
 
 
 def _check_prior(name: str, site: SampleSite, potential: ModelPotential) -> None:
@@ -73,5 +88,6 @@ def _check_prior(name: str, site: SampleSite, potential: ModelPotential) -> None
     if flat is not None:
         raise ValueError(
             f"site {name!r} has an improper prior ({flat}), so that the evidence is only defined up"
-            " to a factor: give it a proper one"
+            " to a factor: give it a proper one; or, where all models that are compared have this"
+            f" prior, say shared_improper=[{name!r}]"
         )

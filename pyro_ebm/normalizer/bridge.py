@@ -29,6 +29,7 @@ from pyro.ops.stats import effective_sample_size as chain_sample_size
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer.estimate_result import (
     NormalizerEstimate,
@@ -39,7 +40,9 @@ from pyro_ebm.normalizer.estimate_result import (
     warn_if_unreliable,
 )
 from pyro_ebm.normalizer.proposals import Proposal, checked_proposal, has_exact_draws
-from pyro_ebm.normalizer.starts import DistributionStart, GaussianStart, ProductStart, Start
+from pyro_ebm.normalizer.site_starts import fitted_start
+from pyro_ebm.normalizer.starts import DistributionStart, Start
+from pyro_ebm.normalizer.tails import warn_if_improper
 
 NUM_STEPS = 500
 """Transitions, at least, of the short chains that draws are taken from."""
@@ -66,39 +69,65 @@ def bridge(
         proposal = checked_proposal(proposal, p)
     target = EnergyPotential(p, like=samples)
     z = target.inner_position(samples, "the samples")
-    start: Start
-    if proposal is None:
-        half = len(samples) // 2
-        start = _fitted(target, z[: half * target.targets])
-        z = z[half * target.targets :]
-    else:
-        start = DistributionStart(proposal, target)
+    start = None if proposal is None else DistributionStart(proposal, target)
+    return bridge_to(target, z[None], start, num_samples, p.batch_shape)
+
+
+def bridge_to(
+    target: Potential,
+    z: Tensor,
+    start: Start | None = None,
+    num_samples: int | None = None,
+    batch_shape: torch.Size | tuple[()] = (),
+) -> NormalizerEstimate:
+    r"""The optimal bridge between draws of a potential and those of a start.
+
+    Args:
+        target: :math:`-\log \tilde p` on positions.
+        z: draws of it, shape ``(chains, draws * targets, dim)``, of each chain in their order.
+        start: :math:`q`; by default one that is fitted to the first half of each chain, and the
+            bridge is then between it and the second half.
+        num_samples: draws of it for each target, by default as many as of the potential.
+        batch_shape: of the estimate, with as many elements as there are targets.
+
+    Example:
+        >>> p = UnnormalizedEnergy(lambda x: x**2 / 2)
+        >>> bridge_to(EnergyPotential(p), torch.randn(4, 1000, 1))  # log sqrt(2 pi) = 0.919
+        NormalizerEstimate(log Z = 0.9... +- 0.00..., method=bridge, ESS=...)
+    """
+    num = z.shape[1] // target.targets
+    if start is None:
+        num_fitted = num // 2
+        start = fitted_start(target, z[:, : num_fitted * target.targets].flatten(0, 1))
+        z, num = z[:, num_fitted * target.targets :], num - num_fitted
+    if num_samples is None:
+        num_samples = num * len(z)
     there = start.sample(num_samples)
     # log p~ - log q at the draws of p and at those of q
     log_ratio = [
         (start(points) - target(points)).double().reshape(-1, target.targets)
-        for points in (z, there)
+        for points in (z.flatten(0, 1), there)
     ]
     check_weights(-log_ratio[0], "bridge sampling, at the samples,")
     check_weights(log_ratio[1], "bridge sampling, at the proposal's draws,")
-    log_z, error, ess = meng_wong(*log_ratio)
+    log_z, error, ess = (x.reshape(batch_shape) for x in meng_wong(*log_ratio, chains=len(z)))
     remedy = "the draws of density and proposal hardly overlap, use a proposal that is nearer"
-    num = min(len(part) for part in log_ratio)
-    warn_if_unreliable("bridge sampling", ess, num, None, remedy, MIN_ESS, "either way")
-
-    def shaped(x: Tensor) -> Tensor:
-        return x.to(z.dtype).reshape(p.batch_shape)
-
-    return NormalizerEstimate(shaped(log_z), shaped(error), "bridge", ess=shaped(ess))
+    least = min(len(part) for part in log_ratio)
+    warn_if_improper(target, there, "bridge sampling")
+    warn_if_unreliable("bridge sampling", ess, least, None, remedy, MIN_ESS, "either way")
+    return NormalizerEstimate(log_z.to(z), error.to(z), "bridge", ess=ess.to(z))
 
 
-def meng_wong(log_ratio_p: Tensor, log_ratio_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def meng_wong(
+    log_ratio_p: Tensor, log_ratio_q: Tensor, chains: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""The optimal bridge, iterated.
 
     Args:
         log_ratio_p: :math:`\log \tilde p - \log q` at draws of :math:`p`, shape ``(n_1, targets)``;
-            correlated ones in their order.
+            correlated ones in their order, one chain after another.
         log_ratio_q: the same at draws of :math:`q`, shape ``(n_2, targets)``.
+        chains: of how many chains of equal length the draws of :math:`p` are.
 
     Returns:
         :math:`\log \hat Z`, its standard error, and the smaller of the effective sample sizes of
@@ -119,7 +148,8 @@ def meng_wong(log_ratio_p: Tensor, log_ratio_q: Tensor) -> tuple[Tensor, Tensor,
         # f_1 = (p~ / Z q) / (s_1 p~ / Z q + s_2), and f_2 = 1 / (s_1 p~ / Z q + s_2)
         log_f1 = log_ratio_q - log_z - _log_mix(log_ratio_q - log_z, share)
         log_f2 = -_log_mix(log_ratio_p - log_z, share)
-        size = chain_sample_size(log_f2.exp()[None], chain_dim=0, sample_dim=1)
+        f2 = log_f2.exp().reshape((chains, -1) + log_f2.shape[1:])
+        size = chain_sample_size(f2, chain_dim=0, sample_dim=1)
         size = torch.where(size.isfinite(), size, n_p).clamp(1.0, n_p)
     variance = _relative_variance(log_f1) / n_q + _relative_variance(log_f2) / size
     ess = torch.minimum(effective_sample_size(log_f1), effective_sample_size(log_f2) * size / n_p)
@@ -173,12 +203,3 @@ def _drawn(p: UnnormalizedEnergy, num: int) -> Tensor:
             " stated error. Raise num_steps of the distribution, or give samples="
         )
     return x
-
-
-def _fitted(target: EnergyPotential, z: Tensor) -> Start:
-    """A proposal with the moments of some draws."""
-    support_values = target.sites[0].support_values
-    if support_values is not None:
-        return ProductStart.fitted(support_values.to(z), z, target.targets)
-    full = len(z) // target.targets >= 5 * target.dim
-    return GaussianStart.fitted(z, target.targets, full=full)

@@ -32,11 +32,12 @@ from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.models.checks.fixed_density import check_repeats
 from pyro_ebm.normalizer.annealing.ais import annealed
 from pyro_ebm.normalizer.annealing.path import AnnealingPath
+from pyro_ebm.normalizer.arguments import Given, check_arguments, check_numbers
 from pyro_ebm.normalizer.bridge import bridge
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, warn
 from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.proposals import Proposal
-from pyro_ebm.ops.arguments import check_count, check_number, shown
+from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.integration.enumerate import log_sum_over_states
 from pyro_ebm.ops.rows import random_state_put_back
@@ -70,10 +71,6 @@ TAKES = {
 """The arguments that each method takes."""
 
 OPTIONS = set().union(*TAKES.values())
-
-
-Given = dict[str, Any]
-"""The arguments of a method, by name."""
 
 
 def estimate_log_normalizer(
@@ -186,14 +183,21 @@ def estimate_log_normalizer(
     given = {name: value for name, value in locals().items() if name in OPTIONS}
     given = {name: value for name, value in given.items() if not (value is None or value is False)}
     _check_energy(p)
-    _check_numbers(given)
+    check_numbers(given)
     whole, p = p, p.unexpanded
     _check_rows(p)
     if method is None:
         method, estimate = _chosen(p, given)
         if estimate is not None:
             return _expanded(estimate, p.batch_shape, whole.batch_shape)
-    _check_arguments(method, given)
+    check_arguments(method, given, TAKES)
+    if method == "reverse_ais" and samples is None:
+        raise ValueError(
+            'method="reverse_ais" goes from draws of the density to the start: give samples=, exact'
+            " draws or data that the energy was fitted to"
+        )
+    if exact_samples and samples is None:
+        raise ValueError("exact_samples=True says that the samples are exact draws: give samples=")
     if samples is not None:
         given["samples"] = _checked_samples(samples, whole)
         p = whole  # which may have samples of its own for each row
@@ -305,35 +309,6 @@ def _check_rows(p: UnnormalizedEnergy) -> None:
         x = p.starting_points((ROWS_COMPARED,))
         check_rows(p, x, f"the energy {p!r}")
         check_repeats(lambda: (unvalidated(p).unnormalized_log_prob(x),), lambda: "the energy")
-
-
-def _check_arguments(method: str, given: Given) -> None:
-    if not isinstance(method, str) or method not in TAKES:
-        raise ValueError(f"method must be one of {list(TAKES)}, got {method!r}")
-    if unknown := sorted(given.keys() - TAKES[method]):
-        takes = sorted(TAKES[method]) or "none"
-        raise ValueError(f"method={method!r} does not take {unknown}, of its own it has {takes}")
-    if method == "reverse_ais" and "samples" not in given:
-        raise ValueError(
-            'method="reverse_ais" goes from draws of the density to the start: give samples=, exact'
-            " draws or data that the energy was fitted to"
-        )
-    if given.get("exact_samples") and "samples" not in given:
-        raise ValueError("exact_samples=True says that the samples are exact draws: give samples=")
-    ways = [name for name in ("betas", "num_temperatures", "ess_drop") if name in given]
-    if len(ways) > 1:
-        raise ValueError(f"the temperatures are given by one of {ways}, not by all")
-
-
-def _check_numbers(given: Given) -> None:
-    least = {"num_samples": 2, "num_temperatures": 2}
-    for name in ("num_samples", "num_chains", "num_steps", "num_temperatures", "max_units"):
-        if name in given:
-            given[name] = check_count(name, given[name], least.get(name, 1))
-    drop = given.get("ess_drop", 0.5)
-    check_number("ess_drop", drop)
-    if not 0 < drop < 1:
-        raise ValueError(f"ess_drop must lie in (0, 1), got {drop}")
 
 
 def _checked_samples(samples: object, p: UnnormalizedEnergy) -> Tensor:

@@ -24,6 +24,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ class NormalizerEstimate:
     pareto_k: Tensor | None = None
     betas: Tensor | None = None
 
+    quantity: ClassVar[str] = "log Z"
+    """What it is an estimate of, in its representation."""
+
     def __float__(self) -> float:
         return float(self.value)
 
@@ -92,15 +96,15 @@ class NormalizerEstimate:
             low, high, error = self.value.min(), self.value.max(), self.std_error.max()
             parts = [
                 f"batch_shape={tuple(self.value.shape)}",
-                f"log Z from {low:.3f} to {high:.3f}, +- {digits(error)} at most",
+                f"{self.quantity} from {low:.3f} to {high:.3f}, +- {digits(error)} at most",
                 f"method={self.method}",
             ]
             if self.ess is not None:
                 parts.append(f"ESS={self.ess.min():.0f} at least")
-            return f"NormalizerEstimate({', '.join(parts)})"
+            return f"{type(self).__name__}({', '.join(parts)})"
         decimals = places(self.std_error)
         parts = [
-            f"log Z = {self.value.item():.{decimals}f} +- {digits(self.std_error)}",
+            f"{self.quantity} = {self.value.item():.{decimals}f} +- {digits(self.std_error)}",
             f"method={self.method}",
         ]
         if self.ess is not None:
@@ -109,7 +113,7 @@ class NormalizerEstimate:
             parts += self._bounds(decimals)
         if self.betas is not None:
             parts.append(f"temperatures={len(self.betas)}")
-        return f"NormalizerEstimate({', '.join(parts)})"
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def _bounds(self, decimals: int) -> list[str]:
         """Both, each with its error; where they cross, by how much."""
@@ -299,7 +303,9 @@ def warn_if_unreliable(
         return
     evidence = [f"an effective sample size of {float(ess.min()):.3g} of {num}"]
     if k is not None:
-        evidence.append(f"a Pareto k of {float(k.max()):.2f} (up to {MAX_PARETO_K} is good)")
+        good = f"up to {MAX_PARETO_K} is good"
+        good += ", from 1 on their mean is infinite" if k.max() >= 1 else ""
+        evidence.append(f"a Pareto k of {float(k.max()):.2f} ({good})")
     some = f" of {int((few | heavy).sum())} of {few.numel()} batch elements" if few.dim() else ""
     warn(
         f"{what}: the weights{some} have {' and '.join(evidence)}. log Z is likely off by more than"
@@ -315,4 +321,4 @@ def warn(message: str) -> None:
     warnings.warn(message, UnreliableEstimateWarning, stacklevel=level)
 
 
-_INSIDE = ("pyro_ebm.normalizer", "torch.utils")
+_INSIDE = ("pyro_ebm.normalizer", "pyro_ebm.evidence", "torch.utils")

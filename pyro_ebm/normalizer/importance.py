@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, estimate_of
 from pyro_ebm.normalizer.proposals import Proposal, checked_proposal, exact_draws
+from pyro_ebm.normalizer.tails import warn_if_improper
 from pyro_ebm.ops.eval_mode import eval_mode
 
 
@@ -32,6 +34,9 @@ def importance(
     q = checked_proposal(proposal, p)
     x = exact_draws(q, num_samples)
     log_w = _log_weights(p, q, x)
+    if not p.support.is_discrete:
+        target = EnergyPotential(p, like=x)
+        warn_if_improper(target, target.to_position(x), "importance sampling")
     remedy = "use a proposal that is wider and nearer to the density (a fitted flow), or annealing"
     return estimate_of(log_w, "importance", "importance sampling", remedy)
 

@@ -1,6 +1,7 @@
 """A Pyro model, with its arguments, as a potential."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -142,6 +143,11 @@ class ModelPotential(FunctionPotential):
             log_p = torch.as_tensor(trace.log_prob_sum())
             self.dtype = torch.promote_types(self.dtype, log_p.dtype)
             self.device = self.device if sites else log_p.device
+
+    @property
+    def idle_log_normalizer(self) -> float:
+        r"""The log of the integral over idle elements: :math:`\log \sqrt{2 \pi}` of each."""
+        return sum(int(where.sum()) for where in self.idle.values()) * math.log(2 * math.pi) / 2
 
     def _without_idle(self) -> None:
         """Gives masked elements that nothing depends on a density, so that they do not drift."""

@@ -35,6 +35,7 @@ Reference:
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from pyro_ebm.normalizer.annealing.pilot import pilot
 from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule, schedule_of
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, estimate_of, warn
 from pyro_ebm.normalizer.proposals import Proposal
+from pyro_ebm.normalizer.tails import warn_if_improper
 
 AGREED = 16
 """Points at which ranks see whether they have the same energy."""
@@ -64,6 +66,28 @@ def annealed(
     path: AnnealingPath | Callable[[Tensor], UnnormalizedEnergy] | None = None,
     kernel: Kernel | None = None,
     num_chains: int = 1000,
+    distributed: bool = False,
+    **settings: Any,
+) -> NormalizerEstimate:
+    """``method="ais"`` and ``"reverse_ais"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
+    ranks = process_group_of(num_chains if samples is None else len(samples), distributed)
+    ranks.seed(alike=True)  # one path and one pilot run on all ranks
+    way = path_of(p, proposal, path, like=samples)
+    kernel = kernel_of(kernel, p, way)
+    ends = None
+    if samples is not None:
+        ends = way.of_energy.inner_position(samples, "the samples")
+    chains = num_chains if method == FORWARD else None
+    settings = {"batch_shape": p.batch_shape, "distributed": distributed, **settings}
+    return annealed_along(way, kernel, chains, ends, **settings)
+
+
+def annealed_along(
+    way: AnnealingPath,
+    kernel: Kernel,
+    num_chains: int | None = 1000,
+    ends: Tensor | None = None,
+    batch_shape: torch.Size | tuple[()] = (),
     num_steps: int = 1,
     betas: Sequence[float] | Tensor | None = None,
     num_temperatures: int | None = None,
@@ -72,13 +96,34 @@ def annealed(
     distributed: bool = False,
     exact_samples: bool = False,
 ) -> NormalizerEstimate:
-    """``method="ais"`` and ``"reverse_ais"`` of :func:`~pyro_ebm.estimate_log_normalizer`."""
+    """Annealing along a path, to its end and back.
+
+    Args:
+        way: the path.
+        kernel: one that leaves each of its densities invariant.
+        num_chains: chains of the forward run for each target; None for none.
+        ends: draws of the target that a reverse run starts at, shape ``(n * targets, dim)``.
+        batch_shape: of the estimate, with as many elements as there are targets.
+        num_steps: the others are those of :func:`~pyro_ebm.estimate_log_normalizer`.
+        betas: see there.
+        num_temperatures: see there.
+        ess_drop: see there.
+        disable_progbar: see there.
+        distributed: see there.
+        exact_samples: see there.
+
+    Example:
+        >>> from pyro_ebm.mcmc import LangevinKernel
+        >>> from pyro_ebm.normalizer import GeometricPath
+        >>> p = UnnormalizedEnergy(lambda x: 2 * x**2)
+        >>> path = GeometricPath.between(dist.Normal(0.0, 1.0), p)
+        >>> annealed_along(path, LangevinKernel())  # log sqrt(pi / 2) = 0.226
+        NormalizerEstimate(log Z = 0.2... +- 0.0..., method=ais, ESS=..., temperatures=...)
+    """
     given = None if betas is None else checked_betas(betas)
-    ranks = process_group_of(num_chains if samples is None else len(samples), distributed)
-    ranks.seed(alike=True)  # one path and one pilot run on all ranks
+    ends = None if ends is None else ends.reshape(-1, way.targets, way.dim)
+    ranks = process_group_of(num_chains or len(ends if ends is not None else ()), distributed)
     disable_progbar = disable_progbar or ranks.rank > 0
-    way = path_of(p, proposal, path, like=samples)
-    kernel = kernel_of(kernel, p, way)
     kernel.bind(way, warmup_steps=0)
     points = []
     if given is None or kernel.adapt_step_size or kernel.adapt_mass_matrix:
@@ -92,25 +137,22 @@ def annealed(
         ranks = process_group_of(num, distributed)
         with ranks.fail_together("annealing in reverse" if reverse else "annealing"):
             z = start(ranks.here(num))
-            log_w = annealer.run(z, reverse, disable_progbar)
-            log_w = log_w.reshape((-1,) + way.of_energy.energy.batch_shape)
+            log_w = annealer.run(z, reverse, disable_progbar).reshape((-1,) + batch_shape)
+        warn_if_improper(way.target, z, "annealing")
         return _estimate(way, schedule, ranks.rows(log_w), reverse)
 
     results = []
-    if method == FORWARD:
+    if num_chains is not None:
         chains = range(num_chains)
         results.append(
             estimate(False, num_chains, lambda here: way.at(0.0).draw(len(chains[here])))
         )
-    if samples is not None:
-        ends = way.of_energy.inner_position(samples, "the samples").reshape(
-            len(samples), -1, way.dim
-        )
-        results.append(estimate(True, len(samples), lambda here: ends[here].flatten(0, 1)))
+    if ends is not None:
+        results.append(estimate(True, len(ends), lambda here: ends[here].flatten(0, 1)))
     forward, backward = results[0], results[-1]
     if len(results) == 2:
         _compare(forward, backward)
-    if samples is None:
+    if ends is None:
         return forward
     reverse = {"upper": backward.value, "upper_error": backward.std_error}
     return replace(forward, **reverse, exact_samples=exact_samples)

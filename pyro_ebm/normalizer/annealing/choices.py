@@ -9,9 +9,13 @@ from torch import Tensor
 from pyro_ebm.distributions.core.supports import same_support, support_of
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
+from pyro_ebm.mcmc.kernels.composed.composite import CompositeKernel
 from pyro_ebm.mcmc.kernels.composed.tempering import TemperingKernel
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
+from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
+from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.mcmc.short_run import short_run
 from pyro_ebm.normalizer.annealing.function_path import FunctionPath
@@ -86,27 +90,42 @@ def path_of(
     return GeometricPath(target, GaussianStart.fitted(z, target.targets, WIDTH))
 
 
-def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy, path: AnnealingPath) -> Kernel:
+def kernel_of(kernel: Kernel | None, p: UnnormalizedEnergy | None, path: AnnealingPath) -> Kernel:
     """A kernel that leaves each density of the path invariant.
 
     Args:
         kernel: what was given.
-        p: the energy, whose own kernel is the next choice, if it is exact.
-        path: the path; block Gibbs sweeps where it has blocks, single-site ones where it is
-            discrete, else Langevin.
+        p: the energy, if it is one, whose own kernel is the next choice, if it is exact.
+        path: the path; block Gibbs sweeps where it has blocks, single-site ones of discrete sites,
+            steps of whole numbers without bounds, and Langevin of continuous ones.
 
     Raises:
         ValueError: for a kernel that leaves another density invariant.
     """
-    if kernel is None and isinstance(p.kernel, Kernel) and _objection(p.kernel, path) is None:
-        kernel = p.kernel
+    own = None if p is None else p.kernel
+    if kernel is None and isinstance(own, Kernel) and _objection(own, path) is None:
+        kernel = own
     if kernel is None:
-        discrete = path.blocks is not None or path.sites[0].support_values is not None
-        kernel = GibbsKernel() if discrete else LangevinKernel()
+        kernel = GibbsKernel() if path.blocks is not None else _suited(path)
     checked_kernel(kernel)
     if (objection := _objection(kernel, path)) is not None:
         raise ValueError(objection)
     return kernel.copy()
+
+
+def _suited(path: AnnealingPath) -> Kernel:
+    """A kernel for each kind of site that there is."""
+    sites = [site for site in path.sites if site.shape.numel()]
+    whole = [site for site in sites if site.is_unbounded]
+    discrete = [site for site in sites if site.support_values is not None]
+    kernels: list[TransitionKernel] = []
+    if len(discrete) > len(whole):
+        kernels.append(GibbsKernel())
+    if whole:
+        kernels.append(MHKernel(proposal=IntegerWalk()))
+    if len(sites) > len(discrete) or not sites:
+        kernels.append(LangevinKernel())
+    return kernels[0] if len(kernels) == 1 else CompositeKernel(kernels=kernels)
 
 
 def _objection(kernel: Kernel, path: AnnealingPath) -> str | None:
