@@ -61,7 +61,7 @@ def derivative(function):
     return torch.autograd.grad(function(lam), lam)[0]
 
 
-def slopes(dim, rows=200, groups=60, temperature=1.0, **settings):
+def slopes(dim, rows=200, groups=30, temperature=1.0, **settings):
     """Gradients of one step from data N(0, v), each the mean of so many rows and dimensions."""
     kernel = LangevinKernel(adjusted=False, step_size=STEP, temperature=temperature)
     found = []

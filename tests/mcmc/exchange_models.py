@@ -12,7 +12,7 @@ from pyro_ebm.distributions import BoltzmannMachine, lattice_edges
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
 
-def run(kernel, *args, chains=1000, samples=15, warmup=40, seed=0, **settings):
+def run(kernel, *args, chains=1000, samples=8, warmup=32, seed=0, **settings):
     """A run of many short chains: the steps take the time, however many chains make them."""
     pyro.set_rng_seed(seed)
     mcmc = MCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **settings)

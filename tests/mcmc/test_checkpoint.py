@@ -212,9 +212,10 @@ def interrupted(make, path, data, *stops, **settings):
 def test_every_kernel_goes_on_exactly(tmp_path, name):
     make, takes_data = KERNELS[name]
     data = (DATA,) if takes_data else ()
-    whole = uninterrupted(make, tmp_path / "a", data)
-    # in warmup before the first window, in it, after its end, and twice while sampling
-    assert_identical(interrupted(make, tmp_path / "b", data, 2, 8, 9, 9, 8), whole)
+    whole = uninterrupted(make, tmp_path / "a", data, num_samples=10)
+    # in warmup before the first window, in it, after its end, and while sampling
+    stopped = interrupted(make, tmp_path / "b", data, 2, 8, 9, 12, num_samples=10)
+    assert_identical(stopped, whole)
 
 
 # -- what is kept ----------------------------------------------------------------------------------

@@ -190,10 +190,10 @@ def test_runs_from_anywhere_to_the_target(name, of):
     p = target(of)
     kernel = KERNELS[name]()
     kernel.model, kernel.adapt_step_size = p, isinstance(kernel, DiscreteLangevinKernel)
-    mcmc = MCMC(kernel, 30, 40, num_chains=1500, disable_progbar=True)
+    mcmc = MCMC(kernel, 10, 40, num_chains=1500, disable_progbar=True)
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)["x"]
-    assert x.shape == (1500, 30) + p.event_shape
+    assert x.shape == (1500, 10) + p.event_shape
     assert p.support.check(x).all()
     states, log_p = states_of(EnergyPotential(p))
     assert_draws(x[:, -1].flatten(1).to(states), states, log_p)
@@ -602,7 +602,7 @@ def test_initial_params_must_be_support_values(name, of):
         mcmc.run()
 
 
-@pytest.mark.parametrize("name", ["gibbs", "dmala"])
+@pytest.mark.parametrize("name", [pytest.param("gibbs", marks=pytest.mark.slow), "dmala"])
 def test_compiled_draws_are_the_eager_ones(name):
     def run(jit_compile):
         pyro.set_rng_seed(5)

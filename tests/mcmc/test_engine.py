@@ -568,7 +568,7 @@ def test_a_transition_with_a_matrix_is_compiled():
     assert graph.run is not graph.captured
 
 
-@pytest.mark.parametrize("jit_compile", ["capture", True])
+@pytest.mark.parametrize("jit_compile", ["capture", pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_that_fills_a_triangle_becomes_a_graph(jit_compile):
     """By a mask, which no input moves."""
     torch.set_default_dtype(torch.float64)

@@ -78,11 +78,11 @@ def check_ising(coupling, aligned, num_inner_steps, chains, samples):
 
 
 def test_ising_with_few_aligned_edges():
-    check_ising(0.05, 0.525, num_inner_steps=15, chains=400, samples=15)
+    check_ising(0.05, 0.525, num_inner_steps=15, chains=400, samples=8)
 
 
 def test_ising_with_many_aligned_edges():
-    check_ising(0.45, 0.825, num_inner_steps=80, chains=200, samples=20)
+    check_ising(0.45, 0.825, num_inner_steps=80, chains=200, samples=8)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_latent_site_whose_z_moves():
         return log_p + dist.Gamma(2.0, 1.0).log_prob(theta)
 
     mean, variance = grid_posterior(log_posterior, 0.0, 20.0)
-    theta = draws_of(ExchangeKernel(model), "theta", False, samples=30)
+    theta = draws_of(ExchangeKernel(model), "theta", False, samples=15)
     assert_moments(theta, mean, variance)
     composite = CompositeKernel(model, [ExchangeKernel(), LangevinKernel()])
     theta = draws_of(composite, "theta", False)
@@ -340,7 +340,7 @@ def test_nuts_with_the_known_normalizer_gives_the_same_posterior():
     pyro.set_rng_seed(0)
     x = BoltzmannMachine(0.4, edges=SMALL).exact_sample((5,))
     exchange = draws_of(ExchangeKernel(small_ising), "J", x, False)
-    nuts = draws_of(NUTS(small_ising), "J", x, True, chains=1, samples=400, warmup=80)
+    nuts = draws_of(NUTS(small_ising), "J", x, True, chains=1, samples=250, warmup=60)
     found = []
     for draws in (exchange, nuts):
         draws = torch.stack([draws, draws.square()], -1)

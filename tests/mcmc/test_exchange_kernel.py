@@ -242,13 +242,13 @@ def test_chain_methods(method):
 
 def test_one_chain_has_the_conjugate_posterior_too():
     kernel = ExchangeKernel(precision, **ALIKE)
-    theta = draws_of(kernel, "theta", DATA, chains=1, samples=1200, warmup=20)
+    theta = draws_of(kernel, "theta", DATA, chains=1, samples=500, warmup=20)
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
 
 
 def test_stock_pyro():
-    kernel = ExchangeKernel(precision)
-    mcmc = PyroMCMC(kernel, 2000, warmup_steps=150, disable_progbar=True)
+    kernel = ExchangeKernel(precision, **ALIKE)
+    mcmc = PyroMCMC(kernel, 500, warmup_steps=20, disable_progbar=True)
     mcmc.run(DATA)
     theta = mcmc.get_samples(group_by_chain=True)["theta"].double()
     assert_moments(theta, CONJUGATE.mean, CONJUGATE.variance)
@@ -311,7 +311,7 @@ def test_a_model_that_reads_its_latent_runs_chain_by_chain():
             pyro.sample("x", Precision(torch.tensor(number)), obs=DATA)
 
     with pytest.warns(UserWarning, match="cannot be vectorized over chains"):
-        mcmc = run(ExchangeKernel(model, **ALIKE), chains=4, samples=220, warmup=20)
+        mcmc = run(ExchangeKernel(model, **ALIKE), chains=2, samples=220, warmup=20)
     assert_moments(
         mcmc.get_samples(group_by_chain=True)["theta"].double(), CONJUGATE.mean, CONJUGATE.variance
     )
@@ -332,7 +332,7 @@ def test_draws_that_cannot_be_vectorized_are_made_one_by_one():
             pyro.sample("x", Stubborn(theta), obs=DATA)
 
     with pytest.warns(UserWarning, match="auxiliary draws cannot be vectorized"):
-        mcmc = run(ExchangeKernel(model, **ALIKE), chains=4, samples=220, warmup=20)
+        mcmc = run(ExchangeKernel(model, **ALIKE), chains=2, samples=220, warmup=20)
     assert_moments(
         mcmc.get_samples(group_by_chain=True)["theta"].double(), CONJUGATE.mean, CONJUGATE.variance
     )

@@ -415,6 +415,7 @@ def test_float64():
     assert mcmc.get_samples()["x"].dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_compiled_draws_are_the_eager_ones():
     torch.set_default_dtype(torch.float64)  # in single precision rounding may turn one acceptance
 

@@ -153,7 +153,7 @@ def test_discrete_kernels(kernel):
         LangevinKernel(full_mass=True),
         LangevinKernel(step_size=0.3, adapt_step_size=False, adapt_mass_matrix=False),
         MHKernel(),
-        LangevinKernel(jit_compile=True),
+        pytest.param(LangevinKernel(jit_compile=True), marks=pytest.mark.slow),
     ],
     ids=["diagonal", "dense", "fixed", "walk", "compiled"],
 )
