@@ -11,6 +11,7 @@ them among each other would change no mean over the batch.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,7 @@ def rows_interact(
     modules = tuple(modules)
 
     def at(points: Tensor) -> Tensor:
-        with random_state_put_back(), buffers_put_back(modules), as_written():
-            try:
-                with torch.no_grad():
-                    return function(points).detach()
-            except RuntimeError:  # a function that differentiates inside
-                with torch.enable_grad():
-                    return function(points).detach()
+        return evaluated(function, points, modules)
 
     try:
         value = at(x)
@@ -83,6 +78,33 @@ def rows_interact(
         return False
     except torch.linalg.LinAlgError:  # a matrix of one row at the point of another
         return False
+
+
+def evaluated(
+    function: Callable[[Tensor], Any], x: Tensor, modules: Iterable[nn.Module] = ()
+) -> Tensor:
+    """What a function of points gives, detached, with nothing left of the evaluation.
+
+    Random state and buffers are put back, and compiled modules are run as they are written.
+
+    Args:
+        function: maps ``(*batch, *event)`` to ``(*batch)``.
+        x: points, shape ``(*batch, *event)``.
+        modules: the modules that the function evaluates, whose buffers are to be put back.
+
+    Example:
+        >>> net = nn.Dropout(0.5)
+        >>> first, again = (evaluated(net, torch.ones(9), [net]) for _ in range(2))
+        >>> torch.equal(first, again)
+        True
+    """
+    with random_state_put_back(), buffers_put_back(modules), as_written():
+        try:
+            with torch.no_grad():
+                return function(x).detach()
+        except RuntimeError:  # a function that differentiates inside
+            with torch.enable_grad():
+                return function(x).detach()
 
 
 def _half(batch: torch.Size, seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """An energy that cannot be called at its points: the error says which, where and what would do."""
 
+import copy
+import math
 import warnings
 
 import numpy as np
@@ -206,3 +208,88 @@ def test_a_network_of_images_whose_points_lack_the_channel():
 def test_an_energy_is_a_real_number(energy):
     with pytest.raises(ValueError, match=r"energy .* must be a real number at each point"):
         UnnormalizedEnergy(energy).log_prob(torch.zeros(3))
+
+
+# -- a batch of one, and of several ----------------------------------------------------------------
+
+
+def squeezed(*shape):
+    """A network that ends in ``squeeze()``."""
+    net = nn.Sequential(nn.Flatten(1), nn.Linear(math.prod(shape), 4), nn.Linear(4, 1))
+    return lambda x: net(x).squeeze()
+
+
+class OneAtATime(nn.Linear):
+    """A network that takes one image, and of several the sum."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)).sum().reshape(1)
+
+
+def fitted(energy):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", UnnormalizedEnergy(energy, event_shape=(2, 2)), obs=x)
+
+    loss = ContrastiveDivergence(num_steps=1)
+    SVI(model, lambda x: None, pyro.optim.Adam({}), loss).step(torch.randn(5, 2, 2))
+
+
+FIRST_USES = {
+    "log_prob": lambda f: UnnormalizedEnergy(f, event_shape=(2, 2)).log_prob(torch.ones(5, 2, 2)),
+    "sample": lambda f: UnnormalizedEnergy(f, event_shape=(2, 2)).sample((5,)),
+    "a loss": fitted,
+}
+
+
+@pytest.mark.parametrize("use", FIRST_USES)
+def test_a_batch_of_one_is_looked_at_when_batches_are_large(use):
+    energy = squeezed(2, 2)
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\) to \(\) in evaluation mode.*squeeze\(-1\)"):
+        FIRST_USES[use](energy)
+
+
+def test_two_points_are_looked_at_where_there_is_one():
+    p = UnnormalizedEnergy(OneAtATime(4, 1), event_shape=(2, 2))
+    with pytest.raises(ValueError, match=r"one point at a time.*to \(1,\), not to \(2,\)"):
+        p.log_prob(torch.ones(1, 2, 2))
+
+
+def test_the_mode_that_a_module_is_not_in_is_looked_at_too():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).squeeze(*(() if self.training else (-1,)))
+
+    p = UnnormalizedEnergy(Net(2, 1).eval(), event_shape=(2,))
+    with pytest.raises(ValueError, match="in training mode"):
+        p.log_prob(torch.zeros(3, 2))
+
+
+def test_the_look_at_batches_changes_nothing_and_comes_once():
+    calls = []
+    layers = [nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Flatten(0)]
+    net = nn.Sequential(*layers)
+    net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    plain = copy.deepcopy(net)
+    x = torch.randn(6, 2)
+    pyro.set_rng_seed(3)
+    want, after = plain(x), torch.rand(2)
+    calls.clear()
+    pyro.set_rng_seed(3)
+    found = UnnormalizedEnergy(net, event_shape=(2,)).energy(x)
+    assert torch.equal(found, want)
+    assert torch.equal(torch.rand(2), after)
+    assert calls == [6, 1, 2]
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    assert all(module.training for module in net.modules())
+    UnnormalizedEnergy(net, event_shape=(2,)).energy(x)  # as the next step of a training does
+    assert calls == [6, 1, 2, 6]
+
+
+def test_a_network_beside_data_of_each_row_is_left_alone():
+    net, y = MLPEnergy(3), torch.randn(7, 1)
+    for rows in (7, 1):
+        cond = y[:rows]
+        p = UnnormalizedEnergy(lambda x, cond=cond: net(torch.cat([x, cond], -1)), event_shape=(2,))
+        assert p.log_prob(torch.randn(rows, 2)).shape == (rows,)

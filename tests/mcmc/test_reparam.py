@@ -233,13 +233,21 @@ def test_potential_is_pyros(model):
     torch.testing.assert_close(potential(z).detach(), want.detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "kernel", [LangevinKernel, MHKernel, lambda model: ChEESKernel(model, step_size=0.01)]
-)
-def test_kernels_run(model, kernel):
-    mcmc = MCMC(kernel(model), 3, 3, num_chains=2, disable_progbar=True)
+def moved(kernel):
+    mcmc = MCMC(kernel, 3, 3, num_chains=2, disable_progbar=True)
     mcmc.run()
     assert all(x.isfinite().all() for x in mcmc.get_samples().values())
+
+
+def test_a_gradient_kernel_runs(model):
+    moved(LangevinKernel(model))
+
+
+# of each kind: over chains at once and one by one, with a potential that is Pyro's (above)
+@pytest.mark.parametrize("name", ["LocScale", "Haar", "LinearHMM of Stable", "by hand"])
+@pytest.mark.parametrize("kernel", [MHKernel, lambda model: ChEESKernel(model, step_size=0.01)])
+def test_other_kernels_run(name, kernel):
+    moved(kernel(MODELS[name]))
 
 
 @pytest.mark.parametrize("name", ["SymmetricStable, observed", "GumbelSoftmax", "by hand"])

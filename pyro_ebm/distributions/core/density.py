@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_ebm.distributions.checks.arguments import checked_shape, expanded_base, expands
+from pyro_ebm.distributions.checks.batches import check_batches
 from pyro_ebm.distributions.checks.energy_calls import (
     NARROW,
     EnergyCallError,
@@ -117,6 +118,11 @@ class EnergyDensity(TorchDistribution):
                 f" got {got}: sum over the event dimensions, squeeze a last one, or give"
                 " batch_shape= to a conditional energy"
             )
+        if not self.unexpanded.batch_shape:  # else the first dimension may be of the batch
+            with fixed_weights(self.modules):
+                check_batches(
+                    self._energy, self.energy_name, x, value, self.event_dim, self.modules
+                )
         return value
 
     @property
