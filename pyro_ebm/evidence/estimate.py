@@ -21,16 +21,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor
 
-from pyro_ebm.diagnostics.replay import is_factor
 from pyro_ebm.diagnostics.results import Results
 from pyro_ebm.distributions.checks.callers import Model
-from pyro_ebm.distributions.core.supports import stated_support
-from pyro_ebm.distributions.core.wrappers import innermost, unmasked
 from pyro_ebm.evidence.bridge import bridge
+from pyro_ebm.evidence.contents import looked_at, names_of
 from pyro_ebm.evidence.draws import draws_of, positions_of
 from pyro_ebm.evidence.model_path import ModelPath
 from pyro_ebm.evidence.model_starts import Guide, GuideStart
@@ -38,13 +35,13 @@ from pyro_ebm.evidence.proper import check_proper
 from pyro_ebm.evidence.result import EvidenceEstimate
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
-from pyro_ebm.models.runs import BoundModel, latents_of, sample_sites, side_runs
+from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.normalizer.annealing.ais import annealed_along
 from pyro_ebm.normalizer.annealing.choices import kernel_of
 from pyro_ebm.normalizer.arguments import check_arguments, check_numbers
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, estimate_of
 from pyro_ebm.normalizer.tails import warn_if_improper
-from pyro_ebm.ops.arguments import check_callable, shown
+from pyro_ebm.ops.arguments import check_callable
 
 _ANNEALING = {"guide", "draws", "kernel", "num_chains", "num_steps", "betas", "num_temperatures"}
 _ANNEALING |= {"ess_drop", "distributed", "exact_draws"}
@@ -169,9 +166,9 @@ def log_evidence(
     if exact_draws and "draws" not in given:
         raise ValueError("exact_draws=True says that the draws are exact ones: give draws=")
     posterior = draws_of(given.pop("draws")) if "draws" in given else None
-    improper = _names(shared_improper)
+    improper = names_of(shared_improper)
     bound = BoundModel(model, args, dict(kwargs or {}))
-    discrete, num_data = _looked_at(bound, improper)
+    discrete, num_data = looked_at(bound, improper)
     if keep_discrete is None:
         sampled = {name for name in discrete if posterior is not None and name in posterior}
         keep_discrete = bool(sampled) or (kernel is not None and _moves_discrete(kernel))
@@ -296,39 +293,6 @@ def _of_run(
             " the model, as log_evidence(model, *args, draws=mcmc)"
         )
     return results.model, results.args, results.kwargs
-
-
-def _names(shared_improper: object) -> tuple[str, ...]:
-    names = shared_improper
-    if isinstance(names, str) or not isinstance(names, Collection):
-        raise ValueError(
-            'shared_improper must hold the names of latents, as ("sigma2",), got'
-            f" {shown(shared_improper)}"
-        )
-    return tuple(sorted(str(name) for name in names))
-
-
-def _looked_at(bound: BoundModel, improper: Collection[str]) -> tuple[set[str], int | None]:
-    """The discrete latents of a model, and how many elements of data it has."""
-    with side_runs(), torch.no_grad():
-        trace = bound.trace()
-    latents = latents_of(trace)
-    if unknown := sorted(set(improper) - latents.keys()):
-        raise ValueError(
-            f"shared_improper names {unknown}, and the latents of the model are {sorted(latents)}"
-        )
-    num: int | None = 0
-    for name, site in sample_sites(trace).items():
-        if name in latents or isinstance(innermost(site["fn"]), Delta):
-            continue
-        if is_factor(site):
-            num = None
-        elif num is not None:
-            fn, mask, _ = unmasked(site["fn"], site["mask"])
-            size = torch.broadcast_shapes(torch.as_tensor(site["value"]).shape, fn.shape()).numel()
-            counts = 1.0 if mask is None else float(mask.expand(fn.batch_shape).double().mean())
-            num += round(size * counts)
-    return {name for name, site in latents.items() if stated_support(site["fn"]).is_discrete}, num
 
 
 def _moves_discrete(kernel: Kernel) -> bool:
