@@ -2,14 +2,14 @@
 
 Write an energy in a model:
     UnnormalizedEnergy        the density exp(-E(x)) / Z of an energy E, with Z unknown or known
-    product                   the product of densities
+    product, negation         the product of densities; one divided by a power of another
     mixture                   a mixture of densities whose Z are known
-    negation                  one density divided by a power of another
     noise_conditional         a density at every level of a ladder of noise
     geometric_ladder          the levels, each the same part of the one before
     ExponentialFamily         exp(theta . T(x)) / Z(theta), with its Z
     RBM, GaussianRBM          restricted Boltzmann machines over bits, over real numbers
     BoltzmannMachine, Potts   spins or bits, and categories, that interact in pairs
+    pseudolikelihood          a likelihood of discrete data that needs no Z
     DeepBeliefNetwork         a stack of restricted Boltzmann machines
     nn                        networks as energies: MLPEnergy, ConvEnergy
 
@@ -23,6 +23,7 @@ Sample it:
     GibbsWithGradientsKernel  changes of one discrete variable, chosen by the gradient
     DiscreteLangevinKernel    changes of all discrete variables, by the gradient
     CompositeKernel           kernels in turn, for discrete and continuous latents
+    curvature_adjustment      corrects a posterior made with a pseudolikelihood
     TemperingKernel           replica exchange around another kernel
     FlowKernel                far moves by a flow that is fitted while chains make local ones
     ExchangeKernel            posteriors in which an unknown log Z depends on a latent
@@ -31,8 +32,7 @@ Sample it:
 Look at the result:
     ConvergenceWarning        says after a run that its draws may be wrong, and what to try
     to_arviz                  draws, log likelihoods and statistics as ArviZ data
-    score                     the gradient of a log density
-    fisher_divergence         the mean squared difference of two scores
+    score, fisher_divergence  the gradient of a log density; the mean square of its differences
     plots                     densities, samples, images and the history of a training
 
 Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
@@ -41,10 +41,10 @@ Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
     ScoreMatching             gradients of log densities, by the trace of the Hessian
     SlicedScoreMatching       the same, along random directions
     DenoisingScoreMatching    the same, on noised data
+    PseudoLikelihood          every discrete variable given all others
     EnergyDiscrepancy         a datum against points that diffused away from it and back
     RecoveryLikelihood        data given noisier ones, by short chains
-    NCE                       data against noise; learns log Z too
-    RankingNCE                a datum against its noise points; needs no log Z
+    NCE, RankingNCE           data against noise, with log Z; a datum against its noise points
     FlowNCE                   data against a flow that learns
     CooperativeTraining       negatives from a flow that learns from them
     datasets                  densities in the plane with exact draws, digits, clothes, Ising spins
@@ -75,6 +75,7 @@ from pyro_ebm.distributions import (
     negation,
     noise_conditional,
     product,
+    pseudolikelihood,
 )
 from pyro_ebm.evidence import compare_evidence, log_evidence
 from pyro_ebm.losses import (
@@ -84,6 +85,7 @@ from pyro_ebm.losses import (
     DenoisingScoreMatching,
     EnergyDiscrepancy,
     FlowNCE,
+    PseudoLikelihood,
     RankingNCE,
     RecoveryLikelihood,
     ScoreMatching,
@@ -107,6 +109,7 @@ from pyro_ebm.mcmc import (
     NormalizerError,
     TemperingKernel,
 )
+from pyro_ebm.models.curvature import curvature_adjustment
 from pyro_ebm.normalizer import estimate_log_normalizer, mean_log_likelihood
 from pyro_ebm.ops import fisher_divergence, score
 
@@ -138,6 +141,7 @@ __all__ = [
     "MHKernel",
     "NormalizerError",
     "Potts",
+    "PseudoLikelihood",
     "RankingNCE",
     "RecoveryLikelihood",
     "ScoreMatching",
@@ -146,6 +150,7 @@ __all__ = [
     "UnnormalizedEnergy",
     "__version__",
     "compare_evidence",
+    "curvature_adjustment",
     "estimate_log_normalizer",
     "fisher_divergence",
     "fit",
@@ -157,6 +162,7 @@ __all__ = [
     "negation",
     "noise_conditional",
     "product",
+    "pseudolikelihood",
     "save_training",
     "score",
     "to_arviz",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics.replay import Replay, is_factor
 from pyro_ebm.diagnostics.results import Results
+from pyro_ebm.distributions.core.wrappers import composite_part
 from pyro_ebm.ops.arguments import shown
 
 DRAWS = ("chain", "draw")
@@ -224,6 +225,10 @@ class _Run:
             if not replay.is_data(name):
                 left_out.append(
                     f"site {name!r} is not data: its observed value is computed from latents"
+                )
+            elif composite_part(replay.sites[name]["fn"]) is not None:
+                left_out.append(
+                    f"site {name!r} is a pseudolikelihood, and no log density of the data"
                 )
             elif replay.is_normalized(name):
                 kept[name] = name

@@ -2,8 +2,8 @@
 
 ``energy`` holds :class:`~pyro_ebm.UnnormalizedEnergy`, the base of all, and the recipe for one of
 your own; ``product`` and ``mixture`` combine densities; ``flow`` wraps normalizing flows;
-``exponential`` and ``boltzmann`` are families with a known or computable log Z. ``core`` and
-``checks`` hold what these stand on.
+``exponential`` and ``boltzmann`` are families with a known or computable log Z; ``composite``
+multiplies conditionals, which need none. ``core`` and ``checks`` hold what these stand on.
 """
 
 from pyro_ebm.distributions.boltzmann.belief_network import DeepBeliefNetwork
@@ -13,6 +13,7 @@ from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
 from pyro_ebm.distributions.boltzmann.potts import Potts
 from pyro_ebm.distributions.boltzmann.rbm import RBM, JointRBM
 from pyro_ebm.distributions.boltzmann.rbm_module import GaussianRBMModule, RBMModule
+from pyro_ebm.distributions.composite.pseudolikelihood import pseudolikelihood
 from pyro_ebm.distributions.core.discrete import BlockGibbs, spin
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
@@ -44,5 +45,6 @@ __all__ = [
     "negation",
     "noise_conditional",
     "product",
+    "pseudolikelihood",
     "spin",
 ]

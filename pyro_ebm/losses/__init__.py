@@ -16,6 +16,7 @@ from pyro_ebm.losses.noise.flow_nce import FlowNCE
 from pyro_ebm.losses.noise.gaussian_noise import gaussian_noise
 from pyro_ebm.losses.noise.nce import NCE
 from pyro_ebm.losses.noise.ranking_nce import RankingNCE
+from pyro_ebm.losses.pseudolikelihood import PseudoLikelihood
 from pyro_ebm.losses.saving.training import load_training, save_training
 from pyro_ebm.losses.score.denoising import DenoisingScoreMatching
 from pyro_ebm.losses.score.score_matching import ScoreMatching
@@ -33,6 +34,7 @@ __all__ = [
     "EnergySite",
     "FitResult",
     "FlowNCE",
+    "PseudoLikelihood",
     "RankingNCE",
     "RecoveryLikelihood",
     "ScoreMatching",

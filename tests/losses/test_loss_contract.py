@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from torch import nn
@@ -21,6 +22,7 @@ from pyro_ebm.losses import (
     EnergyDiscrepancy,
     EnergyLoss,
     FlowNCE,
+    PseudoLikelihood,
     RankingNCE,
     RecoveryLikelihood,
     ScoreMatching,
@@ -59,6 +61,8 @@ LOSSES = {
     "dsm": lambda **kw: DenoisingScoreMatching(sigma=[0.1, 0.5], **kw),
     "dsm-cv": lambda **kw: DenoisingScoreMatching(sigma=0.1, control_variate=True, **kw),
     "ed": EnergyDiscrepancy,
+    "pl": PseudoLikelihood,
+    "pl-some": lambda **kw: PseudoLikelihood(blocks=[[0], [1]], subsample_size=1, **kw),
     "dsm-dual": lambda **kw: DenoisingScoreMatching(dual=True, **kw),
     "recovery": lambda **kw: RecoveryLikelihood(num_steps=2, **kw),
     "cooperative": lambda **kw: CooperativeTraining(num_steps=2, **kw),
@@ -86,6 +90,7 @@ class World:
         self.log_z = {name: nn.Parameter(torch.zeros((), dtype=dtype)) for name in names}
         self.noise = {name: nn.Parameter(torch.zeros(2, dtype=dtype)) for name in names}
         self.needs_noise, self.register = loss.needs_noise, register
+        self.support = constraints.integer_interval(-4, 4) if is_discrete(loss) else None
         self.noise_conditional = isinstance(loss, RecoveryLikelihood) or getattr(loss, "dual", 0)
 
     def parameters(self, name="x"):
@@ -105,7 +110,7 @@ class World:
                 return net(x / (1 + sigma[..., None] ** 2))
 
             return noise_conditional(energy, geometric_ladder(2.0, 0.1, 4), event_shape=(2,))
-        return UnnormalizedEnergy(net, event_shape=(2,), log_normalizer=log_z)
+        return UnnormalizedEnergy(net, (2,), self.support, log_normalizer=log_z)
 
     def noise_of(self, name="x"):
         loc = self.noise[name]
@@ -125,9 +130,16 @@ class World:
                 pyro.sample(name, self.noise_of(name))
 
 
+def is_discrete(loss):
+    """Whether it is for discrete data alone."""
+    return isinstance(loss, PseudoLikelihood)
+
+
 def data(n=12, dtype=torch.float32, seed=2):
+    """Whole numbers, which losses of either kind take."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 2, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    return (2 * x).round().clamp(-4, 4).to(dtype)
 
 
 def seeded(loss):

@@ -48,6 +48,30 @@ def fit(loss: Any) -> Any:
     return value
 
 
+def fit_bits(loss: Any) -> Any:
+    weight = nn.Parameter(torch.ones(()))
+
+    def model() -> None:
+        with pyro.plate("data", 4):
+            x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+            p = pe.UnnormalizedEnergy(lambda x: weight * x.prod(-1), (2,), dist.constraints.boolean)
+            pyro.sample("x", p, obs=x)
+
+    value = loss(model, lambda: None)()
+    value.backward()
+    return value
+
+
+SPIN_ROWS = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+
+
+def composite_model(x: Any) -> None:
+    J = pyro.sample("J", dist.Normal(0.0, 1.0))
+    p = pe.BoltzmannMachine(J, edges=torch.tensor([[0, 1]]))
+    with pyro.plate("data", 4):
+        pyro.sample("x", pe.pseudolikelihood(p), obs=x)
+
+
 def fit_levels(loss: Any) -> Any:
     scale = nn.Parameter(torch.ones(()))
 
@@ -150,6 +174,12 @@ LOSSES = [
         fit,
     ),
     Target(
+        "PseudoLikelihood",
+        losses.PseudoLikelihood,
+        {**PARTICLES, "blocks": [[0], [1]], "subsample_size": 1},
+        fit_bits,
+    ),
+    Target(
         "DenoisingScoreMatching of levels",
         losses.DenoisingScoreMatching,
         {"sigma": None, "dual": True, "control_variate": True},
@@ -227,6 +257,17 @@ FUNCTIONS = [
         "mean_log_likelihood",
         pe.mean_log_likelihood,
         {"p": gaussian(), "data": torch.randn(5, 2), "estimate": 1.8},
+    ),
+    Target(
+        "pseudolikelihood",
+        pe.pseudolikelihood,
+        {"p": pe.RBM(**MACHINE), "blocks": [[0, 1]]},
+        lambda fn: fn.log_prob(torch.zeros(fn.event_shape)),
+    ),
+    Target(
+        "curvature_adjustment",
+        lambda **k: pe.curvature_adjustment(composite_model, (SPIN_ROWS,), **k),
+        {"plate": None, "num_simulations": 20},
     ),
     Target("ops.score", ops.score, {"p": gaussian(), "x": torch.zeros(3, 2)}),
     Target(

@@ -61,6 +61,7 @@ class Case:
         mask = torch.rand(self.plates[::-1]) < 0.7 if self.masked else torch.ones(self.plates[::-1])
         self.set("mask", mask.bool())
         self.set("levels", False)
+        self.set("bits", False)
         z = torch.randn(self.batch + self.event, dtype=dtype)
         x = biject_to(SUPPORTS[self.support])(z)
         rows = self.mask.reshape(self.plates[::-1] + (1,) * (len(self.inner) + len(self.event)))
@@ -107,7 +108,10 @@ class Case:
             zeros = torch.zeros(self.event, dtype=self.dtype)
             base = dist.Normal(zeros, 1.0).to_event(len(self.event))
         shapes = {"event_shape": self.event, "batch_shape": self.batch, "base": base}
-        if self.levels:
+        if self.bits:
+            bits = constraints.boolean
+            p = UnnormalizedEnergy(self.energy, self.event, bits, self.batch)
+        elif self.levels:
             p = noise_conditional(self.noisy_energy, SIGMAS, **shapes)
         else:
             p = UnnormalizedEnergy(
@@ -202,6 +206,10 @@ def row_terms(name: str, case: Case, seen: dict[str, Any]) -> list[Tensor | None
     for i, weight in enumerate(case.weights()):
         if weight == 0:
             terms.append(None)
+        elif name == "pseudo":
+            flips = torch.eye(case.dim, dtype=case.dtype)
+            flipped = torch.stack([case.log_p((x[i] - flip).abs(), i) for flip in flips])
+            terms.append(logsigmoid(case.log_p(x[i], i) - flipped).sum())
         elif name in ("cd", "cooperative"):
             contrast = case.log_p(x[i], i) - case.log_p(case.rows(seen["negatives"])[0, i], i)
             terms.append(contrast if name == "cd" else contrast + log_q[i])
@@ -251,6 +259,7 @@ LOSSES = {
     "sliced": lambda: losses.SlicedScoreMatching(num_projections=2),
     "denoising": lambda: losses.DenoisingScoreMatching(sigma=0.2),
     "discrepancy": lambda: losses.EnergyDiscrepancy(0.16, num_samples=3, stabilization=0.5),
+    "pseudo": losses.PseudoLikelihood,
     "dual": lambda: losses.DenoisingScoreMatching(dual=True),
     "recovery": lambda: losses.RecoveryLikelihood(num_steps=2),
     "cooperative": lambda: losses.CooperativeTraining(num_steps=2),
@@ -265,6 +274,11 @@ def loss_is_its_definition(name: str, case: Case) -> None:
     if name in ("denoising", "discrepancy", *OF_LEVELS) and case.support != "real":
         return  # refused, as another test says
     case.set("levels", name in OF_LEVELS)
+    if name == "pseudo":
+        if case.base:
+            return  # of real numbers
+        case.set("bits", True)
+        case.set("x", torch.where(case.x.isnan(), case.x, (case.x > 0.5).to(case.dtype)))
     term = loss.energy_term
 
     def seeded(site: Any) -> Tensor:

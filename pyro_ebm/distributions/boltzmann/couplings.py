@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions.boltzmann.interaction_graph import Pairs, complete_graph, graph_of
+from pyro_ebm.distributions.boltzmann.interaction_graph import (
+    Pairs,
+    complete_graph,
+    graph_of,
+    symmetric,
+)
 from pyro_ebm.ops.arguments import shown
 
 
@@ -95,6 +100,38 @@ def interactions(
     upper = (start < end).nonzero()[:, 0]
     pairs = torch.stack([start[upper], end[upper]], -1)
     return matrix.values().index_select(0, upper), graph_of(pairs, n)
+
+
+def couplings_within(pairs: Pairs, couplings: Tensor, blocks: Tensor) -> Tensor:
+    """The couplings between the sites of each block, 0 where there are none.
+
+    Args:
+        pairs: the pairs that interact.
+        couplings: as :func:`interactions` gives them.
+        blocks: indices of sites, shape ``(G, k)``.
+
+    Returns:
+        Symmetric matrices, shape ``(*batch, G, k, k)``.
+
+    Example:
+        >>> edges = torch.tensor([[1, 0], [1, 2]])
+        >>> couplings, pairs = interactions(torch.tensor([2.0, 3.0]), edges)
+        >>> couplings_within(pairs, couplings, torch.tensor([[0, 1]]))
+        tensor([[[0., 2.],
+                 [2., 0.]]])
+    """
+    i, j = blocks[:, :, None], blocks[:, None, :]
+    if pairs.coupling_dim == 2:
+        return symmetric(couplings)[..., i, j]
+    batch, n, num_edges = couplings.shape[:-1], pairs.num_sites, pairs.num_edges
+    ends = pairs.edges.sort(-1).values
+    # one more than the last pair stands for no pair
+    keys, edge = torch.cat([ends @ ends.new_tensor([n, 1]), ends.new_tensor([n * n])]).sort()
+    wanted = torch.minimum(i, j) * n + torch.maximum(i, j)
+    place = torch.searchsorted(keys, wanted)
+    found = torch.where(keys[place] == wanted, edge[place], num_edges)
+    every = couplings.expand(batch + (num_edges,))
+    return torch.cat([every, couplings.new_zeros(batch + (1,))], -1)[..., found]
 
 
 def check_symmetric(couplings: Tensor) -> None:

@@ -146,12 +146,12 @@ class CompleteGraph(Pairs):
 
     def pair_sum(self, couplings: Tensor, s: Tensor) -> Tensor:
         r""":math:`\sum_{i<j} J_{ij} \langle s_i, s_j \rangle`, shape ``(*sample, *batch)``."""
-        js = torch.einsum("...ij,...jb->...ib", _symmetric(couplings), s)
+        js = torch.einsum("...ij,...jb->...ib", symmetric(couplings), s)
         return (s * js).sum((-1, -2)) / 2
 
     def weights(self, couplings: Tensor) -> Sequence[Tensor]:
         """The rows of the matrix, shape ``(*batch, n)`` each."""
-        return _symmetric(couplings).unbind(-2)
+        return symmetric(couplings).unbind(-2)
 
     def field(self, weight: Tensor, s: Tensor, block: int) -> Tensor:
         r""":math:`\sum_j J_{ij} s_j` for the sites of a block, ``(*sample, *batch, c, b)``."""
@@ -168,7 +168,7 @@ def complete_graph(num_sites: int, device: torch.device | None = None) -> Comple
     return CompleteGraph(num_sites, device)
 
 
-def _symmetric(couplings: Tensor) -> Tensor:
+def symmetric(couplings: Tensor) -> Tensor:
     """(J + J') / 2 without its diagonal: so is then the gradient, to the last bit."""
     n = couplings.shape[-1]
     off_diagonal = 1 - torch.eye(n, dtype=couplings.dtype, device=couplings.device)

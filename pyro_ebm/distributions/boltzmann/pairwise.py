@@ -33,12 +33,17 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_ebm.distributions.boltzmann.couplings import check_symmetric, floating, interactions
+from pyro_ebm.distributions.boltzmann.couplings import (
+    check_symmetric,
+    couplings_within,
+    floating,
+    interactions,
+)
 from pyro_ebm.distributions.checks.arguments import common_batch
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import readable
 from pyro_ebm.distributions.enumerated import EnergySettings, EnumeratedEnergy, Enumeration
-from pyro_ebm.ops.integration.enumerate import check_enumerable
+from pyro_ebm.ops.integration.enumerate import check_enumerable, states
 
 NUMBERS_PER_CHUNK = 2**20
 """How many numbers an enumeration holds at once."""
@@ -159,6 +164,34 @@ class PairwiseEnergy(EnumeratedEnergy):
         weights = pairs.weights(self.couplings)
         fields = torch.cat([pairs.field(w, s, k) for k, w in enumerate(weights)], -2)
         return self._points(fields.index_select(-2, pairs.order.argsort()) + self._bias)
+
+    def closed_conditionals(self, x: Tensor, blocks: Tensor) -> Tensor:
+        r"""The log densities of blocks of sites given all others, from local fields.
+
+        .. math:: p(s_B \mid \text{rest}) \propto \exp \Big( \sum_{i \in B} \langle s_i, g_i \rangle
+                  + \sum_{i < j \in B} J_{ij} \langle s_i, s_j \rangle \Big), \qquad
+                  g_i = f_i - \sum_{j \in B} J_{ij} s_j
+
+        Args:
+            x: points, shape ``(*sample, *batch, *event)``.
+            blocks: indices of sites, shape ``(G, k)``.
+
+        Returns:
+            Shape ``(*sample, *batch, G)``.
+        """
+        s, field = (
+            self._vectors(y)[..., blocks, :] for y in (self.broadcast(x), self.local_field(x))
+        )
+        if blocks.shape[1] == 1:  # (*batch, G, 1, b)
+            logits = field[..., 0, :] @ self.support_values.mT
+            return (s * field).sum((-1, -2)) - logits.logsumexp(-1)
+        within = couplings_within(self.pairs, self.couplings, blocks)  # (*batch, G, k, k)
+        outer = field - within @ s
+        c = states(self.support_values, blocks.shape[1]).unflatten(-1, s.shape[-2:])  # (S, k, b)
+        logits = torch.einsum("skb,...gkb->...gs", c, outer)
+        logits = logits + torch.einsum("...gij,sij->...gs", within, c @ c.mT) / 2
+        own = (s * outer).sum((-1, -2)) + (within * (s @ s.mT)).sum((-1, -2)) / 2
+        return own - logits.logsumexp(-1)
 
     def gibbs_noise(self, x: Tensor) -> tuple[Tensor, ...]:
         """The uniforms of a sweep, one for each site."""

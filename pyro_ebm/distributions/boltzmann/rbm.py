@@ -33,6 +33,7 @@ from pyro.distributions import (
     constraints,
 )
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pyro_ebm.distributions.boltzmann.bipartite import (
     MarginalLayers,
@@ -161,6 +162,29 @@ class RBM(BinaryLayers, MarginalLayers):
         x = x.to(self.weights.dtype)
         return -dot(x, self.visible_bias) - softplus(self.hidden_logits(x)).sum(-1)
 
+    def closed_conditionals(self, x: Tensor, blocks: Tensor) -> Tensor | None:
+        r"""The log densities of single visible units given the others, hidden units summed out.
+
+        .. math:: \log \frac{p(x_i = 1 \mid x_{-i})}{p(x_i = 0 \mid x_{-i})} = b_i + \sum_j
+                  \operatorname{softplus}(a_j + (1 - x_i) W_{ij})
+                  - \operatorname{softplus}(a_j - x_i W_{ij}), \qquad a = c + W^\top x
+
+        Args:
+            x: points, shape ``(*sample, *batch, n)``.
+            blocks: indices of units, shape ``(G, 1)``.
+
+        Returns:
+            Shape ``(*sample, *batch, G)``; None of larger blocks.
+        """
+        if blocks.shape[1] > 1:
+            return None
+        x, units = self.broadcast(x).to(self.weights.dtype), blocks[:, 0]
+        a = self.hidden_logits(x)[..., None, :]
+        weights, x = self.weights[..., units, :], x[..., units]  # (*batch, G, m), (..., G)
+        one = softplus(a + (1 - x)[..., None] * weights)
+        zero = softplus(a - x[..., None] * weights)
+        return logsigmoid((2 * x - 1) * (self.visible_bias[..., units] + (one - zero).sum(-1)))
+
     def joint(self) -> "JointRBM":
         r"""The density of visible and hidden units together: a known :math:`\log Z` is its too."""
         return self._sibling(JointRBM)
@@ -228,6 +252,23 @@ class JointRBM(BinaryLayers):
     def _energy(self, x: Tensor) -> Tensor:
         x, z = self.split(x.to(self.weights.dtype))
         return -dot(x, self.visible_bias) - (self.hidden_logits(x) * z).sum(-1)
+
+    def closed_conditionals(self, x: Tensor, blocks: Tensor) -> Tensor | None:
+        """The log densities of single units given the others, those of the other layer.
+
+        Args:
+            x: points, shape ``(*sample, *batch, n + m)``.
+            blocks: indices of units, shape ``(G, 1)``.
+
+        Returns:
+            Shape ``(*sample, *batch, G)``; None of larger blocks.
+        """
+        if blocks.shape[1] > 1:
+            return None
+        xz = self.broadcast(x).to(self.weights.dtype)
+        x, z = self.split(xz)
+        logits = torch.cat([self.visible_logits(z), self.hidden_logits(x)], -1)
+        return logsigmoid((2 * xz - 1) * logits)[..., blocks[:, 0]]
 
     def marginal(self) -> RBM:
         r"""The density of the visible units alone: a known :math:`\log Z` is its too."""

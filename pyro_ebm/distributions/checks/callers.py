@@ -22,16 +22,19 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import HMC, Importance, WeighedPredictive
 from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.elbo import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from pyro.infer.mcmc.util import initialize_model
+from pyro.poutine import Trace
+from pyro.poutine.runtime import default_process_message
 
 Model = Callable[..., object]
 """A model, or a guide, of Pyro."""
@@ -81,6 +84,24 @@ def sampler_of_a_posterior() -> Call | None:
     return None if model is None else Call(model, tuple(args or ()), dict(kwargs or {}), owner)
 
 
+def site_at_hand() -> dict[str, Any] | None:
+    """The sample site of Pyro that is drawn, or evaluated by a trace, if one is.
+
+    Example:
+        >>> class Named(dist.Bernoulli):
+        ...     def sample(self, sample_shape=()):
+        ...         return torch.tensor(float(site_at_hand()["name"]))
+        >>> trace = pyro.poutine.trace(lambda: pyro.sample("3", Named(0.5))).get_trace()
+        >>> trace.nodes["3"]["value"], site_at_hand()
+        (tensor(3.), None)
+    """
+    for frame in _frames():
+        if frame.f_code in _SITES:
+            local = frame.f_locals
+            return local["site"] if "site" in local else local["msg"]
+    return None
+
+
 def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -100,5 +121,12 @@ _SAMPLERS = _support_values(
     RandomWalkKernel.setup,
     initialize_model,
     AutoLaplaceApproximation.laplace_approximation,
+)
+_SITES = _support_values(
+    default_process_message,
+    InitMessenger._pyro_sample,
+    Trace.log_prob_sum,
+    Trace.compute_log_prob,
+    Trace.compute_score_parts,
 )
 _known: weakref.WeakKeyDictionary[object, tuple[int, ...]] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from pyro_ebm.distributions.checks.arguments import checked_normalizer
 from pyro_ebm.distributions.checks.elbo_guard import normalizers_handled, refuse_missing_constant
 from pyro_ebm.distributions.core.density import EnergyDensity
 from pyro_ebm.distributions.core.introspection import readable
-from pyro_ebm.distributions.core.wrappers import layers
+from pyro_ebm.distributions.core.wrappers import composite_part, layers
 from pyro_ebm.ops.arguments import check_number, check_tensor
 
 
@@ -50,6 +50,8 @@ class NormalizableDensity(EnergyDensity):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if (part := composite_part(self.base)) is not None:
+            raise ValueError(f"base is or holds {part!r}, which has no density to tilt")
         for inner in layers(self.base):
             if isinstance(inner, NormalizableDensity) and not inner.is_normalized:
                 raise ValueError(

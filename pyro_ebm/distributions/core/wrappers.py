@@ -73,14 +73,15 @@ def walk(fn: object) -> Iterator[object]:
 
 
 def improper_part(fn: object) -> str | None:
-    """The name of a part without a density: masked, a point mass, or improper; None if none is.
+    """The name of a part without a density: masked, a point mass, improper, or composite.
 
     Example:
         >>> improper_part(dist.Normal(0.0, 1.0).mask(False))
         'MaskedDistribution'
     """
     without = (MaskedDistribution, Delta, ImproperUniform)
-    return next((type(part).__name__ for part in walk(fn) if isinstance(part, without)), None)
+    found = (part for part in walk(fn) if isinstance(part, without))
+    return next((type(part).__name__ for part in (*found, composite_part(fn)) if part), None)
 
 
 def composite_part(fn: object) -> Distribution | None:

@@ -37,6 +37,7 @@ class SampleSite(TypedDict):
     scale: Any  # a number or a tensor
     mask: Tensor | bool | None
     score_parts: ScoreParts
+    log_prob: Tensor
     log_prob_sum: Tensor
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
 
