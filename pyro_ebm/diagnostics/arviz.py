@@ -103,7 +103,9 @@ def to_arviz(
     groups["warmup_posterior"] = run.drawn(results.warmup_samples or {})
     groups["warmup_sample_stats"] = _statistics(results.warmup_fields)
     groups = {group: variables for group, variables in groups.items() if variables}
-    return _to_library(_renamed(groups, dims or {}), coords or {})
+    return _to_library(
+        _renamed(groups, dims or {}), coords or {}, attributes(results.num_superchains)
+    )
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
@@ -124,9 +126,11 @@ def open_store(path: str | os.PathLike[str]) -> Any:
     return tree if _has_trees(arviz) else arviz.InferenceData.from_datatree(tree)
 
 
-def attributes() -> dict[str, str]:
-    """The attributes of each group, which say what made it and when."""
+def attributes(num_superchains: int | None = None) -> dict[str, str | int]:
+    """The attributes of each group, which say what made it, when, and of how many super-chains."""
+    superchains = {} if num_superchains is None else {"num_superchains": num_superchains}
     return {
+        **superchains,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "creation_library": "pyro_ebm",
         "inference_library": "pyro",
@@ -288,7 +292,9 @@ def _renamed(groups: Groups, dims: Mapping[str, Sequence[str | None]]) -> Groups
     return {g: {k: rename(g, v) for k, v in vs.items()} for g, vs in groups.items()}
 
 
-def _to_library(groups: Groups, coords: Mapping[str, ArrayLike]) -> object:
+def _to_library(
+    groups: Groups, coords: Mapping[str, ArrayLike], attrs: Mapping[str, str | int]
+) -> object:
     """The groups as data of the ArviZ that is installed."""
     import arviz
     import xarray
@@ -296,7 +302,6 @@ def _to_library(groups: Groups, coords: Mapping[str, ArrayLike]) -> object:
     known = {d for vs in groups.values() for v in vs.values() for d in v.dims} - set(DRAWS)
     if unknown := sorted(coords.keys() - known):
         raise ValueError(f"coords names {unknown}, the dimensions are {sorted(known)}")
-    attrs = attributes()
     datasets: dict[str, Any] = {}
     for group, variables in groups.items():
         labels = {}

@@ -17,6 +17,9 @@ Of a run that is too large :func:`survey` looks at evenly spaced draws, at ``LIM
 if there are too many elements for that, at evenly spaced ones and at those that are suspect. Ranks
 are taken of fewer still.
 
+Where chains started together in super-chains, R-hat is the nested one
+(:mod:`pyro_ebm.diagnostics.superchains`).
+
 Reference:
     Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), Rank-normalization, folding, and
     localization: an improved R-hat for assessing convergence of MCMC.
@@ -30,6 +33,11 @@ from typing import NamedTuple
 import torch
 from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
+
+from pyro_ebm.diagnostics.superchains import (
+    largest_nested_r_hat,
+    nested_r_hat,
+)
 
 LIMIT = 2**22
 """How many numbers are looked at."""
@@ -52,6 +60,7 @@ class Elements:
 
     Args:
         samples: the draws of each site, shape ``(chains, draws, *site)``.
+        num_superchains: how many super-chains started together, if they did.
 
     Example:
         >>> elements = Elements({"a": torch.zeros(4, 100), "b": torch.zeros(4, 100, 2, 3)})
@@ -59,12 +68,26 @@ class Elements:
         (7, 'a', 'b[1,2]')
     """
 
-    def __init__(self, samples: Mapping[str, Tensor]):
+    def __init__(self, samples: Mapping[str, Tensor], num_superchains: int | None = None):
+        self.num_superchains = num_superchains
         sites = {name: x.detach() for name, x in samples.items() if x.numel() > 0}
         self.shapes = {name: x.shape[2:] for name, x in sites.items()}
         self.sites = {name: x.reshape(*x.shape[:2], -1) for name, x in sites.items()}
         first = next(iter(sites.values()), torch.empty(0, 0))
         self.num_chains, self.num_draws = first.shape[:2]
+
+    def r_hat(self, x: Tensor) -> Tensor:
+        """Split R-hat of draws ``(chains, draws, ...)``, or nested R-hat where it applies."""
+        if self.num_superchains is None:
+            return split_gelman_rubin(x)
+        return nested_r_hat(x, self.num_superchains)
+
+    def largest_r_hat(self, num_draws: int) -> float:
+        """The greatest that converged chains of so many draws give, in any of the elements."""
+        if self.num_superchains is None:
+            return largest_r_hat(self.num_chains, num_draws, len(self))
+        z, time = _quantile(len(self)), AUTOCORRELATION_TIME
+        return largest_nested_r_hat(self.num_superchains, self.num_chains, num_draws, time, z)
 
     def __len__(self) -> int:
         return sum(x.shape[2] for x in self.sites.values())
@@ -142,23 +165,24 @@ class _Of(NamedTuple):
 
 
 def survey(elements: Elements) -> Survey:
-    """Looks at the draws of all elements, or of some; at least 4 of each chain."""
+    """Looks at the draws of all elements, or of some; at least 4 of each chain, or 1 if nested."""
     chains, draws = elements.num_chains, elements.num_draws
     every = -(-draws // max(FEWEST, LIMIT // (chains * len(elements))))
     num = -(-draws // every)
     number = some_elements(elements, LIMIT // (chains * num))
     pairs = min(PAIRS, max(PAIRS // 3, LOCATED // (chains * len(number))))
-    apart = -(-(draws - 1) // pairs)
+    last = max(1, draws - 1)  # of a single draw there is no move
+    apart = -(-last // pairs)
     found, finite = list[_Of](), True
     moves, own_moves = torch.zeros(2, chains, dtype=torch.float64)
     constant = torch.ones(chains, dtype=torch.bool)
     for block in number.split(max(1, BLOCK // (chains * num))):
         x = elements.take(block, slice(None, None, every))
-        here = elements.take(block, slice(0, draws - 1, apart))
-        there = elements.take(block, slice(1, None, apart))
+        here = elements.take(block, slice(0, last, apart))
+        there = elements.take(block, slice(draws - last, None, apart))
         place = locate(here)
         tails = x.flatten(0, 1).std(0) / place.spread
-        of = _Of(split_gelman_rubin(x), gaps(place), tails, place.whole)
+        of = _Of(elements.r_hat(x), gaps(place), tails, place.whole)
         found.append(_Of(*(value.cpu() for value in of)))
         finite &= bool(x.sum().isfinite())
         constant &= (here == here[:, :1]).all(2).all(1).cpu()
@@ -229,7 +253,7 @@ def locate(x: Tensor) -> Places:
     spread = ((high - low) / 2.563).quantile(0.5, 0)
     return Places(
         torch.where(whole, x.mean(1), middle),
-        torch.where(whole, x.var(1).mean(0).sqrt(), spread),
+        torch.where(whole, x.var(1, correction=min(last, 1)).mean(0).sqrt(), spread),
         whole,
     )
 
@@ -264,7 +288,7 @@ def rank_r_hats(elements: Elements, found: Survey) -> tuple[Tensor, Tensor, int]
     x = elements.take(number, slice(None, None, every))
     scores, median = normal_scores(x)
     distances, _ = normal_scores((x - median).abs())
-    r_hats = [split_gelman_rubin(x) for x in (scores, distances)]
+    r_hats = [elements.r_hat(x) for x in (scores, distances)]
     return number, torch.stack(r_hats).cpu(), num
 
 
@@ -294,7 +318,12 @@ def largest_r_hat(num_chains: int, num_draws: int, num_elements: int) -> float:
         [1.38, 1.21, 1.02]
     """
     n, k = num_draws // 2, 2 * num_chains - 1
-    level = torch.tensor(1 - LEVEL / (3 * num_elements), dtype=torch.float64)
-    z = float(torch.special.ndtri(level))
+    z = _quantile(num_elements)
     chi_square = (1 - 2 / (9 * k) + z * math.sqrt(2 / (9 * k))) ** 3  # / k
     return math.sqrt(1 + (AUTOCORRELATION_TIME * chi_square - 1) / n)
+
+
+def _quantile(num_elements: int) -> float:
+    """The normal quantile that none of three R-hats of each element exceeds, but with ``LEVEL``."""
+    level = torch.tensor(1 - LEVEL / (3 * num_elements), dtype=torch.float64)
+    return float(torch.special.ndtri(level))

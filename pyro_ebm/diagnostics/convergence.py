@@ -22,13 +22,13 @@ from pyro_ebm.diagnostics.chain_statistics import (
     Elements,
     Survey,
     gaps,
-    largest_r_hat,
     locate,
     rank_r_hats,
     survey,
 )
 
 MAX_R_HAT = 1.05
+MAX_NESTED_R_HAT = 1.01
 MAX_R_HAT_ALONE = 1.2
 """Of the halves of a single chain: above it, most chains drift."""
 MAX_GAP = 4.0
@@ -113,6 +113,7 @@ def findings(
     samples: Mapping[str, Tensor],
     fields: Mapping[str, Tensor],
     sampler: Sampler = Sampler(),  # noqa: B008
+    num_superchains: int | None = None,
 ) -> list[Finding]:
     """What is wrong with the draws of a run.
 
@@ -120,9 +121,10 @@ def findings(
         samples: the draws of each site, shape ``(chains, draws, *site)``.
         fields: the statistics of each draw, shape ``(chains, draws)``.
         sampler: what made them.
+        num_superchains: how many super-chains started together, if they did: R-hat is nested.
 
     Returns:
-        The findings; none of fewer than 4 draws of each chain.
+        The findings; none of fewer than 4 draws of each chain, unless there are super-chains.
 
     Example:
         >>> x = torch.randn(16, 200)
@@ -132,14 +134,15 @@ def findings(
         R-hat is 2.84 at 'x': the chains do not agree
         2 of 16 chains (14, 15) stand apart: they are near 7.78 at 'x', the others near 0.00162
     """
-    elements = Elements(samples)
-    if not len(elements) or elements.num_draws < 4:
+    elements = Elements(samples, num_superchains)
+    enough = elements.num_draws >= 4
+    if not len(elements) or not (enough or num_superchains):
         return []
     found = survey(elements)
     if far := _run_off(elements, found, fields):
         return [far]
     stuck = _stuck(elements, found)
-    apart = _apart(elements, found, ~stuck, sampler)
+    apart = _apart(elements, found, ~stuck, sampler) if enough else None
     of_draws = [
         None if stuck.all() else _r_hat(elements, found, sampler, apart is None),
         apart,
@@ -155,19 +158,20 @@ def findings(
 def _r_hat(
     elements: Elements, found: Survey, sampler: Sampler, with_remedies: bool
 ) -> Finding | None:
-    chains, total = elements.num_chains, len(elements)
-    limit = max(MAX_R_HAT, largest_r_hat(chains, found.num_draws, total))
+    chains, nested = elements.num_chains, elements.num_superchains is not None
+    name = "nested R-hat" if nested else "R-hat"
+    limit = _limit(elements, found.num_draws)
     number, size = _worst(found.number, found.r_hat)
-    size = split_gelman_rubin(elements.take(number)).cpu()  # of all draws, as a summary has it
+    size = elements.r_hat(elements.take(number)).cpu()  # of all draws, as a summary has it
     size = torch.where(size.isnan(), 0.0, size)
-    size, at, what = float(size.max()), int(number[size.argmax()]), "R-hat"
-    if size > max(MAX_R_HAT, largest_r_hat(chains, elements.num_draws, total)):
+    size, at, what = float(size.max()), int(number[size.argmax()]), name
+    if size > _limit(elements, elements.num_draws):
         over, of = int((found.r_hat > limit).sum()), len(found.number)
     else:
         ranked, r_hats, num_draws = rank_r_hats(elements, found)
         if not len(ranked):
             return None
-        limit = max(MAX_R_HAT, largest_r_hat(chains, num_draws, total))
+        limit = _limit(elements, num_draws)
         largest = r_hats.amax(0)
         number, worst = _worst(ranked, largest)
         size, at = float(worst.max()), int(number[worst.argmax()])
@@ -175,11 +179,12 @@ def _r_hat(
             return None
         over, of = int((largest > limit).sum()), len(ranked)
         column = r_hats[:, int((ranked == at).nonzero())]
-        what = "R-hat of the ranks"
+        what = f"{name} of the ranks"
         if column[1] > column[0]:
-            what = "R-hat of the distances from the median"
-    more = f" (and over {limit:.2f} at {over} of {of} elements)" if over > 1 else ""
+            what = f"{name} of the distances from the median"
+    more = f" (and over {limit:.{2 + nested}f} at {over} of {of} elements)" if over > 1 else ""
     parts = "chains do" if chains > 1 else "halves of the chain do"
+    parts = "super-chains do" if nested else parts
     others = [REPARAMETRISE]
     if found.whole.all():
         others = [TEMPERING]
@@ -187,9 +192,15 @@ def _r_hat(
         others = [CHEES, REPARAMETRISE]
     return Finding(
         "r_hat",
-        f"{what} is {size:.3g} at {elements.name(at)!r}{more}: the {parts} not agree",
+        f"{what} is {size:.{3 + nested}g} at {elements.name(at)!r}{more}: the {parts} not agree",
         sampler.without(MORE, *others) if with_remedies else (),
     )
+
+
+def _limit(elements: Elements, num_draws: int) -> float:
+    """The largest R-hat of so many draws of each chain that is nothing unusual."""
+    at_least = MAX_R_HAT if elements.num_superchains is None else MAX_NESTED_R_HAT
+    return max(at_least, elements.largest_r_hat(num_draws))
 
 
 def _worst(number: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

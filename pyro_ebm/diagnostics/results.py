@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.diagnostics.convergence import Finding
+from pyro_ebm.diagnostics.superchains import nested_diagnostics, print_nested_summary
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.files import Saved
 from pyro_ebm.internals.pyro_state import arguments_of_run, has_run, reported_by_chains
@@ -37,6 +38,7 @@ class Results:
         store: the folder of the draws where they are on disk, not in ``samples``.
         requested: the shape of a run with neither sites nor statistics.
         findings: what is wrong with the draws, as the run's warning says it.
+        num_superchains: how many super-chains started together; None where chains did not.
     """
 
     samples: Values
@@ -51,6 +53,7 @@ class Results:
     store: Path | None = None
     requested: tuple[int, int] = (0, 0)
     findings: Sequence[Finding] = ()
+    num_superchains: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,9 +135,17 @@ class Results:
         )
 
     def diagnostics(self) -> Saved:
-        """Split R-hat and effective sample size of each site, and what the kernels report."""
+        """R-hat and effective sample size of each site, and what the kernels report.
+
+        Nested R-hat of super-chains, else split R-hat.
+        """
         self._check_length("diagnostics")
-        result = dict(chain_diagnostics(self._as_floats()))
+        num, draws = self.num_superchains, self._as_floats()
+        result: Saved = (
+            dict(chain_diagnostics(draws))
+            if num is None
+            else {name: nested_diagnostics(x, num) for name, x in draws.items()}
+        )
         for name, draws in self.samples.items():
             if name not in result:  # a site without elements
                 nothing = draws.new_empty(draws.shape[2:])
@@ -146,7 +157,10 @@ class Results:
     def summary(self, prob: float) -> None:
         """Prints mean, sd, median, interval, ESS and R-hat of every site, and the findings."""
         self._check_length("a summary")
-        print_summary(self._as_floats(), prob=prob)
+        if self.num_superchains is None:
+            print_summary(self._as_floats(), prob=prob)
+        else:
+            print_nested_summary(self._as_floats(), self.num_superchains, prob)
         if "diverging" in self.fields:
             print(f"Number of divergences: {int(self.fields['diverging'].sum())}")  # noqa: T201
         for finding in self.findings:
@@ -162,7 +176,7 @@ class Results:
         }
 
     def _check_length(self, what: str) -> None:
-        if self.samples and self.shape[1] < 4:
+        if self.samples and self.num_superchains is None and self.shape[1] < 4:
             raise RuntimeError(
                 f"{what} needs at least 4 draws of each chain, there are {self.shape[1]}"
             )

@@ -141,16 +141,19 @@ def shares(num_chains: int, size: int) -> list[int]:
     return [num_chains // size + (r < num_chains % size) for r in range(size)]
 
 
-def process_group_of(num_chains: int, distributed: bool) -> ProcessGroup:
+def process_group_of(
+    num_chains: int, distributed: bool, num_superchains: int | None = None
+) -> ProcessGroup:
     """The chains of a run; those of a process on its own are all in it, ``distributed`` or not.
 
     Args:
         num_chains: how many chains there are.
         distributed: whether to share them out over the ranks of the process group.
+        num_superchains: how many super-chains they form; each is on one rank.
 
     Raises:
         RuntimeError: under ``torchrun`` without a process group.
-        ValueError: for fewer chains than ranks.
+        ValueError: for fewer chains than ranks, or super-chains that cannot be shared out evenly.
 
     Example:
         >>> process_group_of(64, distributed=True).size
@@ -159,6 +162,11 @@ def process_group_of(num_chains: int, distributed: bool) -> ProcessGroup:
     if not distributed:
         return ALONE
     if world_size() > 1:
+        if num_superchains is not None and num_superchains % world_size():
+            raise ValueError(
+                f"num_superchains={num_superchains} must be a multiple of the {world_size()} ranks,"
+                " so that the chains of a super-chain start on one of them"
+            )
         return ProcessGroup(num_chains, world_size(), rank())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         raise RuntimeError(

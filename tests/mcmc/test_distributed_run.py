@@ -190,6 +190,37 @@ def test_more_draws(ranks):
     assert all(torch.equal(both[name][:, :100], value) for name, value in first.items())
 
 
+def in_superchains(num_superchains):
+    pyro.set_rng_seed(1)
+    still = {"step_size": 1e-9, "adapt_step_size": False, "adapt_mass_matrix": False}
+    settings = {"num_superchains": num_superchains, "check_convergence": False}
+    settings |= {"num_chains": 12, "distributed": True, "disable_progbar": True}
+    mcmc = MCMC(LangevinKernel(normal, **still), 1, 0, **settings)
+    mcmc.run(Y)
+    return everything(mcmc)
+
+
+def test_superchains_start_together_and_on_one_rank(ranks):
+    x = ranks(in_superchains, 4)[0]["x"].reshape(4, 3, 2)
+    assert (x - x[:, :1]).abs().max() < 1e-3
+    assert (x[:, 0, 0].sort().values.diff() > 1e-3).all()
+    with pytest.raises(ValueError, match="num_superchains=3 must be a multiple of the 2 ranks"):
+        ranks(in_superchains, 3)
+
+
+def until_met(store):
+    pyro.set_rng_seed(3)
+    mcmc = sampler(num_samples=20, store=store)
+    mcmc.run_until(Y, ess=400, rhat=1.1)
+    return mcmc.runner.chains.records["draws"].count
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_the_ranks_meet_a_target_together(ranks, tmp_path, in_store):
+    first, second = ranks(until_met, tmp_path / "draws.zarr" if in_store else None)
+    assert first == second > 20
+
+
 def composite(kind):
     def mixed():
         k = pyro.sample("k", dist.Bernoulli(0.3))

@@ -21,16 +21,17 @@ def with_findings(results: Results, kernel: MCMCKernel) -> Results:
         results: of a run.
         kernel: which made it.
     """
-    samples, fields = results.samples, results.fields
+    samples, fields, num = results.samples, results.fields, results.num_superchains
     if results.store is not None:
         samples, fields = some_draws(results.store, LIMIT)
     if not isinstance(kernel, Kernel):  # whose users expect to hear of any divergence
         sampler = Sampler([type(kernel).__name__])
-        return replace(results, findings=findings(samples, fields, sampler))
+        return replace(results, findings=findings(samples, fields, sampler, num))
     parts = (kernel, *kernel.parts)
     sampler = Sampler(
         [type(part).__name__ for part in parts],
         kernel.max_divergences,
         any(part.adapt_step_size for part in parts),
     )
-    return replace(results, findings=[*findings(samples, fields, sampler), *kernel.findings])
+    found = findings(samples, fields, sampler, num)
+    return replace(results, findings=[*found, *kernel.findings])

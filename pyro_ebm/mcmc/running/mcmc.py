@@ -7,27 +7,27 @@ kernel, ``NUTS`` and ``HMC`` among them. Ranks of a process group can share vect
 """
 
 import datetime
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from pyro import poutine
-from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_ebm.diagnostics.arviz import open_store, to_arviz
 from pyro_ebm.diagnostics.convergence import Finding, warn
-from pyro_ebm.diagnostics.results import Results, select
+from pyro_ebm.diagnostics.results import Results
+from pyro_ebm.diagnostics.superchains import check_superchains
+from pyro_ebm.diagnostics.targets import Target
 from pyro_ebm.files import PathLike
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
-from pyro_ebm.mcmc.ranks import ALONE, ProcessGroup, process_group_of
+from pyro_ebm.mcmc.ranks import process_group_of
 from pyro_ebm.mcmc.running.convergence import with_findings
 from pyro_ebm.mcmc.running.distributed import check_call
 from pyro_ebm.mcmc.running.options import Runner, check_chain_method, check_run
+from pyro_ebm.mcmc.running.reading import ReadableRun
 from pyro_ebm.mcmc.running.sequential import ParallelRunner, SequentialRunner
 from pyro_ebm.mcmc.running.storage.checkpoint import checked_every, refuse_to_replace
 from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
@@ -37,7 +37,7 @@ from pyro_ebm.ops.arguments import check_count, checked_device, shown
 from pyro_ebm.ops.distributed import rank_path
 
 
-class MCMC(AbstractMCMC):
+class MCMC(ReadableRun):
     r"""A drop-in for ``pyro.infer.MCMC`` that runs many chains at once.
 
     A model whose unknown log Z depends on a latent is refused before sampling
@@ -76,6 +76,9 @@ class MCMC(AbstractMCMC):
             the first transition and after the last.
         check_convergence: whether to look at the draws at the end, and to warn if they may be
             wrong (:mod:`pyro_ebm.diagnostics.convergence`).
+        num_superchains: how many groups the chains form, of equally many chains that start
+            together before the warmup; R-hat is then the nested one
+            (:mod:`pyro_ebm.diagnostics.superchains`). For many short, vectorized chains.
         distributed: whether the ranks of the process group share vectorized chains, and all make
             the same calls: warmup learns from all chains, the draws come to rank 0, and each rank
             has files of its own. Without a group it changes nothing.
@@ -116,6 +119,7 @@ class MCMC(AbstractMCMC):
         checkpoint: PathLike | None = None,
         checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=1),
         check_convergence: bool = True,
+        num_superchains: int | None = None,
         distributed: bool = False,
     ):
         if not isinstance(kernel, MCMCKernel):
@@ -124,7 +128,7 @@ class MCMC(AbstractMCMC):
                 f" {shown(kernel)}"
             )
         only_vectorized = {"checkpoint": checkpoint, "store": store, "draws_device": draws_device}
-        only_vectorized["distributed"] = distributed or None
+        only_vectorized |= {"distributed": distributed or None, "num_superchains": num_superchains}
         self.chain_method = check_chain_method(chain_method, kernel, only_vectorized)
         self.num_samples = check_count("num_samples", num_samples, 1)
         warmup_steps = self.num_samples if warmup_steps is None else warmup_steps
@@ -137,7 +141,10 @@ class MCMC(AbstractMCMC):
             raise ValueError(
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
-        check_run(initial_params, num_chains, hook_fn, transforms, save_params)
+        if num_superchains is not None:
+            check_superchains(num_superchains, num_chains)
+        self.num_superchains = num_superchains
+        check_run(initial_params, num_chains, hook_fn, transforms, save_params, num_superchains)
         super().__init__(kernel, num_chains, transforms)
         self.num_chains: int = num_chains
         self.given_transforms: Mapping[str, Transform] | None = transforms
@@ -150,8 +157,6 @@ class MCMC(AbstractMCMC):
         self.check_convergence, self.distributed = check_convergence, distributed
         self._validate_kernel(initial_params)
         self.runner: Runner | None = None
-        self._results: Results | None = None
-        self._ranks: ProcessGroup = ALONE
 
     # -- running -------------------------------------------------------------------------------
 
@@ -177,7 +182,7 @@ class MCMC(AbstractMCMC):
         """The runner of a run that starts anew, without the draws of the last one."""
         self._results, self.transforms = None, self.given_transforms
         self._args, self._kwargs = args, kwargs  # which arviz.from_pyro reads
-        self._ranks = process_group_of(self.num_chains, self.distributed)
+        self._ranks = process_group_of(self.num_chains, self.distributed, self.num_superchains)
         if self.chain_method == "vectorized":
             assert isinstance(self.kernel, PyroKernel)
             runner = VectorizedRunner(self.kernel, self, args, kwargs, self._ranks)
@@ -188,9 +193,10 @@ class MCMC(AbstractMCMC):
         check_call(self._ranks, call)
         return runner
 
-    def _keep(self, results: Results) -> None:
+    def _keep(self, results: Results, missed: Sequence[Finding] = ()) -> None:
         self.transforms = dict(results.transforms)
-        self._results = with_findings(results, self.kernel) if self.check_convergence else results
+        found = with_findings(results, self.kernel) if self.check_convergence else results
+        self._results = replace(found, findings=(*found.findings, *missed))
         warn(self._results.findings, stacklevel=4)  # at the call of run, resume or extend
 
     def _check(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -274,119 +280,68 @@ class MCMC(AbstractMCMC):
             )
         self._keep(self.runner.extend(num_samples))
 
-    # -- reading -------------------------------------------------------------------------------
+    @poutine.block
+    def run_until(
+        self,
+        *args: object,
+        ess: float = 1000.0,
+        rhat: float = 1.01,
+        max_draws: int | None = None,
+        max_seconds: float | None = None,
+        names: Sequence[str] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Runs, and extends the run until enough is known of every quantity.
 
-    @property
-    def results(self) -> Results:
-        """The draws and statistics, and what the model was called with.
+        ``num_samples`` transitions come first. While the effective sample size of an element, or
+        its R-hat, as :meth:`diagnostics` has them, is not what it should be, as many draws follow
+        as are expected to do, between a tenth and all of those that there are. The draws are those
+        of one run of that length; given the seed so is their number, but for ``max_seconds``.
+
+        With a ``checkpoint`` that is there already the run goes on from it, as by :meth:`resume`.
+        Of draws in a ``store`` that are too many for the memory some are looked at, evenly spaced:
+        their effective number is at most that of all.
+
+        Args:
+            *args: of the model.
+            ess: the least effective sample size, of all chains together.
+            rhat: the largest R-hat; nested with ``num_superchains``.
+            max_draws: the most draws of each chain, by default 100 times those of ``num_samples``.
+            max_seconds: the most time; the warmup and the first ``num_samples`` are not cut short.
+            names: the sites that count; all that are kept by default.
+            **kwargs: of the model.
 
         Raises:
-            RuntimeError: before a run; on another rank than the first; for draws in a ``store``.
+            ValueError: for a target out of range, or names that are not kept.
+            RuntimeError: if its chains are not vectorized.
+
+        Warns:
+            ConvergenceWarning: if it stopped before: which target was missed, where.
+
+        Example:
+            >>> from pyro_ebm import ChEESKernel
+            >>> normal = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+            >>> mcmc = MCMC(ChEESKernel(normal), 20, 60, num_chains=10, disable_progbar=True)
+            >>> mcmc.run_until(ess=2000)
+            >>> bool(mcmc.diagnostics()["x"]["n_eff"].min() >= 2000)
+            True
         """
-        results = self._kept()
-        if results.store is not None:
+        if self.chain_method != "vectorized":
             raise RuntimeError(
-                f"the draws are not in memory but in the store {results.store}: to_arviz() opens it"
+                f'run_until extends vectorized chains, and these are "{self.chain_method}": use a'
+                " kernel of pyro_ebm"
             )
-        return results
-
-    def get_samples(
-        self, num_samples: int | None = None, group_by_chain: bool = False
-    ) -> dict[str, Tensor]:
-        """The draws, in the supports of their sites.
-
-        Args:
-            num_samples: if given, this many draws are resampled with replacement.
-            group_by_chain: whether to keep the chains apart.
-
-        Returns:
-            Each site's draws, shape ``(chains, draws, *site)`` or ``(chains * draws, *site)``.
-        """
-        return select(self.results.samples, num_samples, group_by_chain)
-
-    def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Statistics of each draw: ``lp``, ``acceptance_rate``, ``step_size``, ``diverging``.
-
-        Some kernels have more, such as ``n_steps``. ``lp`` is :math:`-U(z)`, the log density on the
-        unconstrained space. Pyro's own kernels have ``diverging`` alone.
-
-        Args:
-            group_by_chain: whether to keep the chains apart.
-
-        Returns:
-            Shapes ``(chains, draws)`` or ``(chains * draws,)``.
-        """
-        return select(self.results.fields, None, group_by_chain)
-
-    def get_warmup_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """The draws of the warmup, kept with ``save_warmup=True``."""
-        warmup = None if self._results is None else self._kept().warmup_samples
-        if warmup is None:
-            raise RuntimeError("no warmup was kept: give save_warmup=True and run")
-        return select(warmup, None, group_by_chain)
-
-    def diagnostics(self) -> dict[str, dict[str, object]]:
-        """Split R-hat and effective sample size of each site; divergences and acceptance rates."""
-        return self.results.diagnostics()
-
-    def summary(self, prob: float = 0.9) -> None:
-        """Prints mean, sd, median, interval, effective sample size and R-hat of every site."""
-        self.results.summary(prob)
-
-    @property
-    def findings(self) -> Sequence[Finding]:
-        """What is wrong with the draws, as the warning said it; none where it was not looked for.
-
-        Of a rank other than the first, those of a ``store`` alone.
-        """
-        return () if self._results is None else self._results.findings
-
-    def to_arviz(self, **kwargs: Any) -> Any:
-        """This run as ArviZ data; the arguments are those of :func:`pyro_ebm.to_arviz`.
-
-        Draws that are in a ``store`` stay there: ArviZ reads what is looked at.
-        """
-        store = None if self._results is None else self._results.store
-        if store is None:
-            return to_arviz(self, **kwargs)
-        if kwargs:
+        most = 100 * (self.num_samples // self.thinning) if max_draws is None else max_draws
+        if check_count("max_draws", most, 1) < self.num_samples // self.thinning:
             raise ValueError(
-                f"the draws are in {store} and are opened as they are, without {sorted(kwargs)}"
+                f"max_draws={most} is less than the first num_samples={self.num_samples}"
+                f" (thinning={self.thinning}) make"
             )
-        return open_store(store)
-
-    def _kept(self) -> Results:
-        """What the last run returned."""
-        if self._results is None:
-            raise RuntimeError("there are no draws yet: call run first")
-        if self._ranks.rank > 0 and self._results.store is None:
-            raise RuntimeError(
-                f"this is rank {self._ranks.rank} of {self._ranks.size}, and the draws of all ranks"
-                " are on rank 0: read them there, as in"
-                " `if pyro_ebm.ops.distributed.rank() == 0: mcmc.summary()`"
-            )
-        return self._results
-
-    def __repr__(self) -> str:
-        """The settings that differ from their defaults, and what was drawn."""
-        given = inspect.signature(type(self).__init__).parameters.items()
-        own = "vectorized" if isinstance(self.kernel, PyroKernel) else "sequential"
-        defaults = {"warmup_steps": self.num_samples, "chain_method": own}
-        settings = [
-            f"{name}={shown(getattr(self, name))}"
-            for name, parameter in given
-            if name not in ("self", "kernel", "transforms")
-            and getattr(self, name) != defaults.get(name, parameter.default)
-        ]
-        if self._results is None:
-            drawn = "not run yet"
-        elif self._results.store is not None:
-            drawn = f"draws in {self._results.store}"
-        elif self._ranks.rank > 0:
-            drawn = "draws on rank 0"
-        else:
-            drawn = "{} chains of {} draws".format(*self._results.shape)
-        return f"{type(self).__name__}({', '.join([repr(self.kernel), *settings])}): {drawn}"
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "runner": None}
+        target = Target(ess, rhat, names, most, max_seconds)
+        there = self.checkpoint is not None and rank_path(self.checkpoint).exists()
+        runner = self._new_runner("resume" if there else "run", args, kwargs)
+        assert isinstance(runner, VectorizedRunner)
+        if not there:
+            with self._ranks.fail_together("the check of the run"):
+                self._check(args, kwargs)
+        self._keep(*runner.run_until(target, runner.resume if there else runner.run))

@@ -39,6 +39,7 @@ class Options(Protocol):
     draws_device: torch.device | None
     store: PathLike | None
     checkpoint: PathLike | None
+    num_superchains: int | None
     checkpoint_every: int | timedelta
 
 
@@ -120,6 +121,7 @@ def check_run(
     hook_fn: object,
     transforms: Mapping[str, Transform] | None,
     save_params: list[str] | None,
+    num_superchains: int | None = None,
 ) -> None:
     """Raises a ValueError unless these arguments of a run are what they should be."""
     if transforms is not None:
@@ -140,3 +142,11 @@ def check_run(
                 f"initial_params[{name!r}] must lead with num_chains={num_chains}, got shape"
                 f" {tuple(value.shape)}"
             )
+        if num_superchains is not None:
+            first, *others = value.reshape(num_superchains, -1, *value.shape[1:]).unbind(1)
+            if not all(torch.equal(first, other) for other in others):
+                raise ValueError(
+                    f"initial_params[{name!r}] must be the same for the chains of a super-chain,"
+                    f" which start together: give x.repeat_interleave({len(others) + 1}, 0) of one"
+                    f" start for each of the {num_superchains} super-chains"
+                )

@@ -1,13 +1,17 @@
 """Runs all chains at once: from a start, from a checkpoint, and on from the end of a run."""
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_ebm.diagnostics.convergence import Finding
 from pyro_ebm.diagnostics.results import Results
+from pyro_ebm.diagnostics.targets import Target
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.ranks import ProcessGroup, binding_to
@@ -17,9 +21,11 @@ from pyro_ebm.mcmc.running.options import Runner
 from pyro_ebm.mcmc.running.progress import Bar, cut_short
 from pyro_ebm.mcmc.running.run_settings import RunSettings, fingerprint, of_sites
 from pyro_ebm.mcmc.running.storage.checkpoint import Checkpoint, read_checkpoint
-from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore
+from pyro_ebm.mcmc.running.storage.zarr_store import ZarrStore, thinned_draws
 from pyro_ebm.ops.distributed import rank_path
 
+READ_AT_ONCE = 2**25
+"""Of so many numbers in a store the effective sample size is taken."""
 COMPARED = ("num_samples", "warmup_steps", "num_chains", "thinning", "save_warmup")
 
 
@@ -35,6 +41,7 @@ class VectorizedRunner(Runner):
         transforms: from the supports to the reals.
         checkpoint: where the run is saved, if it is.
         results: all that was drawn.
+        target: of :meth:`run_until`.
     """
 
     kernel: PyroKernel
@@ -43,6 +50,7 @@ class VectorizedRunner(Runner):
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     results: Results | None = None
+    target: Target | None = None
 
     def run(self) -> Results:
         """The draws of a run from its start."""
@@ -95,39 +103,95 @@ class VectorizedRunner(Runner):
                 checkpoint.save(chains)
         return self._go_on(chains)
 
+    def run_until(
+        self, target: Target, start: Callable[[], Results]
+    ) -> tuple[Results, list[Finding]]:
+        """The draws of a run that is extended until a target is met.
+
+        Args:
+            target: what to meet.
+            start: makes the first draws, :meth:`run` or :meth:`resume`.
+
+        Returns:
+            The draws, and what they miss.
+        """
+        self.target, since = target, time.monotonic()
+        results, pace = start(), math.inf  # seconds for each draw
+        chains = self.chains
+        assert chains is not None
+        while chains.done:
+            num, now = chains.records["draws"].count, time.monotonic()
+            samples = self._some_of_all(results)
+            gaps = target.gaps(samples, self.options.num_superchains) if samples else []
+            # one answer for all ranks: that of the clock and the draws of the first
+            plan = torch.tensor([target.more(gaps, num, now - since, pace), bool(gaps)])
+            more, missed = map(int, self.ranks.from_first(plan.double()))
+            if more == 0:
+                spent = time.monotonic() - since
+                return results, [target.missed(gaps, num, spent)] if gaps and missed else []
+            results = self.extend(more * self.options.thinning)
+            pace = (time.monotonic() - now) / more
+        return results, []
+
+    def _some_of_all(self, results: Results) -> dict[str, Tensor]:
+        """On the first rank draws of all chains in the sites that count, elsewhere none."""
+        names = None if self.target is None else self.target.names
+        if results.store is None:
+            return {k: x for k, x in results.samples.items() if names is None or k in names}
+        here = thinned_draws(results.store, names, READ_AT_ONCE // self.ranks.size)
+        of_all = {name: self.ranks.to_first(x) for name, x in here.items()}
+        return {name: x for name, x in of_all.items() if x is not None}
+
     def _potential_and_start(self, start: bool = True) -> tuple[Potential, Tensor]:
         """The potential, and where the chains of this rank start, shape ``(chains, dim)``."""
-        kernel, given = self.kernel, self.options.initial_params
+        kernel, options, given = self.kernel, self.options, self.options.initial_params
         with self.starts():
             if given is not None:  # one chain's values say what the sites are
                 kernel.initial_params = self.start_of(0)
             potential = kernel.make_potential(*self.args, **self.kwargs)
             if not start:
                 return potential, torch.empty(0)
-            here = self.ranks.here(self.options.num_chains)
+            here = self.ranks.here(options.num_chains)
             if given is not None:
                 shared_out = self.ranks.size > 1
                 kernel.initial_params = {k: v[here] if shared_out else v for k, v in given.items()}
-            return potential, kernel.initial_position(potential, here.stop - here.start)
+            num = here.stop - here.start
+            if options.num_superchains is None or given is not None:
+                return potential, kernel.initial_position(potential, num)
+            starts = options.num_superchains // self.ranks.size
+            z = kernel.initial_position(potential, starts)  # (starts * targets, dim)
+            together = z.reshape(starts, -1, z.shape[-1]).repeat_interleave(num // starts, 0)
+            return potential, together.flatten(0, 1)
 
     def _new_chains(self, potential: Potential, of_run: str | None = None) -> VectorizedRun:
         """Chains that have not started, and their checkpoint and store (of the run ``of_run``)."""
         options, given = self.options, self.options.given_transforms
         self.transforms = potential.transforms if given is None else given
         keep = self.kept_sites(potential.names)
+        if self.target is not None:
+            self.target.check(keep)
         if options.checkpoint is not None:
             path, settings = rank_path(options.checkpoint), self._settings(potential, keep)
             self.checkpoint = Checkpoint(path, options.checkpoint_every, settings)
         store, sites = None, [site for site in potential.sites if site.name in keep]
         if options.store is not None:
-            store = ZarrStore(rank_path(options.store), sites, self.transforms, of_run)
+            path, num = rank_path(options.store), self._superchains_kept
+            store = ZarrStore(path, sites, self.transforms, of_run, num)
         with binding_to(self.ranks):
             return VectorizedRun(self.kernel, potential, options, sites, store)
+
+    @property
+    def _superchains_kept(self) -> int | None:
+        """How many super-chains are in the results: all, or in a store those of this rank."""
+        num, options = self.options.num_superchains, self.options
+        return num // self.ranks.size if num and options.store is not None else num
 
     def _settings(self, potential: Potential, keep: list[str]) -> RunSettings:
         """Everything that a run must have in common with the one that it goes on from."""
         options = self.options
         settings = {name: getattr(options, name) for name in COMPARED}
+        if options.num_superchains is not None:
+            settings["num_superchains"] = options.num_superchains
         given = options.given_transforms or {}  # others follow from the model
         settings |= {
             "save_params": keep,
@@ -175,7 +239,8 @@ class VectorizedRunner(Runner):
             records["draws"].flush()
             parts["store"] = chains.store.path
         parts |= {"model": self.kernel.model, "args": self.args, "kwargs": self.kwargs}
-        results = Results(samples, fields, transforms=self.transforms, **parts)
+        parts |= {"transforms": self.transforms, "num_superchains": self._superchains_kept}
+        results = Results(samples, fields, **parts)
         if self.results is not None:
             results = self.results.followed_by(results)
         if not results.fields:

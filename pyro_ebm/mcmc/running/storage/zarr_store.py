@@ -11,7 +11,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class ZarrStore:
         sites: those that are kept, in the order of the position.
         transforms: from their supports to the reals.
         run: the identifier of the run that an existing store must belong to; None for a new run.
+        num_superchains: of the run, an attribute of the groups.
 
     Attributes:
         run: the identifier of the run, which its checkpoint keeps.
@@ -55,7 +56,9 @@ class ZarrStore:
         sites: Sequence[Site],
         transforms: Mapping[str, Transform],
         run: str | None = None,
+        num_superchains: int | None = None,
     ):
+        self.num_superchains = num_superchains
         self._zarr = _imported()
         self.path, self.sites, self.transforms = Path(path), sites, transforms
         self.run = uuid.uuid4().hex if run is None else run
@@ -84,7 +87,7 @@ class ZarrStore:
             )
         for group in GROUPS:
             if group not in self._root:
-                self._root.create_group(group, attributes=attributes())
+                self._root.create_group(group, attributes=attributes(self.num_superchains))
         self._commit()
 
     # -- writing -------------------------------------------------------------------------------
@@ -217,6 +220,20 @@ def some_draws(path: PathLike, most: int) -> tuple[dict[str, Tensor], dict[str, 
 
     samples, fields = ({name: read(array) for name, array in group.items()} for group in arrays)
     return samples, fields
+
+
+def thinned_draws(path: PathLike, names: Collection[str] | None, most: int) -> dict[str, Tensor]:
+    """Evenly spaced draws of a store, all of them if there are few, by their sites.
+
+    Args:
+        path: the folder of the store.
+        names: the sites; all if None.
+        most: how many numbers are kept.
+    """
+    group: Any = _imported().open_group(path, mode="r")["posterior"]
+    arrays = {k: a for k, a in group.arrays() if names is None or k in names}
+    every = max(1, -(-sum(math.prod(a.shape) for a in arrays.values()) // most))
+    return {name: torch.from_numpy(array[:, ::every]) for name, array in arrays.items()}
 
 
 def _imported() -> Any:
