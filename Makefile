@@ -61,10 +61,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	@$(PIP) -e ".[dev]"
 	@touch $@
 
-$(VENV)/.installed-docs $(VENV)/.installed-gallery: $(VENV)/.installed-dev  ## run the examples that changed, for their pages; NAMES="ising ..."
-	$(RUN) docs/_ext/gallery.py $(NAMES)
-
-bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
+$(VENV)/.installed-docs $(VENV)/.installed-bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	@echo "installing what \`make $*\` needs"
 	@$(PIP) -e ".[$*]"
 	@touch $@
