@@ -14,7 +14,7 @@ Write an energy in a model:
     nn                        networks as energies: MLPEnergy, ConvEnergy
 
 Sample it:
-    MCMC                      runs a kernel, many chains at once
+    MCMC, SMC                 run a kernel: many chains at once; tempered particles
     LangevinKernel            Langevin dynamics, with or without a Metropolis test
     ChEESKernel               Hamiltonian Monte Carlo; all chains learn one trajectory length
     BarkerKernel              the Barker proposal, robust where Langevin steps overshoot
@@ -77,7 +77,7 @@ from pyro_ebm.distributions import (
     product,
     pseudolikelihood,
 )
-from pyro_ebm.evidence import compare_evidence, log_evidence
+from pyro_ebm.evidence import SMC, compare_evidence, log_evidence
 from pyro_ebm.losses import (
     NCE,
     ContrastiveDivergence,
@@ -119,6 +119,7 @@ __all__ = [
     "MCMC",
     "NCE",
     "RBM",
+    "SMC",
     "BarkerKernel",
     "BoltzmannMachine",
     "ChEESKernel",

@@ -1,6 +1,7 @@
 """The base of every kernel: a transition of a batch of chains, on any potential."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +92,23 @@ class Kernel(HasSettings, ABC):
     def parts(self) -> "tuple[Kernel, ...]":
         """The kernels that it is made of, if it is."""
         return ()
+
+    @property
+    def blocks(self) -> "Sequence[Kernel]":
+        """The bound kernels that move, each its own sites: itself, or those that take turns."""
+        return (self,)
+
+    def turns(self, state: State) -> "Iterator[tuple[Kernel, State, Info]]":
+        """One transition of all chains, as :meth:`step` makes it, kernel by kernel.
+
+        Args:
+            state: where the chains are.
+
+        Yields:
+            Each of :attr:`blocks`, the state after its transition, and what that has told.
+        """
+        state, info = self.step(state)
+        yield self, state, info
 
     @property
     def extra_fields(self) -> dict[str, Tensor]:

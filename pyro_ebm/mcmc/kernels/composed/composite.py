@@ -8,7 +8,7 @@ Reference:
     Tierney (1994), Markov chains for exploring posterior distributions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 import torch
@@ -222,17 +222,25 @@ class CompositeKernel(PyroKernel):
 
     def move(self, state: State) -> tuple[State, Info]:
         """A transition of each kernel in turn."""
-        info = None
+        turns = [(after, info) for _, after, info in self.turns(state)]
+        state, last = turns[-1]
+        diverging = torch.stack([info.diverging for _, info in turns]).any(0)
+        return state, Info(last.accept_prob, diverging)
+
+    @property
+    def blocks(self) -> Sequence[TransitionKernel]:
+        """The bound kernels that take turns, each on its own sites."""
+        return [kernel for kernel, _ in self._bound]
+
+    def turns(self, state: State) -> Iterator[tuple[TransitionKernel, State, Info]]:
+        """A transition of each kernel in turn, see :meth:`Kernel.turns`."""
         for kernel, block in self._bound:
             block.hold(state.z)
             z = state.z[:, block.columns]
             inner = kernel.evaluate(z) if kernel.needs_grad else State(z, state.potential, None)
             inner, now = kernel.step(inner)
             state = State(state.z.index_copy(1, block.columns, inner.z), inner.potential, None)
-            diverging = now.diverging if info is None else now.diverging | info.diverging
-            info = Info(now.accept_prob, diverging)
-        assert info is not None
-        return state, info
+            yield kernel, state, now
 
     def step(self, state: State) -> tuple[State, Info]:
         """One transition of all chains; each kernel learns from its own."""
