@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_ebm import (
     MCMC,
+    ChEESKernel,
     ContrastiveDivergence,
     ConvergenceWarning,
     ExchangeKernel,
@@ -117,7 +118,8 @@ def test_windows_are_the_later_halves_of_all_chains():
     last = mcmc.get_warmup_samples(group_by_chain=True)["x"][:, 30:]
     flow = kernel._flow
     torch.testing.assert_close(flow.mean, last.mean().reshape(1))
-    torch.testing.assert_close(flow.scale, last.std(correction=0).reshape(1))
+    reach = (last - last.mean()).abs().max() / 4.5
+    torch.testing.assert_close(flow.scale, last.std(correction=0).maximum(reach).reshape(1))
     assert len(flow.losses) == 5
     assert not flow._kept  # nothing is left of the warmup
     rates = mcmc._results.warmup_fields["flow_acceptance_rate"].mean(0)
@@ -338,9 +340,9 @@ def test_many_wells():
 
     p = UnnormalizedEnergy(energy, event_shape=(32,))
     pyro.set_rng_seed(1)
-    kernel = FlowKernel(LangevinKernel(p))
-    starts = {"x": 2 * torch.randn(200, 32)}
-    mcmc = run(kernel, 1200, 400, 200, initial_params=starts)
+    kernel = FlowKernel(LangevinKernel(p), num_fit_steps=600)
+    starts = {"x": 2 * torch.randn(300, 32)}
+    mcmc = run(kernel, 1200, 300, 300, initial_params=starts)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     right = (x[..., 0::2] > 0).float()
     r_hat, ess = r_hat_and_ess(right)
@@ -363,11 +365,11 @@ def test_a_funnel_and_a_banana():
         a = pyro.sample("a", dist.Normal(0.0, 3.0))
         pyro.sample("b", dist.Normal(0.3 * a**2, 0.5))
 
-    kernel = FlowKernel(LangevinKernel(banana))
+    kernel = FlowKernel(ChEESKernel(banana))
     draws = run(kernel, 600, 300, 100).get_samples(group_by_chain=True)
     assert_moments(draws["a"], 0.0, 9.0)
     assert_moments(draws["b"], 2.7, 0.09 * 2 * 81 + 0.25)
-    kernel = FlowKernel(LangevinKernel(funnel))
+    kernel = FlowKernel(ChEESKernel(funnel))
     mcmc = run(kernel, 1000, 500, 100, check_convergence=False)
     draws = mcmc.get_samples(group_by_chain=True)
     assert_moments(draws["v"], 0.0, 9.0)

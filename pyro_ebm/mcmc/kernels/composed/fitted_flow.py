@@ -1,7 +1,8 @@
 r"""A normalizing flow that is fitted, window by window, to where the chains of a run have been.
 
 Positions are standardised, coordinate by coordinate: the flow is a density of
-:math:`y = (z - m) / s`, with the means :math:`m` and deviations :math:`s` of a window.
+:math:`y = (z - m) / s`, with the means :math:`m` and deviations :math:`s` of a window
+(:func:`standardisation`).
 
 The windows end at fractions :math:`(2/3)^k` of the warmup, and each is the later half of what went
 before: the first ones hold the chains' way in, the last one half of the warmup. Where chains are
@@ -28,6 +29,8 @@ MAX_POSITIONS = 100_000
 MAX_NUMBERS = 2**24
 """Of a window so many positions, and so many coordinates of them, are kept at most."""
 BATCH_SIZE = 256
+SPLINES_REACH = 4.5
+""":func:`~pyro_ebm.distributions.flow.coupling_flow` reaches a little further, to 5."""
 FIRST = 0.15  # of the warmup: no window ends before
 
 
@@ -45,6 +48,25 @@ def window_ends(warmup_steps: int) -> list[int]:
         ends.add(max(1, round(share * warmup_steps)))
         share *= 2 / 3
     return sorted(ends)
+
+
+def standardisation(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The means and the deviations of positions ``(n, dim)``, each of shape ``(dim,)``.
+
+    Of a long tail the deviation is larger, up to four times, so that all points lie where splines
+    reach: where the flow has far less mass than the target, a chain would stand for long.
+
+    Example:
+        >>> standardisation(torch.tensor([[-1.0], [1.0]]))
+        (tensor([0.]), tensor([1.]))
+        >>> z = torch.cat([torch.zeros(99, 1), torch.ones(1, 1)])  # 10 deviations away
+        >>> standardisation(z)[1] / z.std(0, correction=0)
+        tensor([2.2111])
+    """
+    mean, deviation = z.mean(0), z.std(0, correction=0)
+    reach = (z - mean).abs().amax(0) / SPLINES_REACH
+    scale = torch.maximum(deviation, reach.minimum(4 * deviation))
+    return mean, torch.where(scale > 0, scale, 1.0)
 
 
 class FittedFlow:
@@ -146,8 +168,7 @@ class FittedFlow:
         # every rank makes the same fit; to the last bit it is that of the first
         seed = int(self.ranks.from_first(torch.randint(2**31, ())))
         z = z.detach().clone()
-        self.mean, scale = z.mean(0), z.std(0, correction=0)
-        self.scale = torch.where(scale > 0, scale, 1.0)
+        self.mean, self.scale = standardisation(z)
         before = copy.deepcopy(self.net.state_dict())
         devices = [] if z.device.type == "cpu" else [z.device]
         unvalidated = pyro.validation_enabled(False)
