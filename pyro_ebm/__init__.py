@@ -22,6 +22,7 @@ Sample it:
     GibbsKernel               Gibbs sweeps over discrete variables
     GibbsWithGradientsKernel  changes of one discrete variable, chosen by the gradient
     DiscreteLangevinKernel    changes of all discrete variables, by the gradient
+    SGLDKernel, SGHMCKernel   models that look at a part of their data in each step
     CompositeKernel           kernels in turn, for discrete and continuous latents
     curvature_adjustment      corrects a posterior made with a pseudolikelihood
     TemperingKernel           replica exchange around another kernel
@@ -107,6 +108,8 @@ from pyro_ebm.mcmc import (
     LangevinKernel,
     MHKernel,
     NormalizerError,
+    SGHMCKernel,
+    SGLDKernel,
     TemperingKernel,
 )
 from pyro_ebm.models.curvature import curvature_adjustment
@@ -145,6 +148,8 @@ __all__ = [
     "PseudoLikelihood",
     "RankingNCE",
     "RecoveryLikelihood",
+    "SGHMCKernel",
+    "SGLDKernel",
     "ScoreMatching",
     "SlicedScoreMatching",
     "TemperingKernel",

@@ -49,6 +49,11 @@ EXAMPLES = {
         ["joint.png"],
         ["accuracy", "ECE", "network, noise", "joint", "spread", "joint.png"],
     ),
+    "bayesian_network.py": (
+        "--num-chains 2 --num-steps 3 --warmup-steps 20 --num-samples 20 --output bayesian.png",
+        ["bayesian.png"],
+        ["accuracy", "ECE", "ensemble of 2", "SGHMC", "bayesian.png"],
+    ),
     "anomaly.py": (
         "--num-steps 3 --output anomaly.png",
         ["anomaly.png"],

@@ -39,6 +39,7 @@ class Results:
         requested: the shape of a run with neither sites nor statistics.
         findings: what is wrong with the draws, as the run's warning says it.
         num_superchains: how many super-chains started together; None where chains did not.
+        notes: what is to be known of the draws of this kernel, whatever they are.
     """
 
     samples: Values
@@ -54,6 +55,7 @@ class Results:
     requested: tuple[int, int] = (0, 0)
     findings: Sequence[Finding] = ()
     num_superchains: int | None = None
+    notes: Sequence[str] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,7 +157,7 @@ class Results:
         return result
 
     def summary(self, prob: float) -> None:
-        """Prints mean, sd, median, interval, ESS and R-hat of every site, and the findings."""
+        """Prints mean, sd, median, interval, ESS and R-hat of every site, findings and notes."""
         self._check_length("a summary")
         if self.num_superchains is None:
             print_summary(self._as_floats(), prob=prob)
@@ -165,6 +167,8 @@ class Results:
             print(f"Number of divergences: {int(self.fields['diverging'].sum())}")  # noqa: T201
         for finding in self.findings:
             print(finding)  # noqa: T201
+        for note in self.notes:
+            print(f"{note}.")  # noqa: T201
 
     def _as_floats(self) -> dict[str, Tensor]:
         """The draws of sites that have elements; integers as floats, since their means are."""

@@ -29,10 +29,15 @@ from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
 from pyro_ebm.mcmc.kernels.gradient_free.proposals import Independence, Proposal, RandomWalk
+from pyro_ebm.mcmc.kernels.minibatch.kernel import MinibatchKernel
+from pyro_ebm.mcmc.kernels.minibatch.schedules import PolynomialDecay
+from pyro_ebm.mcmc.kernels.minibatch.sghmc import SGHMCKernel
+from pyro_ebm.mcmc.kernels.minibatch.sgld import SGLDKernel
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
+from pyro_ebm.mcmc.potentials.minibatch import MinibatchPotential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.running.mcmc import MCMC
 from pyro_ebm.mcmc.state import Info, State
@@ -63,11 +68,16 @@ __all__ = [
     "Kernel",
     "LangevinKernel",
     "MHKernel",
+    "MinibatchKernel",
+    "MinibatchPotential",
     "ModelPotential",
     "NormalizerError",
+    "PolynomialDecay",
     "Potential",
     "Proposal",
     "RandomWalk",
+    "SGHMCKernel",
+    "SGLDKernel",
     "Site",
     "State",
     "StreamingMCMC",

@@ -33,6 +33,8 @@ from pyro_ebm.mcmc import (
     GibbsWithGradientsKernel,
     Independence,
     Kernel,
+    SGHMCKernel,
+    SGLDKernel,
     TemperingKernel,
 )
 from tests.mcmc import killed_run
@@ -46,6 +48,13 @@ def regression(y):
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(x.sum(), scale), obs=y)
+
+
+def subsampled(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y), subsample_size=2) as rows:
+        pyro.sample("y", dist.Normal(x.sum(), scale), obs=y[rows])
 
 
 def clusters(y):
@@ -96,6 +105,9 @@ KERNELS = {
     "chees": (lambda: ChEESKernel(regression), True),
     "chees-dense": (lambda: ChEESKernel(regression, full_mass=True), True),
     "chees-unit": (lambda: ChEESKernel(regression, adapt_mass_matrix=False), True),
+    "sgld": (lambda: SGLDKernel(subsampled), True),
+    "sgld-center": (lambda: SGLDKernel(subsampled, control_variates=True), True),
+    "sghmc": (lambda: SGHMCKernel(subsampled, shared_rows=False), True),
     "walk": (lambda: MHKernel(regression), True),
     "independence": (
         lambda: MHKernel(

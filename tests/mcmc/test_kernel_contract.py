@@ -32,6 +32,8 @@ from pyro_ebm.mcmc import (
     Kernel,
     Proposal,
     RandomWalk,
+    SGHMCKernel,
+    SGLDKernel,
     TemperingKernel,
     TransitionKernel,
     accept,
@@ -157,6 +159,8 @@ OTHERS = {
     "composite": (CompositeKernel, mixed),
     "composite-continuous": (lambda *a: CompositeKernel(*a, kernels=[ChEESKernel()]), model),
     "tempering-composite": (lambda *a: TemperingKernel(CompositeKernel(*a), [1.0, 0.5]), mixed),
+    "sgld": (SGLDKernel, model),
+    "sghmc": (SGHMCKernel, model),
     "exchange": (lambda *a: ExchangeKernel(*a, num_inner_steps=20), ising),
     "exchange-chain": (
         lambda *a: ExchangeKernel(
@@ -358,7 +362,8 @@ def test_repr_shows_settings_and_what_was_learned(case, first):
     assert "(," not in repr(make())
     after = repr(kernel)
     assert after.removesuffix(f" [learned {', '.join(kernel.learned)}]") == before
-    assert ("step_size=" in after.removeprefix(before)) == kernel.adaptation.adapt_step_size
+    learns = kernel.adaptation.adapt_step_size or getattr(kernel, "learns_step", False)
+    assert ("step_size=" in after.removeprefix(before)) == learns
 
 
 def test_a_kernel_is_no_kernel_of_pyro_unless_it_says_so():

@@ -126,6 +126,11 @@ class Kernel(HasSettings, ABC):
         return []
 
     @property
+    def notes(self) -> list[str]:
+        """What a reader of a summary of its draws is to know of them, whatever they are."""
+        return []
+
+    @property
     def always_graphs(self) -> bool:
         """Whether transitions are to run as graphs however few they are."""
         return self.jit_compile not in (False, "auto")

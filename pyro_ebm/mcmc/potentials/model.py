@@ -93,6 +93,7 @@ class ModelPotential(FunctionPotential):
             check_mapping("transforms", transforms, Transform, "transforms")
         self.bound = given = BoundModel(model, args, dict(kwargs or {}), init_strategy)
         held = modules(given.model)
+        self.bound = given = given.with_model(self._prepared(given.model))
         self._fixed = FixedLatents()
         with starting_points_only(), poutine.block(), called_in_eval_mode() as called:
             fill = FillMasked()
@@ -167,6 +168,10 @@ class ModelPotential(FunctionPotential):
     def _check_normalizers(self) -> None:
         bound = self.bound
         check_normalizers(bound.model, bound.args, bound.kwargs, bound.init_strategy)
+
+    def _prepared(self, model: Model) -> Model:
+        """The model under the handlers without which it is no fixed density, if there are any."""
+        return model
 
     def _first_run(self) -> poutine.Trace:
         return validated_trace(self.bound.with_model(self._fixed(self.bound.model)))

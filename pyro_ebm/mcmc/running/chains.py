@@ -186,12 +186,12 @@ class VectorizedRun:
             self.potential.way = saved_way(state["vectorizes"])
         device = self.potential.device
         leaves = [to_device(leaf, device) for leaf in state["state"]]
+        self.kernel.load_state_dict(state["kernel"])  # it may say at which rows of the data
         here = self.kernel.evaluate(leaves[0])
         self._collect_from(tree_unflatten(leaves, tree_flatten(here)[1]))
         self._compare(here.potential, exact)
         for name, record in self.records.items():
             record.go_on(**state["records"][name])
-        self.kernel.load_state_dict(state["kernel"])
         set_random_state(state["random"])
 
     def _compare(self, potential: Tensor, exact: bool) -> None:

@@ -33,5 +33,5 @@ def with_findings(results: Results, kernel: MCMCKernel) -> Results:
         kernel.max_divergences,
         any(part.adapt_step_size for part in parts),
     )
-    found = findings(samples, fields, sampler, num)
-    return replace(results, findings=[*found, *kernel.findings])
+    found = [*findings(samples, fields, sampler, num), *kernel.findings]
+    return replace(results, findings=found, notes=kernel.notes)

@@ -21,10 +21,14 @@ class DataError(ValueError):
     """An observed value is no tensor."""
 
 
-def validated_trace(bound: BoundModel) -> poutine.Trace:
+def validated_trace(bound: BoundModel, subsamples: bool = False) -> poutine.Trace:
     """A trace before any transform, which registers the parameters, and which Pyro validates.
 
     A random start may give a distribution arguments that it does not take: others are tried.
+
+    Args:
+        bound: the model.
+        subsamples: whether plates may subsample.
 
     Raises:
         ValueError: if the model is not valid at any of 10 starts, its data are no tensors, or
@@ -54,7 +58,8 @@ def validated_trace(bound: BoundModel) -> poutine.Trace:
                 kind, reason = ValueError, f"{reason}; rewrite it, or see pyro.infer.reparam"
             raise kind(f"{reason}: {error}") from error
         else:
-            _refuse_subsampling(trace)
+            if not subsamples:
+                _refuse_subsampling(trace)
             return trace
     raise AssertionError
 
@@ -107,6 +112,7 @@ def _refuse_subsampling(trace: poutine.Trace) -> None:
         size, subsample_size = node["fn"].size, node["fn"].subsample_size
         if subsample_size is not None and subsample_size < size:
             raise NotImplementedError(
-                f"plate {name!r} subsamples {subsample_size} of {size}: a chain needs the density"
-                " of all the data; give the plate no subsample_size"
+                f"plate {name!r} subsamples {subsample_size} of {size}, and this kernel needs the"
+                " density of all the data: give the plate no subsample_size, or use SGLDKernel or"
+                " SGHMCKernel, which look at another subsample in each step"
             )

@@ -21,6 +21,7 @@ from pyro_ebm.mcmc.adaptation.metric import FullMass
 from pyro_ebm.mcmc.kernels.accept import MAX_ENERGY_ERROR, accept, accept_valid
 from pyro_ebm.mcmc.kernels.gradient.local import LocalKernel
 from pyro_ebm.mcmc.kernels.transition import TransitionSettings, check_positive
+from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.integration.line_integral import gradient_tells_all
 from pyro_ebm.ops.steps.langevin import langevin_log_accept_ratio, langevin_proposal
@@ -170,18 +171,8 @@ class LangevinKernel(LocalKernel):
             UserWarning: if it does not, as where a part of the energy is detached or jumps.
         """
         state = super().init(z)
-        if self.adjusted or not self.checks_potential or not self.potential.dim:
-            return state
-        starts = z.repeat(-(-NUM_COMPARED // len(z)), 1)
-        ends = starts + torch.linspace(0.1, 1.0, len(starts)).to(z)[:, None]
-        if not gradient_tells_all(self.potential.value_and_grad, starts, ends):
-            warnings.warn(
-                f"the gradient of the log density of {self.potential.names} does not account for"
-                " its changes (a part of it is detached, or jumps), and adjusted=False sees"
-                " nothing but gradients, so that the draws follow another density: use"
-                " adjusted=True, or repair the energy",
-                stacklevel=2,
-            )
+        if not self.adjusted and self.checks_potential and self.potential.dim:
+            warn_of_hidden_changes(self.potential, z, "use adjusted=True")
         return state
 
     def draw(self, state: State) -> tuple[Tensor, Factor | None, Tensor, Tensor, Tensor | None]:
@@ -225,6 +216,26 @@ class LangevinKernel(LocalKernel):
             noise,
         )
         return accept(state, new, log_ratio, log_u, MAX_ENERGY_ERROR)
+
+
+def warn_of_hidden_changes(potential: Potential, z: Tensor, way: str) -> None:
+    """Warns if the gradients at positions ``(chains, dim)`` do not tell of all the density.
+
+    Args:
+        potential: whose gradient is all that is seen.
+        z: the positions.
+        way: what to do, in words.
+    """
+    starts = z.repeat(-(-NUM_COMPARED // len(z)), 1)
+    ends = starts + torch.linspace(0.1, 1.0, len(starts)).to(z)[:, None]
+    if not gradient_tells_all(potential.value_and_grad, starts, ends):
+        warnings.warn(
+            f"the gradient of the log density of {potential.names} does not account for its changes"
+            " (a part of it is detached, or jumps), and without a Metropolis test nothing but"
+            f" gradients is seen, so that the draws follow another density: {way}, or repair the"
+            " energy",
+            stacklevel=3,
+        )
 
 
 def _scheduled(schedule: Callable[[int], float], t: int) -> float:
