@@ -27,7 +27,6 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
-from pyro.infer.autoguide.initialization import init_to_sample
 
 from pyro_ebm import MCMC, ConvergenceWarning, SGHMCKernel, SGLDKernel, datasets
 
@@ -78,8 +77,13 @@ def by_svi(guide, args, data, num_draws=1):
     return {k: v.detach().reshape(num_draws, *v.shape[1:]) for k, v in draws.items() if k != "data"}
 
 
+def small(site):
+    """Where networks are trained from: weights of variance 1."""
+    return torch.randn(site["fn"].shape())
+
+
 def by_networks(args, data, num):
-    found = [by_svi(AutoDelta(model, init_loc_fn=init_to_sample), args, data) for _ in range(num)]
+    found = [by_svi(AutoDelta(model, init_loc_fn=small), args, data) for _ in range(num)]
     return {name: torch.cat([draws[name] for draws in found]) for name in ("w1", "b1", "w2", "b2")}
 
 
@@ -136,7 +140,7 @@ def main():
     ways = {
         "network": lambda: by_networks(args, data, 1),
         f"ensemble of {args.num_chains}": lambda: by_networks(args, data, args.num_chains),
-        "SVI, AutoNormal": lambda: by_svi(AutoNormal(model, init_scale=0.01), args, data, 50),
+        "SVI, AutoNormal": lambda: by_svi(AutoNormal(model, small, init_scale=0.1), args, data, 50),
         "SGLD": lambda: by_chains(SGLDKernel(model), args, data),
         "SGHMC": lambda: by_chains(SGHMCKernel(model), args, data),
     }

@@ -63,11 +63,8 @@ def curvature_at(potential: MinibatchPotential, z: Tensor) -> Tensor:
     return (v * potential.hessian_products(z, v)).mean(0)
 
 
-def mode_near(potential: MinibatchPotential, z: Tensor, jit_compile: JitCompile = False) -> Center:
-    """The center at a mode, found from a position ``(dim,)`` by descent on minibatches (RMSprop).
-
-    Newton's steps on all the data follow, up to 200 dimensions, as long as they lead downhill.
-    """
+def descended(potential: MinibatchPotential, z: Tensor, jit_compile: JitCompile = False) -> Tensor:
+    """A position near a mode, from another one ``(dim,)`` by descent on minibatches (RMSprop)."""
     plates = potential.given.plates
 
     def gradient(z: Tensor, *rows: Tensor) -> tuple[Tensor]:
@@ -81,6 +78,14 @@ def mode_near(potential: MinibatchPotential, z: Tensor, jit_compile: JitCompile 
         square = grad.square() if square is None else MEMORY * square + (1 - MEMORY) * grad.square()
         rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (i / DESCENT_STEPS)
         z = z - rate * grad / square.sqrt().clamp_min(torch.finfo(z.dtype).tiny ** 0.5)
+    return z
+
+
+def center_near(potential: MinibatchPotential, z: Tensor) -> Center:
+    """The center at a mode near a position ``(dim,)``.
+
+    Newton's steps on all the data lead there, up to 200 dimensions and as long as they go downhill.
+    """
     center = center_at(potential, z)
     for _ in range(NEWTON_STEPS if len(z) <= MAX_DENSE else 0):
         factor, failed = torch.linalg.cholesky_ex(center.curvature.double())

@@ -28,8 +28,8 @@ from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.kernels.gradient.langevin import warn_of_hidden_changes
 from pyro_ebm.mcmc.kernels.minibatch.control_variates import (
     Center,
-    center_at,
-    mode_near,
+    center_near,
+    descended,
     position_of,
 )
 from pyro_ebm.mcmc.kernels.minibatch.moments import factor_of, largest_eigenvalue
@@ -64,7 +64,7 @@ class MinibatchKernel(TransitionKernel):
             far as the posterior is Gaussian.
         precondition_steps: whether warmup learns a preconditioner.
         control_variates: whether the gradients are corrected by those at a mode: False, True for
-            one that is found by descent, or the value of every site, as of
+            one that is found by descent, or the value of every site near it, as of
             ``guide.median()`` after SVI. The chains then start there.
         shared_rows: whether all chains look at the same rows, or each at its own.
         **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
@@ -208,9 +208,10 @@ class MinibatchKernel(TransitionKernel):
             raise ValueError("control_variates= are of a model: a potential_fn has no rows")
         given = self.control_variates
         if isinstance(given, Mapping):
-            self._center = center_at(potential, position_of(potential, given))
+            at = position_of(potential, given)
         else:
-            self._center = mode_near(potential, z[0], self.jit_compile)
+            at = descended(potential, z[0], self.jit_compile)
+        self._center = center_near(potential, at)
         # which ranks have found by random numbers of their own
         self._center = Center(*map(ranks.from_first, self._center))
         for name, part in zip(Center._fields, self._center, strict=True):
