@@ -137,10 +137,11 @@ def main():
     torch.set_num_threads(1)  # for networks this small, threads cost more than they bring
     train_x, x, train_y, y = datasets.digits(1 - args.num_train / 1797, args.seed)
     x, data = x.flatten(1), (train_x.flatten(1), train_y, 100)
+    normal = AutoNormal(model, init_loc_fn=small, init_scale=0.1)
     ways = {
         "network": lambda: by_networks(args, data, 1),
         f"ensemble of {args.num_chains}": lambda: by_networks(args, data, args.num_chains),
-        "SVI, AutoNormal": lambda: by_svi(AutoNormal(model, small, init_scale=0.1), args, data, 50),
+        "SVI, AutoNormal": lambda: by_svi(normal, args, data, 50),
         "SGLD": lambda: by_chains(SGLDKernel(model), args, data),
         "SGHMC": lambda: by_chains(SGHMCKernel(model), args, data),
     }

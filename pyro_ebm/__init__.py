@@ -33,7 +33,11 @@ Sample it:
 Look at the result:
     ConvergenceWarning        says after a run that its draws may be wrong, and what to try
     to_arviz                  draws, log likelihoods and statistics as ArviZ data
+<<<<<<< HEAD
     score, fisher_divergence  the gradient of a log density; the mean square of its differences
+=======
+    score, fisher_divergence  the gradient of a log density, the mean squared difference of two
+>>>>>>> 4789f42 (The example's guide starts small; one line of help less)
     plots                     densities, samples, images and the history of a training
 
 Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
