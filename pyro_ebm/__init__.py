@@ -16,8 +16,7 @@ Write an energy in a model:
 Sample it:
     MCMC, SMC                 run a kernel: many chains at once; tempered particles
     LangevinKernel            Langevin dynamics, with or without a Metropolis test
-    ChEESKernel               Hamiltonian Monte Carlo; all chains learn one trajectory length
-    BarkerKernel              the Barker proposal, robust where Langevin steps overshoot
+    ChEESKernel, BarkerKernel Hamiltonian Monte Carlo; a proposal robust where steps overshoot
     MHKernel                  Metropolis-Hastings: random walk, independence, a proposal of yours
     GibbsKernel               Gibbs sweeps over discrete variables
     GibbsWithGradientsKernel  changes of one discrete variable, chosen by the gradient
@@ -33,11 +32,7 @@ Sample it:
 Look at the result:
     ConvergenceWarning        says after a run that its draws may be wrong, and what to try
     to_arviz                  draws, log likelihoods and statistics as ArviZ data
-<<<<<<< HEAD
     score, fisher_divergence  the gradient of a log density; the mean square of its differences
-=======
-    score, fisher_divergence  the gradient of a log density, the mean squared difference of two
->>>>>>> 4789f42 (The example's guide starts small; one line of help less)
     plots                     densities, samples, images and the history of a training
 
 Fit it, by fit(model, guide, loss, data) or SVI(model, guide, optim, loss=...):
