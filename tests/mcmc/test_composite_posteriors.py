@@ -219,9 +219,9 @@ def test_independent_variables_need_no_correction():
 
 @pytest.mark.slow
 def test_the_error_is_that_of_repeated_estimates():
-    """The spread of estimates of overlapping blocks over 400 lattices, against what one says."""
+    """The spread of estimates of overlapping blocks over 120 lattices, against what one says."""
     edges = lattice_edges(8, 8)
-    truth = BoltzmannMachine(0.3, edges=edges, num_steps=200)
+    truth = BoltzmannMachine(0.3, edges=edges, num_steps=100)
     blocks = [
         [8 * r + c, 8 * r + (c + 1) % 8, 8 * ((r + 1) % 8) + c, 8 * ((r + 1) % 8) + (c + 1) % 8]
         for r in range(8)
@@ -230,11 +230,13 @@ def test_the_error_is_that_of_repeated_estimates():
 
     def lattice(x):
         J = pyro.sample("J", dist.Normal(0.0, 1.0))
-        pyro.sample("x", pseudolikelihood(BoltzmannMachine(J, edges=edges), blocks), obs=x)
+        pyro.sample(
+            "x", pseudolikelihood(BoltzmannMachine(J, edges=edges, num_steps=40), blocks), obs=x
+        )
 
     pyro.set_rng_seed(0)
     modes, said, naive = [], [], []
-    for x in truth.sample((400,)):
+    for x in truth.sample((120,)):
         found = curvature_adjustment(lattice, (x,), num_simulations=100)
         modes.append(found.mode["J"])
         said.append(found.std_error["J"])
