@@ -13,7 +13,10 @@ log-likelihood (NLL, in nats), the expected calibration error (ECE, in 10 bins) 
 and the seconds of one core.
 
 The prior was not tuned, and there is no noise on the pixels: these are not the best numbers that
-this network can reach on the digits, but those of one model under five approximations.
+this network can reach on the digits, but those of one model under five approximations. With 600
+digits and one seed the NLL was .324 for the network, .353 for the ensemble, .572 for SVI, and .235
+and .233 for SGLD and SGHMC; all five were less confident than they were right, the last two least
+(ECE .141, .156, .283, .095 and .101). The networks were trained for 1,000 steps of 100 digits.
 """
 
 import argparse
