@@ -9,11 +9,13 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 VENV := .venv
 RUN  := $(VENV)/bin/python
 PIP  := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
+# What builds a release, apart from .venv: no torch for a wheel.
+TOOLS := build/tools
 # One process for each core. A file's tests stay together, until one process runs out of its own.
 TEST := $(RUN) -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs gallery bench clean
+.PHONY: help demo test test-slow lint format docs gallery bench dist check-dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +48,14 @@ gallery: $(VENV)/.installed-dev  ## run the examples that changed, for their pag
 bench: $(VENV)/.installed-bench  ## ours against the peers, a table for each question; BENCH=--quick
 	$(RUN) -m tests.benchmarks $(BENCH)
 
+dist: $(TOOLS)/.installed  ## the wheel and the source distribution, to dist/
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
+
+check-dist: dist  ## dist/, looked into, installed into a new environment, and used; INSTEAD="arviz==0.23.*"
+	$(TOOLS)/bin/python -m twine check --strict dist/*
+	$(TOOLS)/bin/python -m tests.packaging $(if $(INSTEAD),--instead "$(INSTEAD)")
+
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) dist build docs/_build docs/jupyter_execute examples/output
 	rm -rf .pytest_cache .ruff_cache .hypothesis *.egg-info
@@ -64,4 +74,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 $(VENV)/.installed-docs $(VENV)/.installed-bench: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	@echo "installing what \`make $*\` needs"
 	@$(PIP) -e ".[$*]"
+	@touch $@
+
+$(TOOLS)/.installed: constraints.txt
+	@$(PYTHON) -m venv --clear $(TOOLS)
+	@$(TOOLS)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt \
+	  build twine "readme-renderer[md]"
 	@touch $@
