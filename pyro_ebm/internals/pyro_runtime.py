@@ -1,6 +1,7 @@
 """Pyro while a model runs: its handlers, its random weights, its sums in logarithms.
 
-Relies on the stack of handlers (``pyro.poutine.runtime._PYRO_STACK``) and ``param_only`` of
+Relies on the stack of handlers (``pyro.poutine.runtime._PYRO_STACK``), the dimensions of the plates
+that are open (``_DIM_ALLOCATOR._stack`` there) and ``param_only`` of
 ``TraceMessenger``, by which ``SVI.step`` is recognized; on ``PyroModule._pyro_context``; on
 ``pyro.ops.special._SafeLog``; on ``ProvenanceTensor._provenance``; and on the parameter store's
 ``_params``.
@@ -8,8 +9,10 @@ Relies on the stack of handlers (``pyro.poutine.runtime._PYRO_STACK``) and ``par
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyro
+from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.ops import special
 from pyro.ops.provenance import ProvenanceTensor
@@ -21,6 +24,7 @@ from torch.autograd import Function
 from pyro_ebm.internals.lookup import internal
 
 _stack: list[Messenger] = internal("pyro.poutine.runtime", "_PYRO_STACK", "to see whether SVI runs")
+_dims: Any = internal("pyro.poutine.runtime", "_DIM_ALLOCATOR", "to run a guide within a model")
 internal("pyro.ops.special", "_SafeLog", "to map sums over discrete latents")
 
 
@@ -48,6 +52,17 @@ def safe_log_replaced(function: type[Function]) -> Iterator[None]:
         yield
     finally:
         special._SafeLog = before
+
+
+@contextlib.contextmanager
+def outside_plates() -> Iterator[None]:
+    """Within this context another model runs as if no plate were open and no handler listened."""
+    before, _dims._stack = _dims._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _dims._stack = before
 
 
 def set_provenance(x: ProvenanceTensor, sources: frozenset[str]) -> None:

@@ -40,6 +40,8 @@ from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.mcmc.potentials.minibatch import MinibatchPotential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.running.mcmc import MCMC
+from pyro_ebm.mcmc.starts.pathfinder import init_to_pathfinder
+from pyro_ebm.mcmc.starts.strategies import init_to_draws, init_to_guide
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.models.checks.intractability import NormalizerError, check_normalizers
 from pyro_ebm.models.sites.site import Site
@@ -88,5 +90,8 @@ __all__ = [
     "annealed_langevin",
     "check_normalizers",
     "geometric_betas",
+    "init_to_draws",
+    "init_to_guide",
+    "init_to_pathfinder",
     "inner_steps_report",
 ]

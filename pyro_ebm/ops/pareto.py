@@ -50,6 +50,39 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     )
 
 
+def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+    r"""Importance weights whose largest ones are quantiles of a Pareto tail, and its shape.
+
+    Args:
+        log_weights: shape ``(n,)``, at least 25 of them, finite.
+
+    Returns:
+        Log weights, shape ``(n,)``, which sum to 1, and :func:`pareto_k`.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
+
+    Example:
+        >>> log_weights = 0.6 * dist.Exponential(1.0).sample((1000,))
+        >>> smoothed, k = pareto_smoothed(log_weights)
+        >>> bool(smoothed.max() < log_weights.log_softmax(0).max() + 0.5), round(k, 1)
+        (True, 0.5)
+    """
+    import arviz
+
+    k, row = float(pareto_k(log_weights)), log_weights.detach().cpu().double().numpy()
+    if math.isinf(k):  # there is no tail to be smoothed
+        return log_weights.log_softmax(0), k
+    if int(arviz.__version__.split(".")[0]) < 1:
+        psislw: Any = arviz.psislw
+    else:
+        from arviz_stats.base import array_stats
+
+        psislw = array_stats.psislw
+    smoothed = torch.from_numpy(np.asarray(psislw(row)[0])).to(log_weights)
+    return smoothed.log_softmax(0), k
+
+
 def _pareto_k(row: np.ndarray) -> float:
     """The shape of one row of log weights, the largest of them 0."""
     tail = math.ceil(min(len(row) / 5, 3 * len(row) ** 0.5))

@@ -32,6 +32,7 @@ from pyro_ebm.models.provenance import HostReads, trace_latents
 from pyro_ebm.models.runs import BoundModel, latents_of, side_runs, site_of, value_of
 from pyro_ebm.models.sites.discrete_sites import UNBOUNDED, WithinBounds, site_support_values
 from pyro_ebm.models.sites.init import started
+from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
 from pyro_ebm.models.sites.site import Site, to_support
 from pyro_ebm.models.transforms import transforms_of
@@ -181,7 +182,26 @@ class ModelPotential(FunctionPotential):
         if radius is not None and all(site.support_values is None for site in self.sites):
             z = torch.empty(num_chains, self.dim, dtype=self.dtype, device=self.device)
             return z.uniform_(-radius, radius)
+        strategy = self.bound.init_strategy
+        if (
+            isinstance(strategy, JointStart)
+            and (z := self._joint(strategy, num_chains)) is not None
+        ):
+            return z
         return torch.stack([self._draw_one() for _ in range(num_chains)])
+
+    def _joint(self, strategy: JointStart, num_chains: int) -> Tensor | None:
+        """Positions of all chains at once, if the draws have values of every site."""
+        given = strategy.draw(num_chains)
+        if not all(site.name in given and site.support_values is None for site in self.sites):
+            return None
+        values = {}
+        for site in self.sites:
+            z = as_function(site.transform)(given[site.name].to(self.device, site.dtype))
+            if z.shape[1:] != site.shape:
+                return None  # which running the model blames on the site
+            values[site.name] = z
+        return self.ravel(values)
 
     def _draw_one(self) -> Tensor:
         with torch.no_grad(), self.evaluating(), starting_points_only(), poutine.block():

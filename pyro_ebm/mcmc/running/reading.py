@@ -85,6 +85,11 @@ class ReadableRun(AbstractMCMC):
         self.results.summary(prob)
 
     @property
+    def has_store(self) -> bool:
+        """Whether the draws are on disk."""
+        return self._results is not None and self._results.store is not None
+
+    @property
     def findings(self) -> Sequence[Finding]:
         """What is wrong with the draws, as the warning said it; none where it was not looked for.
 

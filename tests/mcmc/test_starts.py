@@ -1,0 +1,248 @@
+"""Chains that start at draws of a guide, of Pathfinder, or of an earlier run."""
+
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import HMC
+from pyro.infer import MCMC as PyroMCMC
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.poutine import trace
+
+from pyro_ebm import MCMC, ChEESKernel, LangevinKernel
+from pyro_ebm.mcmc import ModelPotential, init_to_draws, init_to_guide, init_to_pathfinder
+from pyro_ebm.mcmc.starts.pathfinder import Paths
+from tests.statistics import assert_mean_of_rows, assert_moments
+
+STILL = {"step_size": 1e-9, "adapt_step_size": False, "adapt_mass_matrix": False}
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def schools(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(y)):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+
+def first_draws(strategy, model=schools, data=(SIGMA, Y), num_chains=12, **settings):
+    """Where chains start that stand still."""
+    kernel = LangevinKernel(model, init_strategy=strategy, **STILL)
+    settings |= {"check_convergence": False, "disable_progbar": True}
+    mcmc = MCMC(kernel, 1, 0, num_chains=num_chains, **settings)
+    mcmc.run(*data)
+    return {name: x[:, 0] for name, x in mcmc.get_samples(group_by_chain=True).items()}
+
+
+# -- a guide ---------------------------------------------------------------------------------------
+
+
+def together(sigma, y):
+    """A guide whose sites are functions of one draw."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    pyro.sample("mu", dist.Delta(z))
+    pyro.sample("tau", dist.Delta(z.exp()))
+    with pyro.plate("school", len(y)):
+        pyro.sample("eta", dist.Delta(z * torch.arange(8.0)))
+
+
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_a_draw_of_a_guide_is_one_for_all_sites(in_one_call):
+    start = init_to_guide(together, SIGMA, Y)
+    if in_one_call:
+        found = first_draws(start)
+        assert len(found["mu"].unique()) == 12
+    else:  # as Pyro's kernels ask, one site after another, within the plates of the model
+        settings = {"step_size": 1e-9, "num_steps": 1, "adapt_step_size": False}
+        kernel = HMC(schools, init_strategy=start, **settings)
+        mcmc = PyroMCMC(kernel, 1, 1, disable_progbar=True)
+        mcmc.run(SIGMA, Y)
+        found = mcmc.get_samples()
+    torch.testing.assert_close(found["tau"], found["mu"].exp(), rtol=1e-3, atol=1e-3)
+    eta = found["mu"][:, None] * torch.arange(8.0)
+    torch.testing.assert_close(found["eta"], eta, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_auto_guides(kind):
+    guide = kind(schools, init_scale=1e-4)
+    guide(SIGMA, Y)
+    median = guide.median(SIGMA, Y)
+    found = first_draws(init_to_guide(guide, SIGMA, Y))
+    for name, x in found.items():
+        torch.testing.assert_close(x, median[name].expand_as(x), rtol=1e-2, atol=1e-2)
+    pyro.clear_param_store()
+    wide = kind(schools, init_scale=0.5)
+    superchains = first_draws(init_to_guide(wide, SIGMA, Y), num_superchains=4)
+    mu = superchains["mu"].reshape(4, 3)
+    assert (mu - mu[:, :1]).abs().max() < 1e-3 < mu[:, 0].sort().values.diff().min()
+
+
+def test_sites_that_a_guide_does_not_have_start_as_ever():
+    def guide(sigma, y):
+        pyro.sample("mu", dist.Delta(torch.tensor(3.0)))
+
+    found = first_draws(init_to_guide(guide, SIGMA, Y))
+    assert (found["mu"] - 3).abs().max() < 1e-3
+    assert len(found["tau"].unique()) == 12
+    assert found["eta"].abs().max() < 2.01
+
+
+# -- an earlier run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ours", "pyro", "arviz", "store"])
+def test_draws_of_an_earlier_run_serve_once_each(tmp_path, kind):
+    store = {"store": tmp_path / "a.zarr"} if kind == "store" else {}
+    kernel = ChEESKernel(schools)
+    mcmc = MCMC(kernel, 3, 20, num_chains=4, disable_progbar=True, **store)
+    if kind == "pyro":
+        mcmc = PyroMCMC(HMC(schools, step_size=0.1, num_steps=3), 12, 5, disable_progbar=True)
+    mcmc.run(SIGMA, Y)
+    source = mcmc.to_arviz() if kind == "arviz" else mcmc
+    found = first_draws(init_to_draws(source))
+    if kind == "store":
+        before = {k: torch.from_numpy(x.values) for k, x in mcmc.to_arviz()["posterior"].items()}
+        before = {k: x.flatten(0, 1) for k, x in before.items()}
+    else:
+        before = mcmc.get_samples()
+    for name, x in found.items():
+        order, there = found["mu"].argsort(), before["mu"].argsort()
+        torch.testing.assert_close(x[order], before[name][there], rtol=1e-3, atol=1e-3)
+
+
+def test_what_has_no_draws():
+    with pytest.raises(ValueError, match="init_to_draws wants a pyro_ebm"):
+        init_to_draws({"x": 3})
+    with pytest.raises(RuntimeError, match="no draws yet"):
+        init_to_draws(MCMC(LangevinKernel(schools), 3))
+
+
+# -- Pathfinder ------------------------------------------------------------------------------------
+
+
+def quadratic(hessian, steps, history):
+    """Two paths on z A z / 2 after random steps, and their H by the recursion of BFGS."""
+    paths, d = 2, len(hessian)
+    z = torch.randn(paths, d, dtype=torch.float64)
+    none = z.new_zeros(paths, history, d)
+    alpha = torch.rand(paths, d, dtype=torch.float64) + 0.5
+    here = Paths(z, (z @ hessian * z).sum(-1) / 2, z @ hessian, alpha, none, none)
+    pairs = []
+    for _ in range(steps):
+        there = here.z + torch.randn_like(z)
+        pairs.append((there - here.z, (there - here.z) @ hessian))
+        here = here.at(there, (there @ hessian * there).sum(-1) / 2, there @ hessian)
+    h = torch.diag_embed(here.alpha)
+    one = torch.eye(d, dtype=torch.float64)
+    for s, y in pairs[-history:]:
+        rho = 1 / (s * y).sum(-1)[:, None, None]
+        left = one - rho * s[:, :, None] * y[:, None]
+        h = left @ h @ left.mT + rho * s[:, :, None] * s[:, None]
+    return here, h
+
+
+@pytest.mark.parametrize(("d", "steps", "history"), [(5, 2, 3), (5, 9, 3), (30, 4, 6), (1, 3, 2)])
+def test_the_low_rank_form_is_that_of_bfgs(d, steps, history):
+    a = torch.randn(d, d, dtype=torch.float64)
+    here, h = quadratic(a @ a.T + torch.eye(d, dtype=torch.float64), steps, history)
+    want = -(h @ here.grad[..., None])[..., 0]
+    torch.testing.assert_close(here.direction(), want)
+    normal = here.normal()
+    torch.manual_seed(3)
+    phi, log_q = normal.draw(4)
+    exact = torch.distributions.MultivariateNormal(here.z + want, (h + h.mT) / 2)
+    torch.testing.assert_close(log_q, exact.log_prob(phi))
+
+
+def test_a_descent_ends_at_the_mode_of_a_gaussian():
+    scale = torch.diag(torch.tensor([0.1, 1.0, 3.0, 10.0])) + 0.1
+    target = dist.MultivariateNormal(torch.ones(4), scale_tril=scale.tril())
+    start = init_to_pathfinder(target, num_draws=4000)
+    found = start.pathfinder
+    assert found.pareto_k < 0.7
+    assert (found.elbo > -0.05).sum() > 8  # log Z is 0
+    assert_mean_of_rows(first_draws(start, target, (), num_chains=800)["x"], torch.ones(4))
+
+
+def test_chains_start_in_the_bulk():
+    """Of a posterior whose mode, at tau = 0, holds none of it."""
+    start = init_to_pathfinder(schools, SIGMA, Y)
+    found = first_draws(start, num_chains=300)
+    mcmc = MCMC(ChEESKernel(schools), 50, 100, num_chains=40, disable_progbar=True)
+    mcmc.run(SIGMA, Y)
+    lp = mcmc.get_extra_fields()["lp"]
+    z = ModelPotential(schools, (SIGMA, Y))
+    params = {name: z.transforms[name](x) for name, x in found.items()}
+    there = -z(z.ravel(params))
+    assert lp.quantile(0.01) < there.quantile(0.1)
+    assert there.quantile(0.9) < lp.quantile(0.99)
+
+
+def test_starts_can_be_pickled_and_repeat():
+    start = init_to_pathfinder(schools, SIGMA, Y, num_paths=4)
+    again = pickle.loads(pickle.dumps(init_to_draws_of(start)))
+    pyro.set_rng_seed(1)
+    first = first_draws(start)
+    pyro.set_rng_seed(1)
+    second = first_draws(start)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first_draws(again).keys() == first.keys()
+
+
+def init_to_draws_of(start):
+    values = start.draw(30)
+    mcmc = MCMC(LangevinKernel(schools), 1, 0, num_chains=2, disable_progbar=True)
+    mcmc.run(SIGMA, Y)
+    assert values.keys() == mcmc.get_samples().keys()
+    return init_to_draws(mcmc)
+
+
+@pytest.mark.parametrize("argument", ["num_paths", "num_draws", "max_iterations"])
+def test_arguments(argument):
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        init_to_pathfinder(schools, SIGMA, Y, **{argument: 0})
+
+
+def test_a_guide_is_called_with_its_arguments():
+    model = trace(schools).get_trace(SIGMA, Y)
+    assert model.nodes["eta"]["value"].shape == (8,)
+    with pytest.raises(TypeError, match="missing 2 required"):
+        first_draws(init_to_guide(together))
+
+
+# -- many short chains -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["uniform", "pathfinder"])
+def test_a_thousand_chains_of_ten_draws(start):
+    strategy = (
+        {} if start == "uniform" else {"init_strategy": init_to_pathfinder(schools, SIGMA, Y)}
+    )
+    kernel = ChEESKernel(schools, **strategy)
+    mcmc = MCMC(kernel, 10, 40, num_chains=1000, num_superchains=10, disable_progbar=True)
+    mcmc.run(SIGMA, Y)
+    found = mcmc.diagnostics()
+    assert max(float(found[name]["r_hat"].max()) for name in ("mu", "tau", "eta")) < 1.01
+    draws = mcmc.get_samples(group_by_chain=True)
+    # by quadrature over (mu, tau)
+    mu, tau = torch.meshgrid(
+        torch.linspace(-40, 40, 2001, dtype=torch.float64),
+        torch.cat([torch.linspace(0, 100, 20001, dtype=torch.float64)[1:]]),
+        indexing="ij",
+    )
+    log_p = -(mu**2) / 50 - (1 + tau**2 / 25).log()
+    for y, sigma in zip(Y.double(), SIGMA.double(), strict=True):
+        variance = sigma**2 + tau**2
+        log_p = log_p - variance.log() / 2 - (y - mu) ** 2 / (2 * variance)
+    p = log_p.flatten().softmax(0)
+    mean_mu, mean_tau = float(p @ mu.flatten()), float(p @ tau.flatten())
+    assert mean_mu == pytest.approx(4.41, abs=0.01)
+    assert mean_tau == pytest.approx(3.6, abs=0.02)
+    assert_moments(draws["mu"], mean_mu, float(p @ (mu.flatten() - mean_mu) ** 2))
+    assert_moments(draws["tau"], mean_tau, float(p @ (tau.flatten() - mean_tau) ** 2))
