@@ -6,9 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoIAFNormal, AutoStructured
+from pyro.infer.autoguide import AutoContinuous, AutoIAFNormal, AutoStructured
 from pyro.infer.mcmc import MCMC as PyroMCMC
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import (
@@ -202,12 +203,33 @@ def neutra():
     return NeuTraReparam(_trained(AutoIAFNormal(funnel))).reparam(funnel)
 
 
+class AutoZuko(AutoContinuous):
+    """A guide by an autoregressive flow of zuko."""
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        self.flow = zuko.flows.MAF(self.latent_dim, transforms=1, hidden_features=[8])
+
+    def get_base_dist(self):
+        return dist.Normal(torch.zeros(self.latent_dim), 1.0).to_event(1)
+
+    def get_transform(self, *args, **kwargs):
+        return self.flow().transform.inv
+
+    def get_posterior(self, *args, **kwargs):
+        return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform()])
+
+
+def neutra_by_zuko():
+    return NeuTraReparam(_trained(AutoZuko(funnel))).reparam(funnel)
+
+
 def structured():
     guide = AutoStructured(funnel, conditionals="normal", dependencies="linear")
     return StructuredReparam(_trained(guide)).reparam(funnel)
 
 
-MADE = {"NeuTra": neutra, "Structured": structured}
+MADE = {"NeuTra": neutra, "NeuTra of zuko": neutra_by_zuko, "Structured": structured}
 
 
 @pytest.fixture(params=[*MODELS, *MADE])
@@ -280,3 +302,22 @@ def test_posterior_of_bounds_made_by_hand():
     draws = mcmc.get_samples(group_by_chain=True)
     assert_mean(draws["u"], mean)
     assert_mean(draws["mu"], (3 - mean) / 2)
+
+
+def neck():
+    """x is 0 on average, with the scale exp(v / 2) of v ~ N(0, 3)."""
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("row", 3):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+@pytest.mark.parametrize("how", ["loc-scale", "auto"])
+def test_the_neck_of_a_funnel_is_reached(how):
+    ways = {"loc-scale": {"x": LocScaleReparam(0.0)}, "auto": AutoReparam(centered=0.0)}
+    model = poutine.reparam(neck, ways[how])
+    mcmc = MCMC(ChEESKernel(model), 150, 150, num_chains=30, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples(group_by_chain=True)
+    v = draws["v"] if "v" in draws else 3 * draws["v_decentered"]
+    assert_mean(v, 0.0)
+    assert_mean(v.square(), 9.0)
