@@ -39,8 +39,13 @@ def local_file(url):
     """The file of this checkout that a link into the site or the repository shows, or None."""
     url = url.partition("#")[0]
     if url.startswith(SITE):
-        page = url.removeprefix(SITE).removesuffix(".html") or "index"
-        return ROOT / "docs" / f"{page.removesuffix('/')}.md"
+        page = url.removeprefix(SITE).removesuffix(".html")
+        folder, _, name = page.rpartition("/")
+        if folder == "gallery" and name not in ["", "index"]:  # the build makes it of the example
+            return ROOT / "examples" / f"{name}.py"
+        if folder == "gallery":
+            return ROOT / "docs" / "_ext" / "gallery.py"
+        return ROOT / "docs" / folder / f"{name or 'index'}.md"
     if url.startswith(RAW):
         return ROOT / url.removeprefix(RAW)
     match = re.fullmatch(rf"{REPOSITORY}/(?:blob|tree)/main/(.*)", url)
