@@ -232,8 +232,8 @@ def test_a_thousand_chains_of_ten_draws(start):
     draws = mcmc.get_samples(group_by_chain=True)
     # by quadrature over (mu, tau)
     mu, tau = torch.meshgrid(
-        torch.linspace(-40, 40, 2001, dtype=torch.float64),
-        torch.cat([torch.linspace(0, 100, 20001, dtype=torch.float64)[1:]]),
+        torch.linspace(-30, 30, 301, dtype=torch.float64),
+        torch.arange(0.025, 150.0, 0.05, dtype=torch.float64),
         indexing="ij",
     )
     log_p = -(mu**2) / 50 - (1 + tau**2 / 25).log()
@@ -242,7 +242,7 @@ def test_a_thousand_chains_of_ten_draws(start):
         log_p = log_p - variance.log() / 2 - (y - mu) ** 2 / (2 * variance)
     p = log_p.flatten().softmax(0)
     mean_mu, mean_tau = float(p @ mu.flatten()), float(p @ tau.flatten())
-    assert mean_mu == pytest.approx(4.41, abs=0.01)
+    assert mean_mu == pytest.approx(4.41, abs=0.02)
     assert mean_tau == pytest.approx(3.6, abs=0.02)
     assert_moments(draws["mu"], mean_mu, float(p @ (mu.flatten() - mean_mu) ** 2))
     assert_moments(draws["tau"], mean_tau, float(p @ (tau.flatten() - mean_tau) ** 2))
