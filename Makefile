@@ -20,7 +20,7 @@ TEST := $(RUN) -m pytest -n auto --dist worksteal
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed-dev  ## denoise a handwritten digit: prints a summary, writes a picture
+demo: $(VENV)/.installed-dev  ## an energy in a minute: trained, sampled, log Z, as a prior; a picture
 	$(RUN) examples/quickstart.py
 
 test: $(VENV)/.installed-dev  ## the tests and the doctests, on all cores

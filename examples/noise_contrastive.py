@@ -93,21 +93,34 @@ def train(noise, data, num_steps, batch_size):
 BOX = (-5.0, 5.0, -5.0, 5.0)
 
 
+WHY = {
+    "narrow": "outside it nothing was learned (grey)",
+    "matched": "rings, and their log Z",
+    "far": "too few points of it near the data",
+}
+
+
 def picture(data, fits, noises, path):
     x, _ = grid(BOX, 250)
-    figure, axes = plt.subplots(1, 1 + len(fits), figsize=(13, 3.7), layout="constrained")
+    figure, axes = plt.subplots(1, 1 + len(fits), figsize=(14, 4.1), layout="constrained")
     panels = {"data": DATA.log_prob(x).exp()}
     for name, (p, _) in fits.items():
-        panels[name] = p.log_prob(x).exp().detach()  # with the log Z it has learned
+        density = p.log_prob(x).exp().detach()  # with the log Z it has learned
+        # Where not one in 10,000 noise points falls in a unit square, the energy is a guess.
+        unseen = noises[name].log_prob(x).exp() < 1e-4
+        panels[name] = density.masked_fill(unseen, torch.nan)
+    colors = plt.get_cmap("viridis").with_extremes(bad="0.75")
     for ax, (name, density) in zip(axes, panels.items()):
-        ax.imshow(density, origin="lower", extent=BOX, cmap="viridis", vmin=0, vmax=0.22)
+        ax.imshow(density, origin="lower", extent=BOX, cmap=colors, vmin=0, vmax=0.22)
         title = "the data and their density"
         if name == "data":
             ax.plot(*data[:800].T, ".", ms=2, color="white", alpha=0.6, mew=0)
         else:
-            title = f"{name} noise, and what it taught"
-            ax.plot(*noises[name].sample((800,)).T, ".", ms=2, color="orange", alpha=0.7, mew=0)
-        ax.set(title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[])
+            accuracy = fits[name][1][-100:].mean()
+            title = f"{name} noise (dots): accuracy {accuracy:.2f}\n{WHY[name]}"
+            ax.plot(*noises[name].sample((800,)).T, ".", ms=3, color="orange", alpha=0.8, mew=0)
+        ax.set(xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[])
+        ax.set_title(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

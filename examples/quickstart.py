@@ -1,20 +1,19 @@
-r"""A noisy handwritten digit, restored by an energy.
+r"""From points to a posterior: train an energy, sample it, measure log Z, use it as a prior.
 
-Images are smooth with a few sharp edges. As a prior on 8 x 8 images x this is a Markov random
-field: every pair of neighbouring pixels i ~ j pays for its difference,
+The data are points of two moons. A network gives each point of the plane an energy E(x), and
 
-    E(x) = w  sum_{i~j} ( sqrt(d^2 + (x_i - x_j)^2) - d ),
+    p(x) = h(x) exp(-E(x)) / Z,        h a wide Gaussian
 
-a pseudo-Huber penalty, quadratic within a smooth region (differences below d) and linear across
-an edge. Adding a constant to all pixels costs nothing, so exp(-E) alone has an infinite integral;
-it *tilts* a normalized base instead, in which pixels are independent and mostly within 0..1:
+is a Pyro distribution whose Z nobody knows. In a minute it is
 
-    p(x) = N(x; 1/2, 1/2) exp(-E(x)) / Z        the prior; nobody knows Z
-    p(y | x) = N(y; x, s)                       the image seen through noise
-    p(x | y) ~ p(y | x) p(x)                    the posterior; Z is the same for every x
+    trained     by denoising score matching, in which Z does not appear
+    sampled     by Hamiltonian chains that run side by side and share what they learn
+    measured    log Z by annealed importance sampling, with its error
+    a prior     of a point of which an instrument sees the horizontal place alone, with noise:
+                an ordinary Pyro model with p inside. Its posterior has a part on each moon.
 
-Three samplers draw from the posterior: Langevin and Metropolis-Hastings, many chains at once, and
-Pyro's NUTS, one chain after another. They must agree.
+In the plane a sum over a grid says what each answer should be, and ArviZ says whether the chains
+have converged.
 """
 
 import argparse
@@ -23,146 +22,112 @@ from pathlib import Path
 
 import arviz as az
 import matplotlib
-import numpy as np
-import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
-from sklearn.datasets import load_digits
 
-from pyro_ebm import MCMC, LangevinKernel, MHKernel, UnnormalizedEnergy
-from pyro_ebm.mcmc import NUTS
+from pyro_ebm import MCMC, ChEESKernel, UnnormalizedEnergy, estimate_log_normalizer, fit
+from pyro_ebm.datasets import two_moons
+from pyro_ebm.losses import DenoisingScoreMatching, gaussian_noise
+from pyro_ebm.nn import MLPEnergy
+from pyro_ebm.plots import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOISE = 0.25  # s, in units of the grey scale 0..1
-WEIGHT, EDGE = 1.5, 0.1  # w, d
+SEEN, NOISE = 0.6, 0.25  # what the instrument shows, and its standard deviation
+EXTENT = (-4.0, 4.0, -4.0, 4.0)
 
-# ---- the model ---------------------------------------------------------------------------------
-
-
-def smooth_with_edges(x):
-    """E(x), from images (*batch, 8, 8) to energies (*batch)."""
-
-    def penalty(difference):
-        return ((EDGE**2 + difference**2).sqrt() - EDGE).sum((-2, -1))
-
-    return WEIGHT * (penalty(x.diff(dim=-1)) + penalty(x.diff(dim=-2)))
+# ---- the energy, and two models ----------------------------------------------------------------
 
 
-def model(y):
-    base = dist.Normal(0.5, 0.5).expand([8, 8]).to_event(2)
-    x = pyro.sample("x", UnnormalizedEnergy(smooth_with_edges, base=base))
-    pyro.sample("y", dist.Normal(x, NOISE).to_event(2), obs=y)
+class Moons:
+    """A network's energy, as the density of data and as the prior of one point."""
+
+    def __init__(self, data):
+        self.net = MLPEnergy(2)
+        self.p = UnnormalizedEnergy(self.net, base=gaussian_noise(data, width=2.0))
+
+    def data(self, x):
+        pyro.module("energy", self.net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", self.p, obs=x)
+
+    def instrument(self, seen):
+        x = pyro.sample("x", self.p)
+        pyro.sample("seen", dist.Normal(x[..., 0], NOISE), obs=seen)
 
 
-# ---- the samplers ------------------------------------------------------------------------------
+# ---- the steps ---------------------------------------------------------------------------------
 
 
-def samplers(num_samples, warmup_steps, num_chains):
-    n, w = num_samples, warmup_steps
-    # The random walk learns less from a step, but a step is cheaper: every tenth is kept.
-    walk = MHKernel(model, full_mass=False)
-    return {
-        "Langevin": MCMC(LangevinKernel(model), n, w, num_chains=num_chains),
-        "Metropolis-Hastings": MCMC(walk, 10 * n, 10 * w, num_chains=num_chains, thinning=10),
-        "NUTS": MCMC(NUTS(model), max(n // 5, 4), max(w // 3, 4), num_chains=2),
-    }
+def train(data, num_steps):
+    moons = Moons(data)
+    loss = DenoisingScoreMatching(0.15)
+    fit(moons.data, lambda x: None, loss, data, num_steps=num_steps, disable_progbar=True)
+    moons.net.requires_grad_(False)  # from here on it is a fixed density
+    return moons
 
 
-# ---- the report --------------------------------------------------------------------------------
+def sample(target, args, *data):
+    """Draws of the site x, shape (chains, draws, 2), and the words on their convergence."""
+    steps = (args.num_samples, args.warmup_steps)
+    kernel = ChEESKernel(target)
+    mcmc = MCMC(kernel, *steps, num_chains=args.num_chains, disable_progbar=True)
+    mcmc.run(*data)
+    judged = az.summary(mcmc.to_arviz(), var_names=["x"], kind="diagnostics", round_to="none")
+    words = f"R-hat {judged['r_hat'].max():.3f}, effective draws {judged['ess_bulk'].min():,.0f}"
+    return mcmc.get_samples(group_by_chain=True)["x"], words
 
 
-def psnr(image, clean):
-    """Peak signal-to-noise ratio in decibels, -10 log10 of the mean squared error."""
-    return -10 * torch.log10((image - clean).square().mean()).item()
-
-
-def report(clean, noisy, runs, seconds, pixels):
-    """Prints a row for each sampler, then some pixels as each of them sees them."""
-    rows, details = {}, {}
-    for name, mcmc in runs.items():
-        data = mcmc.to_arviz()
-        worst = az.summary(data, kind="diagnostics", round_to="none")  # one row for each pixel
-        bulk, tail = worst["ess_bulk"].min(), worst["ess_tail"].min()
-        rows[name] = {
-            "chains": mcmc.num_chains,
-            "draws": mcmc.get_samples(group_by_chain=True)["x"].shape[1],
-            "seconds": f"{seconds[name]:.1f}",
-            "R-hat": f"{worst['r_hat'].max():.3f}",
-            "bulk ESS": f"{bulk:.0f}",
-            "tail ESS": f"{tail:.0f}",
-            "bulk ESS/s": f"{bulk / seconds[name]:.1f}",
-            "tail ESS/s": f"{tail / seconds[name]:.1f}",
-            "PSNR": f"{psnr(mcmc.get_samples()['x'].mean(0), clean):.2f} dB",
-        }
-        details[name] = az.summary(data).loc[[f"x[{i}, {j}]" for i, j in pixels]]
-
-    print(f"\nPSNR: noisy image {psnr(noisy, clean):.2f} dB, posterior means as below.")
-    print("R-hat is the largest of the 64 pixels, the effective sample sizes are the smallest.\n")
-    print(pd.DataFrame(rows).T.to_string())
-    print("\nThe pixels with the largest, the median and the smallest posterior sd (az.summary):\n")
-    by_pixel = pd.concat(details).swaplevel().sort_index(level=0, sort_remaining=False)
-    print(by_pixel.to_string())
+@torch.no_grad()
+def exact(p):
+    """By a grid: the log unnormalized density, log Z, and the posterior."""
+    x, cell = grid(EXTENT, 300)
+    log_p = p.unnormalized_log_prob(x)
+    posterior = log_p + dist.Normal(x[..., 0], NOISE).log_prob(torch.tensor(SEEN))
+    posterior = posterior - (cell * posterior.exp()).sum().log()
+    return x, log_p, (cell * log_p.exp()).sum().log().item(), posterior.exp()
 
 
 # ---- the picture -------------------------------------------------------------------------------
 
-SHADES = {"Langevin": "Blues", "Metropolis-Hastings": "Oranges", "NUTS": "Greens"}
 
+def picture(data, moons, prior, posterior, estimate, path):
+    x, log_p, log_z, truth = exact(moons.p)
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4.2), layout="constrained")
+    shared = {"xlim": (-3.6, 3.6), "ylim": (-3.6, 3.6), "xticks": [], "yticks": [], "aspect": 1}
+    axes[0].plot(*data[:1500].T, ".", ms=3, color="0.15", alpha=0.6, mew=0)
+    axes[0].set(title="the data", **shared)
 
-def picture(clean, noisy, runs, pixel, path):
-    draws = {name: mcmc.get_samples(group_by_chain=True)["x"] for name, mcmc in runs.items()}
-    figure = plt.figure(figsize=(13, 8.4), layout="constrained")
-    images, chains = figure.subfigures(2, 1, height_ratios=(1, 2.1))
+    energy = (log_p.max() - log_p).clamp(max=14)
+    levels = torch.linspace(0, 14, 22).tolist()
+    axes[1].contourf(*x.unbind(-1), energy, levels, cmap="magma_r")
+    axes[1].set(title="1. train: their energy", **shared)
 
-    panels = {"clean\n": clean, f"noisy, {psnr(noisy, clean):.1f} dB\n": noisy}
-    for name, x in draws.items():
-        mean = x.mean((0, 1))
-        panels[f"posterior mean, {psnr(mean, clean):.1f} dB\n{name}"] = mean
-    axes = images.subplots(1, 6, subplot_kw={"xticks": [], "yticks": []})
-    for ax, (title, image) in zip(axes, panels.items()):
-        ax.imshow(image, cmap="gray_r", vmin=-0.25, vmax=1.25)
-        ax.set_title(title, fontsize=10)
-    axes[5].imshow(sd := draws["Langevin"].std((0, 1)), cmap="magma")
-    axes[5].plot(pixel[1], pixel[0], "s", ms=16, mew=2, mfc="none", mec="deepskyblue")
-    axes[5].set_title(f"posterior sd, {sd.min():.2f} to {sd.max():.2f}\nLangevin", fontsize=10)
+    axes[2].contour(*x.unbind(-1), energy, levels[:9], cmap="magma_r", linewidths=0.6)
+    axes[2].plot(*prior.flatten(0, 1)[::7][:2500].T, ".", ms=2.5, color="C0", alpha=0.5, mew=0)
+    error = f"{estimate.value:.2f} ± {estimate.std_error:.2f}"
+    axes[2].set(title=f"2. sample it\n3. log Z: {error}, exact {log_z:.2f}", **shared)
 
-    grid = chains.subplots(2, 4)
-    for (name, x), trace, rank in zip(draws.items(), *grid):
-        shade = plt.get_cmap(SHADES[name])
-        values = x[:, :, *pixel].numpy()
-        shown = min(4, len(values))
-        # A chain that has converged visits all ranks among the draws of all chains equally often.
-        ranks = values.ravel().argsort().argsort().reshape(values.shape) / values.size
-        for chain in range(shown):
-            color = shade(0.4 + 0.5 * chain / shown)
-            trace.plot(values[chain, :250], color=color, lw=0.7)
-            density, edges = np.histogram(ranks[chain], bins=10, range=(0, 1), density=True)
-            rank.stairs(density, edges, color=color, lw=1.6)
-        rank.axhline(1, color="black", lw=1, ls=":")
-        rank.set(ylim=(0, 2), xlabel="rank / number of draws")
-        trace.set(title=f"{name}: traces", xlabel="draw", ylabel="marked pixel")
-        rank.set(title=f"{name}: ranks", ylabel="density")
-
-        marginal, means = grid[:, 3]
-        style = {"color": shade(0.75), "label": name}
-        marginal.hist(values.ravel(), 30, density=True, histtype="step", lw=1.6, **style)
-        if name != "NUTS":
-            nuts = draws["NUTS"].mean((0, 1)).flatten()
-            means.plot(nuts, x.mean((0, 1)).flatten(), "o", mfc="none", **style)
-    marginal.set(title="marked pixel, all samplers", xlabel="value", ylabel="density")
-    marginal.set_ylim(top=1.5 * marginal.get_ylim()[1])
-    marginal.legend(fontsize="small", frameon=False)
-    means.axline((0.5, 0.5), slope=1, color="black", lw=1, ls=":")
-    means.set(title="means of all 64 pixels", xlabel="NUTS", ylabel="ours")
-    means.legend(fontsize="small", frameon=False)
-    for ax in grid.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-
+    points = posterior.flatten(0, 1)
+    axes[3].axvspan(SEEN - 2 * NOISE, SEEN + 2 * NOISE, color="C1", alpha=0.18, lw=0)
+    axes[3].axvline(SEEN, color="C1", lw=1.2)
+    axes[3].contour(*x.unbind(-1), energy, levels[:9], cmap="Greys_r", linewidths=0.5, alpha=0.6)
+    axes[3].plot(*points[::7][:2500].T, ".", ms=2.5, color="C0", alpha=0.5, mew=0)
+    axes[3].set(
+        title="4. as a prior: a point seen at the line,\nwith noise; how high is it?", **shared
+    )
+    side = axes[3].inset_axes([1.0, 0, 0.28, 1], sharey=axes[3])
+    height, width = x[:, 0, 1], 8.0 / truth.shape[1]
+    style = {"orientation": "horizontal", "histtype": "stepfilled", "color": "C0", "alpha": 0.45}
+    side.hist(points[:, 1], 90, range=(-3.6, 3.6), density=True, label="drawn", **style)
+    side.plot(truth.sum(1) * width, height, color="black", lw=1.3, label="exact")
+    side.set(xticks=[], yticks=[], ylim=(-3.6, 3.6))
+    side.legend(frameon=False, fontsize="small", loc="upper right")
+    side.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -170,32 +135,37 @@ def picture(clean, noisy, runs, pixel, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Restores a noisy digit under an energy prior.")
-    parser.add_argument("--digit", type=int, default=0, help="which image of load_digits")
-    parser.add_argument("--num-samples", type=int, default=1000, help="draws kept of each chain")
-    parser.add_argument("--warmup-steps", type=int, default=500)
-    parser.add_argument("--num-chains", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=4)
+    parser = argparse.ArgumentParser(description="An energy, trained, sampled and used as a prior.")
+    parser.add_argument("--num-steps", type=int, default=1500, help="gradient steps of training")
+    parser.add_argument("--num-samples", type=int, default=2000, help="draws kept of each chain")
+    parser.add_argument("--warmup-steps", type=int, default=300)
+    parser.add_argument("--num-chains", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("examples/output/quickstart.png"))
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # for tensors this small, threads cost more than they bring
-    pyro.set_rng_seed(args.seed)
-    clean = torch.tensor(load_digits().images[args.digit] / 16, dtype=torch.float32)
-    noisy = clean + NOISE * torch.randn(8, 8)
+    pyro.set_rng_seed(0)
+    data, start = two_moons(5000), time.perf_counter()
 
-    runs, seconds = samplers(args.num_samples, args.warmup_steps, args.num_chains), {}
-    for name, mcmc in runs.items():
-        print(name)
-        start = time.perf_counter()
-        mcmc.run(noisy)
-        seconds[name] = time.perf_counter() - start
+    def say(what, words):
+        print(f"{what:18}{words:42}{time.perf_counter() - start:6.1f} s")
 
-    by_sd = runs["Langevin"].get_samples()["x"].std(0).flatten().argsort().tolist()
-    pixels = [divmod(by_sd[k], 8) for k in (-1, 32, 0)]
-    report(clean, noisy, runs, seconds, pixels)
-    picture(clean, noisy, runs, pixels[0], args.output)
-    print(f"\nThe picture is in {args.output}")
+    moons = train(data, args.num_steps)
+    say("trained", f"{args.num_steps} steps of denoising score matching")
+    prior, words = sample(moons.p, args)
+    say("sampled", words)
+    estimate = estimate_log_normalizer(moons.p, "ais", num_chains=4000, disable_progbar=True)
+    log_z = exact(moons.p)[2]
+    say("log Z", f"{estimate.value:.3f} +- {estimate.std_error:.3f}, exact {log_z:.3f}")
+    posterior, words = sample(moons.instrument, args, torch.tensor(SEEN))
+    say("posterior", words)
+
+    x, _, _, truth = exact(moons.p)
+    upper = (truth * (x[..., 1] > 0)).sum() / truth.sum()
+    drawn = (posterior[..., 1] > 0).float().mean()
+    print(f"\nThe point is on the upper moon with probability {drawn:.3f}, exact {upper:.3f}")
+    picture(data, moons, prior, posterior, estimate, args.output)
+    print(f"The picture is in {args.output}")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def on_the_plane(p):
     return log_p - (cell * log_p.exp()).sum().log()
 
 
-def picture(truth, models, path):
+def picture(truth, models, masses, path):
     names = {"data": truth, **{name: model.density() for name, model in models.items()}}
-    figure, axes = plt.subplots(1, len(names), figsize=(16, 3.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(names), figsize=(16, 3.9), layout="constrained")
     for ax, (name, p) in zip(axes, names.items()):
         density = on_the_plane(p).exp()
         ax.imshow(density, origin="lower", extent=BOX, cmap="viridis", vmax=0.35)
@@ -117,7 +117,12 @@ def picture(truth, models, path):
         s = score(p.unnormalized_log_prob if name != "data" else truth, x)
         s = s / s.norm(dim=-1, keepdim=True)  # directions only
         ax.quiver(*x.unbind(-1), *s.unbind(-1), color="white", alpha=0.7, scale=26, width=0.005)
-        ax.set(title=name, xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[])
+        ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[])
+        ax.axhline(-1.5, color="white", lw=0.8, ls=":")
+        mass = masses.get(name, FAR)
+        wrong = abs(mass - FAR) > 0.25 * FAR
+        below = f"below the line {mass:.2f} of the mass" + (f", not {FAR:.2f}" if wrong else "")
+        ax.set_title(f"{name}\n{below}", fontsize=11, color="C3" if wrong else "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -137,7 +142,7 @@ def main():
     true_score = score(truth, held_out)
     exact, (x, cell) = on_the_plane(truth), grid(BOX, 250)
     far = x[..., 1] < -1.5
-    models = {}
+    models, masses = {}, {}
     print(f"{'':15}seconds  score error  KL(data || model)  mass of the far group ({FAR})")
     for name, loss in LOSSES.items():
         start = time.perf_counter()
@@ -147,11 +152,11 @@ def main():
         error = (p.score(held_out) - true_score).square().sum(-1).mean().sqrt()
         log_p = on_the_plane(p)
         kl = (cell * exact.exp() * (exact - log_p)).sum()
-        mass = (cell * log_p.exp())[far].sum()
+        masses[name] = mass = (cell * log_p.exp())[far].sum().item()
         print(f"{name:15}{seconds:7.0f}{error:13.2f}{kl:19.3f}{mass:24.2f}")
     size = true_score.square().sum(-1).mean().sqrt()
     print(f"\nThe true score has size {size:.2f} (root mean square, at the data).")
-    picture(truth, models, args.output)
+    picture(truth, models, masses, args.output)
     print(f"The picture is in {args.output}")
 
 

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 TOO_SHORT = "these draws may be wrong"
 EXAMPLES = {
     "quickstart.py": (
-        "--num-samples 30 --warmup-steps 20 --num-chains 3 --output pictures/digit.png",
-        ["pictures/digit.png"],
-        ["Langevin", "Metropolis-Hastings", "NUTS", "R-hat", "bulk ESS/s", "PSNR", "digit.png"]
-        + [TOO_SHORT],
+        "--num-steps 3 --num-samples 30 --warmup-steps 20 --num-chains 4"
+        " --output pictures/moons.png",
+        ["pictures/moons.png"],
+        ["trained", "R-hat", "exact", "upper moon with probability", "moons.png", TOO_SHORT],
     ),
     "contrastive_divergence.py": (
         "--num-steps 3 --batch-size 20 --output contrastive.png",

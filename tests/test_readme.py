@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/*.md run, in order, as a reader would type them."""
+"""The Python blocks of the README and of the pages of docs run, in order, as a reader would type."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("coming_from/*.md")])]
 
 FENCE = re.compile(r"^(?P<indent> *)```python[ \t]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 
