@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ copyright = f"2026, {author}"
 version = release = pyro_ebm.__version__
 
 extensions = [
+    "gallery",
     "myst_nb",
     "site_parts",
     "sphinx.ext.autodoc",
@@ -87,6 +89,7 @@ mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"chtml": {"scale": 0.95}}
 ogp_site_url = html_baseurl
 ogp_site_name = "pyro_ebm"
+ogp_image = html_baseurl + "_static/gallery/ising_posterior.png"
 ogp_social_cards = {"enable": False}
 ogp_enable_meta_description = True
 
@@ -162,7 +165,28 @@ def check_every_name_has_an_entry(app, env):
                 logger.warning("no page of docs/api shows %s.%s", module.__name__, name)
 
 
+ENTRY = re.compile(r"^\.\. (currentmodule|auto(?:class|function|exception)):: (\S+)", re.M)
+
+
+def summary_first(app, docname, source):
+    """Begin a page of api/ with a table of its entries; names of every day come first."""
+    if not docname.startswith("api/") or docname == "api/index":
+        return
+    module, names = "pyro_ebm", []
+    for kind, name in ENTRY.findall(source[0]):
+        if kind == "currentmodule":
+            module = name
+        else:
+            names.append(name if name.startswith("pyro_ebm.") else f"{module}.{name}")
+    names.sort(key=lambda name: name.count(".") > 1)  # stable: the page's own order otherwise
+    rows = "\n".join(f"   ~{name}" for name in names)
+    table = f"```{{eval-rst}}\n.. autosummary::\n   :nosignatures:\n\n{rows}\n```\n\n"
+    intro, heading, rest = source[0].partition("\n## ")
+    source[0] = f"{intro}\n{table}{heading[1:]}{rest}" if heading else source[0]
+
+
 def setup(app):
+    app.connect("source-read", summary_first)
     app.add_directive("module-docstring", ModuleDocstring)
     app.connect("missing-reference", resolve_public_name, priority=600)  # after intersphinx
     app.connect("env-check-consistency", check_every_name_has_an_entry)

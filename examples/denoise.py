@@ -1,6 +1,6 @@
 r"""A *learned* energy as a prior: one step of the score, or many of a chain?
 
-The quickstart writes its prior down by hand. Here it is learned, from digits, by denoising score
+A prior of images can be written down by hand. Here it is learned, from digits, by denoising score
 matching: add noise to an image, y = x + sigma xi, and teach a network to point back. What it has
 learned is the score of the *noised* images, and Tweedie's formula makes it an estimate at once:
 

@@ -1,5 +1,6 @@
 """What the build of the documentation takes for granted, found without building it."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -8,6 +9,37 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("[0-9]*.md"))
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.M | re.S)
+
+spec = importlib.util.spec_from_file_location("gallery", DOCS / "_ext" / "gallery.py")
+gallery = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gallery)
+EXAMPLES = {path.stem for path in gallery.EXAMPLES.glob("*.py")}
+
+
+def test_every_example_is_in_the_gallery():
+    """In a group of gallery.py, with the output of a run: `make gallery` makes it."""
+    assert len(gallery.names()) == len(set(gallery.names()))
+    assert set(gallery.names()) == EXAMPLES
+    missing = [name for name in gallery.names() if not gallery.kept(name)]
+    assert not missing, f"make gallery NAMES={' '.join(missing)!r}"
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_the_page_of_an_example(name):
+    text = gallery.page(name)
+    title, _ = gallery.docstring(name)
+    assert text.startswith(f"# {title}\n")
+    assert text.count("```") % 2 == 0
+    assert gallery.kept(name)["command"] in text
+    assert (gallery.KEPT / f"{name}.txt").read_text().strip()
+    draws = '"--output"' in (gallery.EXAMPLES / f"{name}.py").read_text()
+    assert (f"{name}.png)" in text) == draws
+
+
+def test_indented_lines_of_a_docstring_keep_their_shape():
+    text = "A formula,\n\n    a = b\n\nand a word.\n\n    last"
+    fenced = "A formula,\n\n```text\n    a = b\n\n```\n\nand a word.\n\n```text\n    last\n```"
+    assert gallery.as_markdown(text) == fenced
 
 
 def cells(page):

@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of the pages of docs run, in order, as a reader would type."""
+"""The Python blocks of the README and of the pages in docs/ run, in order, as a reader types."""
 
 import re
 from pathlib import Path

@@ -57,8 +57,10 @@ def command(name):
 
 
 def digest(name):
-    """A number that changes with an example's source."""
-    return hashlib.sha256((EXAMPLES / f"{name}.py").read_bytes()).hexdigest()[:16]
+    """A number that changes with an example's program, its docstring apart."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    program = "\n".join(text.splitlines()[ast.parse(text).body[0].end_lineno :])
+    return hashlib.sha256(program.encode()).hexdigest()[:16]
 
 
 def kept(name):
@@ -154,7 +156,10 @@ def page(name):
         if (KEPT / f"{name}.{ending}").exists():
             parts.append(f"![{words}](../_static/gallery/{name}.{ending})")
     parts.append(f"```sh\n{record['command']}\n```")
-    took = f"It took {duration(record['seconds'])} of one core ({versions}) and printed:"
+    took = (
+        f"It took {duration(record['seconds'])} at most of a core ({versions}), on a machine that"
+        " did other work too, so that seconds in the output may be longer."
+    )
     if record["source"] != digest(name):
         took = "From a run of an earlier version of the source. " + took
     parts.append(took)
@@ -162,6 +167,15 @@ def page(name):
     parts.append(f"## The program\n\n{{download}}`Download it <../../examples/{name}.py>`")
     parts.append(f"```{{literalinclude}} ../../examples/{name}.py\n:language: python\n```")
     return "\n\n".join(parts) + "\n"
+
+
+# Of a picture wider than twice its height the thumbnail is a part: where it begins, 0 to 1.
+BEGINS = {
+    "quickstart": 0.58,
+    "contrastive_divergence": 0.1,
+    "flow_nce": 0.42,
+    "score_matching": 0.3,
+}
 
 
 def thumbnail(name, path, size=(480, 300)):
@@ -172,6 +186,10 @@ def thumbnail(name, path, size=(480, 300)):
     source = KEPT / f"{name}.png"
     if source.exists():
         picture = Image.open(source).convert("RGB")
+        (width, height), part = picture.size, round(1.6 * picture.size[1])
+        if width > 2 * height:
+            left = round(min(BEGINS.get(name, 0.0), 1 - part / width) * width)
+            picture = picture.crop((left, 0, left + part, height))
         picture.thumbnail((size[0] - 16, size[1] - 16), Image.Resampling.LANCZOS)
         canvas.paste(picture, tuple((a - b) // 2 for a, b in zip(size, picture.size, strict=True)))
     else:
