@@ -37,10 +37,10 @@ chains have not converged, and their ESS means nothing. *z* is the largest diffe
 posterior mean, or second moment, from what the other samplers found together (or, for the
 Gaussian, from the exact mean), in standard errors: some 3 or 4 are chance, more than 6 are a
 sampler that is wrong or has not converged. *Over budget*: a single run would take more than the
-seconds said, or took them and was stopped; runs of more than 12 s are made once. The last column
-is the ratio to the best peer that converged: with R-hat at most 1.02, or, of 1,000 chains, which
-are too short for an R-hat near 1, at most 1.1 and z at most 5. `*` marks a ratio of a sampler that
-did not converge itself.
+seconds said, or took them and was stopped; runs of more than 12 s are made once. *To the best
+peer* is the ratio to the best peer that converged: with R-hat at most 1.02, or, of 1,000 chains,
+which are too short for an R-hat near 1, at most 1.1 and z at most 5. `*` marks a ratio of a sampler
+that did not converge itself.
 """
 
 SAMPLERS = {  # and their kind; rivals side by side
@@ -245,34 +245,27 @@ def best_peer(groups: dict[Any, list[Row]], value: str) -> float:
 
 
 def tables(rows: list[Row]) -> str:
-    header = ["sampler", "warmup + draws", "ESS/s, whole", "ESS/s, warm", "tail/s, whole"]
-    header += [
-        "tail/s, warm",
-        "whole, s",
-        "warm, s",
-        "R-hat",
-        "z",
-        "to the best peer, whole / warm",
-    ]
+    # What must be read first stands first: a page shows some five columns without scrolling.
+    header = ["sampler", "R-hat", "ESS/s, whole", "to the best peer, whole / warm", "whole, s", "z"]
+    header += ["ESS/s, warm", "warm, s", "tail/s, whole", "tail/s, warm", "warmup + draws"]
     parts = []
     for (posterior, chains), same in report.grouped(rows, "posterior", "chains").items():
         groups = report.grouped(same, "sampler")
         lines = []
         for (sampler,), group in groups.items():
             good = [row for row in group if "ess" in row]
-            line = [sampler, group[0]["settings"]]
+            cells = {"sampler": sampler, "warmup + draws": group[0]["settings"]}
             if not good:
-                seconds = group[0]["budget"]
-                lines.append([*line, f"over budget ({seconds:.0f} s)", *[""] * (len(header) - 3)])
+                cells["ESS/s, whole"] = f"over budget ({group[0]['budget']:.0f} s)"
+                lines.append([cells.get(column, "") for column in header])
                 continue
-            line += [
-                report.spread([r[f"{value}_per_second_{when}"] for r in good])
-                for value in ("ess", "tail_ess")
-                for when in ("whole", "warm")
-            ]
-            line += [report.spread([r[when] for r in good]) for when in ("whole", "warm")]
-            line.append(f"{max(r['r_hat'] for r in good):.3f}")
-            line.append(f"{report.middle(good, 'z'):.1f}")
+            for when in ("whole", "warm"):
+                for column, value in (("ESS", "ess"), ("tail", "tail_ess")):
+                    rates = [r[f"{value}_per_second_{when}"] for r in good]
+                    cells[f"{column}/s, {when}"] = report.spread(rates)
+                cells[f"{when}, s"] = report.spread([r[when] for r in good])
+            cells["R-hat"] = f"{max(r['r_hat'] for r in good):.3f}"
+            cells["z"] = f"{report.middle(good, 'z'):.1f}"
             ratios = ""
             if sampler.startswith("pyro_ebm"):
                 star = "" if converged(good) else "*"
@@ -284,7 +277,8 @@ def tables(rows: list[Row]) -> str:
                     for when in ("whole", "warm")
                 )
                 ratios += star
-            lines.append([*line, ratios])
+            cells["to the best peer, whole / warm"] = ratios
+            lines.append([cells[column] for column in header])
         title = f"### {POSTERIORS[posterior].title}, {chains:,} chains"
         parts.append(f"{title}\n\n{report.table(header, lines)}")
     return "\n\n".join(parts)
