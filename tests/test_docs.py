@@ -1,6 +1,8 @@
 """What the build of the documentation takes for granted, found without building it."""
 
+import importlib
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -40,6 +42,47 @@ def test_indented_lines_of_a_docstring_keep_their_shape():
     text = "A formula,\n\n    a = b\n\nand a word.\n\n    last"
     fenced = "A formula,\n\n```text\n    a = b\n\n```\n\nand a word.\n\n```text\n    last\n```"
     assert gallery.as_markdown(text) == fenced
+
+
+# Results, states and bases, which the examples of what returns or extends them show.
+SHOWN_ELSEWHERE = {
+    *(
+        "BlockGibbs",
+        "ChainDiagnostics",
+        "CurvatureAdjustment",
+        "EnergySite",
+        "Finding",
+        "FitResult",
+    ),
+    *(
+        "Info",
+        "InnerStepsReport",
+        "Kernel",
+        "MinibatchKernel",
+        "Results",
+        "Sampler",
+        "Site",
+        "State",
+    ),
+}
+
+
+def public_classes():
+    """Every class with an entry on a page of api/: its name and its docstring."""
+    for page in sorted((DOCS / "api").glob("*.md")):
+        module = "pyro_ebm"
+        text = page.read_text(encoding="utf-8")
+        for kind, name in re.findall(r"^\.\. (currentmodule|autoclass):: (\S+)", text, re.M):
+            if kind == "currentmodule":
+                module = name
+                continue
+            path, _, name = (name if "." in name else f"{module}.{name}").rpartition(".")
+            yield name, inspect.getdoc(getattr(importlib.import_module(path), name)) or ""
+
+
+def test_every_public_class_has_an_example():
+    without = {name for name, text in public_classes() if ">>> " not in text}
+    assert without == SHOWN_ELSEWHERE
 
 
 def cells(page):

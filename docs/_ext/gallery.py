@@ -35,6 +35,7 @@ GROUPS = {
         "rbm_digits",
     ],
     "Use an energy": ["denoise", "latent_ebm", "joint_classifier", "anomaly"],
+    "Bayesian networks": ["bayesian_network"],
     "Sample, and measure log Z": ["ising", "log_normalizer"],
     "Several processes": ["distributed_sampling", "distributed_training"],
 }

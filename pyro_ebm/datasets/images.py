@@ -16,7 +16,13 @@ from pyro_ebm.ops.arguments import check_count, check_number
 
 
 class LabelledImages(NamedTuple):
-    """What :func:`digits` and :func:`fashion_mnist` return."""
+    """What :func:`digits` and :func:`fashion_mnist` return.
+
+    Example:
+        >>> images = digits()
+        >>> images.train.shape, images.test_labels.shape
+        (torch.Size([1437, 8, 8]), torch.Size([360]))
+    """
 
     train: Tensor
     """Images to train on, shape ``(n, height, width)``."""

@@ -94,6 +94,15 @@ class RandomWalk(Proposal):
     Reference:
         Roberts, Gelman and Gilks (1997), Weak convergence and optimal scaling of random walk
         Metropolis algorithms.
+
+    Example:
+        >>> from pyro_ebm import MCMC, MHKernel
+        >>> p = UnnormalizedEnergy(lambda x: x**2 / 2)
+        >>> kernel = MHKernel(p, proposal=RandomWalk(scale=1.0))
+        >>> mcmc = MCMC(kernel, 200, num_chains=20, disable_progbar=True)
+        >>> mcmc.run()
+        >>> bool(0.2 < mcmc.get_extra_fields()["acceptance_rate"].mean() < 0.8)
+        True
     """
 
     symmetric = True
