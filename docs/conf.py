@@ -180,7 +180,8 @@ def summary_first(app, docname, source):
             names.append(name if name.startswith("pyro_ebm.") else f"{module}.{name}")
     names.sort(key=lambda name: name.count(".") > 1)  # stable: the page's own order otherwise
     rows = "\n".join(f"   ~{name}" for name in names)
-    table = f"```{{eval-rst}}\n.. autosummary::\n   :nosignatures:\n\n{rows}\n```\n\n"
+    head = "```{eval-rst}\n.. currentmodule:: None\n.. autosummary::\n   :nosignatures:\n\n"
+    table = f"{head}{rows}\n```\n\n"
     intro, heading, rest = source[0].partition("\n## ")
     source[0] = f"{intro}\n{table}{heading[1:]}{rest}" if heading else source[0]
 
