@@ -166,7 +166,9 @@ def page(name):
     parts.append(took)
     parts.append(f"```{{literalinclude}} ../_static/gallery/{name}.txt\n:language: text\n```")
     parts.append(f"## The program\n\n{{download}}`Download it <../../examples/{name}.py>`")
-    parts.append(f"```{{literalinclude}} ../../examples/{name}.py\n:language: python\n```")
+    below = ast.parse((EXAMPLES / f"{name}.py").read_text()).body[0].end_lineno + 2
+    options = f":language: python\n:lines: {below}-"
+    parts.append(f"```{{literalinclude}} ../../examples/{name}.py\n{options}\n```")
     return "\n\n".join(parts) + "\n"
 
 
