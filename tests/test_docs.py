@@ -39,9 +39,9 @@ def test_the_page_of_an_example(name):
 
 
 def test_indented_lines_of_a_docstring_keep_their_shape():
-    text = "A formula,\n\n    a = b\n\nand a word.\n\n    last"
-    fenced = "A formula,\n\n```text\n    a = b\n\n```\n\nand a word.\n\n```text\n    last\n```"
-    assert gallery.as_markdown(text) == fenced
+    text = "A formula,\n\n    a = b\n\nand\n\n- an item\n  goes on\n\n    last"
+    fenced = "A formula,\n\n```text\n    a = b\n\n```\n\nand\n\n- an item\n  goes on\n\n"
+    assert gallery.as_markdown(text) == fenced + "```text\n    last\n```"
 
 
 # Results, states and bases, which the examples of what returns or extends them show.

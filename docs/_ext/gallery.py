@@ -129,7 +129,7 @@ def as_markdown(text):
     """A docstring's plain text; what it indents (formulas, tables) keeps its lines."""
     lines, literal = [], False
     for line in text.splitlines():
-        indented = line.startswith("  ") and bool(line.strip())
+        indented = line.startswith("    ")  # by less: an item of a list goes on
         if line.strip() and indented != literal:
             lines += ["```text"] if indented else ["```", ""]
             literal = indented
