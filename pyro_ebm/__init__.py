@@ -115,7 +115,7 @@ from pyro_ebm.models.curvature import curvature_adjustment
 from pyro_ebm.normalizer import estimate_log_normalizer, mean_log_likelihood
 from pyro_ebm.ops import fisher_divergence, score
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MCMC",

@@ -3,6 +3,7 @@
 import re
 import tomllib
 import zipfile
+from datetime import date
 
 import pytest
 import yaml
@@ -88,6 +89,14 @@ def test_one_version():
     assert version() == pyro_ebm.__version__
     assert PROJECT["dynamic"] == ["version"]
     assert str(read_yaml(ROOT / "CITATION.cff")["version"]) == pyro_ebm.__version__
+
+
+def test_the_changelog_has_the_version_and_its_date():
+    text = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (\S+) \((.*)\)$", text, re.M)
+    released = read_yaml(ROOT / "CITATION.cff")["date-released"]
+    assert (pyro_ebm.__version__, released.isoformat()) == headings[0]
+    assert all(date.fromisoformat(when) <= released for _, when in headings)
 
 
 def test_urls_of_the_project():
