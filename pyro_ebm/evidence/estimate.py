@@ -33,6 +33,7 @@ from pyro_ebm.evidence.model_path import ModelPath
 from pyro_ebm.evidence.model_starts import Guide, GuideStart
 from pyro_ebm.evidence.proper import check_proper
 from pyro_ebm.evidence.result import EvidenceEstimate
+from pyro_ebm.evidence.smc.sampler import SMC
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.runs import BoundModel
@@ -50,6 +51,7 @@ TAKES = {
     "ais": _ANNEALING,
     "reverse_ais": _ANNEALING,
     "importance": {"guide", "num_samples"},
+    "smc": {"guide", "kernel", "num_particles", "num_steps", "ess_drop", "distributed"},
 }
 """The arguments that each method takes."""
 
@@ -65,6 +67,7 @@ def log_evidence(
     kernel: Kernel | None = None,
     num_samples: int | None = None,
     num_chains: int | None = None,
+    num_particles: int | None = None,
     num_steps: int | None = None,
     betas: Sequence[float] | Tensor | None = None,
     num_temperatures: int | None = None,
@@ -87,6 +90,8 @@ def log_evidence(
     * ``"reverse_ais"``: annealing from ``draws`` back, a stochastic *upper* bound if those are
       exact draws of the posterior.
     * ``"importance"``: from ``guide``, or the prior.
+    * ``"smc"``: a population of particles from the prior, or ``guide``, which is resampled on its
+      way; :class:`~pyro_ebm.SMC` gives its draws too.
 
     Without a ``method`` it is ``"bridge"`` where there are draws, and else ``"ais"``.
 
@@ -102,12 +107,15 @@ def log_evidence(
         draws: of the posterior: a :class:`~pyro_ebm.MCMC` or ``pyro.infer.MCMC`` after its run,
             ArviZ data with a ``posterior``, or tensors ``(chains, draws, *site)`` by site.
         guide: where to start, or to propose from, instead of the prior or the Gaussian.
-        kernel: of annealing, without a model: :class:`~pyro_ebm.LangevinKernel` by default,
+        kernel: of annealing or ``"smc"``, without a model: by default
+            :class:`~pyro_ebm.LangevinKernel`, or :class:`~pyro_ebm.ChEESKernel` of ``"smc"``, and
             Gibbs sweeps of discrete sites.
         num_samples: points of ``"importance"`` (2,000 by default), or draws of the start of a
             bridge (as many as the draws that enter it).
         num_chains: chains of annealing, 1,000 by default; in reverse as many evenly spaced draws.
-        num_steps: transitions of each at each temperature, 1 by default.
+        num_particles: of ``"smc"``, 1,000 by default.
+        num_steps: transitions of each at each temperature: 1 by default, and of ``"smc"`` as many
+            as its particles need to forget where they were.
         betas: the inverse temperatures, rising from 0 to 1.
         num_temperatures: how many; a pilot run spaces them.
         ess_drop: see :func:`~pyro_ebm.estimate_log_normalizer`.
@@ -123,7 +131,7 @@ def log_evidence(
         max_plate_nesting: as in Pyro's kernels; needed where discrete latents are summed out.
         kwargs: keyword arguments of the model.
         disable_progbar: whether long runs show no progress.
-        distributed: whether annealing shares its chains out over the ranks of a process group.
+        distributed: whether the ranks of a process group share the chains, or particles.
 
     Raises:
         NormalizerError: for an energy whose log Z is unknown, learned, or moves, or a composite
@@ -133,6 +141,7 @@ def log_evidence(
 
     Warns:
         UnreliableEstimateWarning: if the stated error is not to be trusted.
+        ConvergenceWarning: the same, of ``"smc"``.
 
     Reference:
         Gronau et al. (2017), A tutorial on bridge sampling. Neal (2001), Annealed importance
@@ -206,8 +215,10 @@ class _Run:
         if self.posterior is None and method in ("bridge", "reverse_ais"):
             raise ValueError(
                 f"method={method!r} needs draws of the posterior: give draws=, a run of MCMC or"
-                ' ArviZ data; or use method="ais"'
+                ' ArviZ data; or use method="smc" or "ais"'
             )
+        if method == "smc":
+            return self._tempered(**given, disable_progbar=disable_progbar)
         if method == "bridge":
             target = self._target()
             if target.dim == 0:
@@ -246,6 +257,15 @@ class _Run:
         with torch.no_grad():
             value = -target(torch.empty(1, 0, dtype=target.dtype, device=target.device))[0]
         return NormalizerEstimate(value, value * 0, "exact", lower=value, upper=value)
+
+    def _tempered(self, num_steps: int | None = None, **given: Any) -> NormalizerEstimate:
+        bound, improper = self.bound, self.improper
+        smc = SMC(
+            bound.model, guide=self.guide, num_moves=num_steps, shared_improper=improper, **given
+        )
+        smc.path_settings = self.settings
+        smc.run(*bound.args, **bound.kwargs)
+        return smc.log_evidence
 
     def _annealed(
         self,

@@ -193,6 +193,12 @@ def test_discrete_latents_sampled_or_summed_out():
     annealed = log_evidence(kinds, TWO, keep_discrete=True, num_chains=300, disable_progbar=True)
     for estimate in (kept, summed, annealed):
         assert_near(estimate, truth)
+    for given in ({"keep_discrete": True}, {"keep_discrete": False, "max_plate_nesting": 0}):
+        given |= {"num_particles": 500, "num_steps": 5, "disable_progbar": True}
+        tempered = log_evidence(kinds, TWO, method="smc", **given)
+        assert tempered.method == "smc"
+        assert tempered.num_data == 1
+        assert_near(tempered, truth)
     del draws["k"]  # a kernel that sums it out has no draws of it
     assert_near(log_evidence(kinds, TWO, draws=draws, max_plate_nesting=0), truth)
 
@@ -215,8 +221,9 @@ def count(y):
 def test_whole_numbers_without_bounds():
     n = torch.arange(60.0)
     log_p = dist.Poisson(3.0).log_prob(n) + dist.Normal(n, 1.0).log_prob(TWO)
-    estimate = log_evidence(count, TWO, keep_discrete=True, num_chains=300, disable_progbar=True)
-    assert_near(estimate, float(log_p.logsumexp(0)))
+    for given in ({"method": "ais", "num_chains": 300}, {"method": "smc", "num_particles": 500}):
+        estimate = log_evidence(count, TWO, keep_discrete=True, disable_progbar=True, **given)
+        assert_near(estimate, float(log_p.logsumexp(0)))
     draws = {"n": dist.Categorical(logits=log_p).sample((4, 100))}
     with pytest.raises(ValueError, match="site 'n' holds whole numbers"):
         log_evidence(count, TWO, draws=draws)
@@ -342,6 +349,8 @@ def test_arguments_that_do_not_go_together():
         ((linear, X, y), {"method": "reverse_ais"}, "needs draws"),
         ((linear, X, y), {"method": "ais", "exact_draws": True}, "exact_draws"),
         ((linear, X, y), {"draws": draw(4, 100), "betas": [0, 1]}, "does not take .'betas'"),
+        ((linear, X, y), {"method": "smc", "betas": [0, 1]}, "does not take .'betas'"),
+        ((mcmc,), {"method": "smc"}, "does not take .'draws'"),
         ((linear, X, y), {"method": "laplace"}, "method must be one of"),
         ((linear, X, y), {"method": "ais", "num_chains": 0}, "num_chains"),
         ((linear, X, y), {"shared_improper": "w"}, "shared_improper"),

@@ -24,7 +24,7 @@ Reference:
 """
 
 import datetime
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -155,6 +155,7 @@ class SMC:
         self.disable_progbar, self.distributed = disable_progbar, distributed
         self.checkpoint, self.checkpoint_every = checkpoint, checked_every(checkpoint_every)
         self.check_convergence = check_convergence
+        self.path_settings: Mapping[str, Any] = {}
         self._results: Results | None = None
         self._estimate: NormalizerEstimate | None = None
         self._temperatures: tuple[Temperature, ...] = ()
@@ -245,6 +246,7 @@ class SMC:
                 "init_strategy": self.kernel.init_strategy,
                 "keep_discrete": self.kernel.discrete or self.kernel.keep_discrete,
             }
+        settings |= {k: v for k, v in self.path_settings.items() if v is not None}
         return ModelPath.of_model(
             self.model, args, kwargs, self.guide, improper=self.shared_improper, **settings
         )
