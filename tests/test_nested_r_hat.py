@@ -1,16 +1,19 @@
 """Nested R-hat is the paper's, and runs that start in super-chains are judged by it."""
 
+import math
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.ops.stats import effective_sample_size
 from scipy.stats import f, norm
 
 from pyro_ebm import MCMC, LangevinKernel, MHKernel
 from pyro_ebm.diagnostics import findings, nested_r_hat
 from pyro_ebm.diagnostics.chain_statistics import Elements
-from pyro_ebm.diagnostics.superchains import variance_ratio
+from pyro_ebm.diagnostics.superchains import effective_draws, variance_ratio
 from pyro_ebm.files import CheckpointError
 from tests.statistics import assert_mean_of_rows
 
@@ -167,3 +170,11 @@ def test_elements_of_many_sites():
     want = torch.stack([nested_r_hat(x["a"].double(), 4), nested_r_hat(x["b"].double(), 4)[1]])
     torch.testing.assert_close(got, want)
     assert run(4, 4, MHKernel(NORMAL)).diagnostics()["x"]["r_hat"].shape == (3,)
+
+
+def test_effective_draws_are_bounded_where_few_draws_are_antithetic():
+    x = torch.tensor([1.0, -1.0]).repeat(4, 5) + 0.1 * torch.randn(4, 10)
+    assert float(effective_sample_size(x)) < 0  # of a negative autocorrelation time
+    assert float(effective_draws(x)) == pytest.approx(40 * math.log10(40))
+    independent = torch.randn(4, 1000)
+    torch.testing.assert_close(effective_draws(independent), effective_sample_size(independent))

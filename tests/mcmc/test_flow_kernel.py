@@ -18,6 +18,7 @@ from pyro_ebm import (
     FlowKernel,
     GibbsKernel,
     LangevinKernel,
+    SGLDKernel,
     TemperingKernel,
     UnnormalizedEnergy,
     estimate_log_normalizer,
@@ -256,6 +257,8 @@ def test_what_it_does_not_take():
         FlowKernel(LangevinKernel(temperature=2.0))
     with pytest.raises(ValueError, match="would need that log Z"):
         FlowKernel(ExchangeKernel())
+    with pytest.raises(ValueError, match="makes no Metropolis test"):
+        FlowKernel(SGLDKernel(normal()))
     for flow in (nn.Identity(), lambda: dist.Normal(0.0, 1.0), dist.Normal(0.0, 1.0)):
         with pytest.raises(ValueError, match="flow must be a module with parameters"):
             FlowKernel(LangevinKernel(), flow)

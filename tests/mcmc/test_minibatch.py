@@ -391,6 +391,41 @@ def test_the_summary_says_that_the_draws_are_biased(capsys):
     assert re.search(r"variances too large \(by some [\d.]+ % at most", said)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_summary_says_by_how_much_shared_rows_make_chains_agree(shared, capsys):
+    y, n, eps, draws = torch.randn(100), 5, 2e-3, 1000
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(y), subsample_size=n) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    kernel = SGLDKernel(
+        model, step_size=eps, precondition_steps=False, variance_bias=1.0, shared_rows=shared
+    )
+    start = {"mu": y.mean() + 0.1 * torch.randn(20)}
+    mcmc = run(kernel, y, samples=draws, warmup=20, chains=20, initial_params=start)
+    S = (100**2 / n) * (1 - n / 100) * float(y.var())
+    rho = eps * S / (eps * S + 2) if shared else 0.0  # the part of eps^2 S in eps^2 S + 2 eps
+    # Var of a mean of T squares of differences of neighbours, over their mean: 3 / T
+    error = 5 * math.sqrt(3 / draws) * max(rho, 0.1)
+    assert abs((kernel.excess_of_ess - 1) / 19 - rho) < error
+    mcmc.summary()
+    assert ("err together" in capsys.readouterr().out) == shared
+
+
+def test_chains_of_a_super_chain_start_together_at_the_center():
+    args, _, _, _ = gaussian_case()
+    kernel = SGLDKernel(means, step_size=1e-12, precondition_steps=False, control_variates=True)
+    mcmc = run(
+        kernel, *args, samples=4, warmup=0, chains=6, num_superchains=2, check_convergence=False
+    )
+    (z,) = mcmc.get_samples(group_by_chain=True).values()
+    starts = z[:, 0].reshape(2, 3, -1)
+    torch.testing.assert_close(starts, starts[:, :1].expand_as(starts), atol=1e-4, rtol=0)
+    assert (starts[0] - starts[1]).abs().min() > 1e-3
+
+
 def test_a_bias_that_is_far_too_large_is_a_finding():
     args, _, _, _ = gaussian_case()
     kernel = SGLDKernel(means, step_size=4e-3, precondition_steps=False)

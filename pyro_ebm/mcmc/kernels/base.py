@@ -47,6 +47,8 @@ class Kernel(HasSettings, ABC):
     """T: the target is the density to the power of 1 / T."""
     planned_steps: int | None = None
     """How many transitions are to come, which a run says: for ``jit_compile="auto"``."""
+    starts_together: int = 1
+    """How many chains, one after another, start at the same point: those of a super-chain."""
     starts_anew: bool = False
     """Whether a chain that is stranded in the warmup may start anew, where the potential draws."""
     adapt_step_size: bool = False

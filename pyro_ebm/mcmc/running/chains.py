@@ -57,6 +57,9 @@ class VectorizedRun:
         self.t, self.goal = 0, options.warmup_steps + options.num_samples
         given = kernel.given_params if options.initial_params is None else options.initial_params
         kernel.planned_steps, kernel.starts_anew = self.goal, given is None
+        kernel.starts_together = options.num_chains // (
+            options.num_superchains or options.num_chains
+        )
         kernel.bind(potential, options.warmup_steps)
         self.records: dict[str, DrawBuffer] = {}
 

@@ -32,6 +32,7 @@ from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.accept import decide
 from pyro_ebm.mcmc.kernels.base import refuse_temperature
 from pyro_ebm.mcmc.kernels.composed.fitted_flow import FittedFlow
+from pyro_ebm.mcmc.kernels.minibatch.kernel import MinibatchKernel
 from pyro_ebm.mcmc.kernels.pyro_contract import PyroKernel
 from pyro_ebm.mcmc.kernels.transition import check_positive
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -70,8 +71,9 @@ class FlowKernel(PyroKernel):
         lr: the learning rate at the start of each fit, from where it falls to 0.
 
     Raises:
-        ValueError: for a kernel of another temperature, of an unknown log Z, or that has a flow
-            already; for a flow that does not fit the model, or (when run) discrete sites.
+        ValueError: for a kernel of another temperature, of an unknown log Z, on minibatches,
+            or that has a flow already; for a flow that does not fit the model, or (when run)
+            discrete sites.
 
     Example:
         >>> from pyro_ebm import MCMC, LangevinKernel
@@ -108,6 +110,11 @@ class FlowKernel(PyroKernel):
                 f" LangevinKernel(model), got {shown(kernel)}"
             )
         refuse_temperature(kernel, "far moves are between draws of the density itself")
+        if any(isinstance(part, MinibatchKernel) for part in (kernel, *kernel.parts)):
+            raise ValueError(
+                f"{kernel!r} makes no Metropolis test and may see a part of the data: a far move is"
+                " tested by the density of all the data, which it does not have"
+            )
         if kernel.samples_intractable:
             raise ValueError(
                 f"{kernel!r} moves sites on which an unknown log Z depends, and a far move would"

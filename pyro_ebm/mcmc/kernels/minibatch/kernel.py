@@ -32,7 +32,7 @@ from pyro_ebm.mcmc.kernels.minibatch.control_variates import (
     descended,
     position_of,
 )
-from pyro_ebm.mcmc.kernels.minibatch.moments import factor_of, largest_eigenvalue
+from pyro_ebm.mcmc.kernels.minibatch.moments import factor_of, largest_eigenvalue, parts_of_noise
 from pyro_ebm.mcmc.kernels.minibatch.warmup import MinibatchWarmup
 from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSettings, check_positive
 from pyro_ebm.mcmc.potentials.base import Potential
@@ -46,6 +46,8 @@ Rows = tuple[Tensor, ...]
 ControlVariates = Literal[False, True] | Mapping[str, Tensor]
 TOO_MUCH = 3.0
 """A bias that is so many times what was allowed is a finding."""
+MUCH_IN_COMMON = 1.5
+"""An effective sample size that is so many times too large is told."""
 
 
 class MinibatchKernel(TransitionKernel):
@@ -66,7 +68,8 @@ class MinibatchKernel(TransitionKernel):
         control_variates: whether the gradients are corrected by those at a mode: False, True for
             one that is found by descent, or the value of every site near it, as of
             ``guide.median()`` after SVI. The chains then start there.
-        shared_rows: whether all chains look at the same rows, or each at its own.
+        shared_rows: whether all chains look at the same rows, or each at its own. The noise of
+            shared rows moves all chains alike, and more chains do not average it out.
         **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
             and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
@@ -76,12 +79,20 @@ class MinibatchKernel(TransitionKernel):
 
     curvature_weight = 1.0
     r"""c: where :math:`\varepsilon (S + c F) / 2` is the bias on a Gaussian of curvature F."""
-    saved = (*TransitionKernel.saved, "_rows", "_warmup", "_center", "_bias", "_noted")
+    saved = (
+        *TransitionKernel.saved,
+        "_rows",
+        "_warmup",
+        "_center",
+        "_bias",
+        "_noted",
+        "_num_chains",
+    )
     _rows: Rows | None = None
     _warmup: MinibatchWarmup | None = None
     _center: Center | None = None
-    _bias: Tensor | None = None  # sums over the draws, (2, dim)
-    _noted = 0
+    _bias: Tensor | None = None  # sums over the draws, (3, dim)
+    _noted, _num_chains = 0, 1
 
     def __init__(
         self,
@@ -229,7 +240,9 @@ class MinibatchKernel(TransitionKernel):
             self.warmup.set_step(self.variance_bias, scale)
         if not self.starts_anew:
             return z
-        return self._center.z + precondition(factor, torch.randn_like(z))
+        together = self.starts_together
+        noise = torch.randn_like(z[::together]).repeat_interleave(together, 0)
+        return self._center.z + precondition(factor, noise)
 
     # -- the steps -------------------------------------------------------------------------------
 
@@ -291,11 +304,10 @@ class MinibatchKernel(TransitionKernel):
     # -- the bias --------------------------------------------------------------------------------
 
     def _note(self, before: Tensor, grad: Tensor, step_size: float) -> None:
-        """Adds to the estimates of M and of S in each coordinate, times half of the step size."""
-        factor = self.adaptation.inverse_mass_sqrt
-        white, change = (precondition_transposed(factor, g) for g in (grad, grad - before))
-        moments = torch.stack([white.square().mean(0), change.square().mean(0) / 2])
-        bias = step_size / 2 * moments
+        """Adds to the estimates of the bias of a draw and its parts, in each coordinate."""
+        factor, self._num_chains = self.adaptation.inverse_mass_sqrt, len(grad)
+        white = (precondition_transposed(factor, g) for g in (before, grad))
+        bias = step_size / 2 * parts_of_noise(*white)
         self._bias, self._noted = bias if self._bias is None else self._bias + bias, self._noted + 1
 
     @property
@@ -306,18 +318,33 @@ class MinibatchKernel(TransitionKernel):
         """
         if self._bias is None:
             return math.nan
-        whole, noise = self._bias / self._noted
+        whole, noise, _ = self._bias / self._noted
         return float(torch.minimum(whole, noise + self.curvature_weight * whole).max())
+
+    @property
+    def excess_of_ess(self) -> float:
+        """By what factor effective sample sizes of chains with the same rows are too large."""
+        if self._bias is None:
+            return math.nan
+        common = (self._bias[2] / self._noted).clamp_min(0)
+        #   Var(mean of C) = (1 + (C - 1) rho) / C,  rho the common part of 1 + (eps / 2) (S + F)
+        return 1 + (self._num_chains - 1) * float((common / (1 + common)).max())
 
     @property
     def notes(self) -> list[str]:
         """That the draws are biased, and by how much."""
         bias = self.estimated_bias
         size = "" if math.isnan(bias) else f" (by some {100 * bias:.2g} % at most, if Gaussian)"
-        return [
+        found = [
             f"{type(self).__name__} makes no Metropolis test: the steps and the noise of the"
             f" subsamples make posterior variances too large{size}"
         ]
+        if self.shared_rows and (excess := self.excess_of_ess) > MUCH_IN_COMMON:
+            found.append(
+                "all chains look at the same rows, and err together: the effective sample sizes"
+                f" are up to {excess:.2g} times too large (shared_rows=False: each at its own)"
+            )
+        return found
 
     @property
     def findings(self) -> list[Finding]:

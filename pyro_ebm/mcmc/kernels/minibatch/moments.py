@@ -136,6 +136,30 @@ def _largest(rows: Tensor) -> float:
     return bulk * (half + math.sqrt(max(half**2 - top, 0.0)))
 
 
+def parts_of_noise(before: Tensor, grad: Tensor) -> Tensor:
+    r"""The diagonals of M, of S, and of the part of S that all chains have in common.
+
+    That of S is half of the mean square of a change :math:`x` of the gradients, and of a common
+    variance :math:`s` the mean of C chains tells:
+    :math:`\mathbb E\, \bar x^2 = s + (\mathbb E\, x^2 - s) / C`.
+
+    Args:
+        before: gradients, shape ``(chains, dim)``.
+        grad: those of the next transition, shape ``(chains, dim)``.
+
+    Returns:
+        Shape ``(3, dim)``.
+
+    Example:
+        >>> parts_of_noise(torch.zeros(4, 1), torch.ones(4, 1)).flatten()  # all change alike
+        tensor([1.0000, 0.5000, 0.5000])
+    """
+    change, num = grad - before, len(grad)
+    square = change.square().mean(0)
+    common = (num * change.mean(0).square() - square) / max(1, num - 1)
+    return torch.stack([grad.square().mean(0), square / 2, common / 2])
+
+
 def largest_eigenvalue(curvature: Tensor) -> float:
     """That of a curvature ``(dim, dim)`` or its diagonal ``(dim,)``, by size."""
     values = curvature if curvature.dim() == 1 else torch.linalg.eigvalsh(curvature)
