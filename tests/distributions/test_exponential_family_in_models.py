@@ -95,7 +95,7 @@ def test_as_latents():
 
 
 def test_as_latents_of_nuts():
-    mcmc = PyroMCMC(NUTS(latent_model), 40, warmup_steps=40, disable_progbar=True)
+    mcmc = PyroMCMC(NUTS(latent_model), 25, warmup_steps=25, disable_progbar=True)
     mcmc.run(16)
     draws = {name: x.movedim(-1, 0).double() for name, x in mcmc.get_samples().items()}
     assert_mean(powers(draws["own"]), QUARTIC.mean_parameters())

@@ -155,7 +155,7 @@ def test_both_go_to_the_density_of_the_data():
     model, guide, loss = gaussian(None, 5, start)
     svi, path = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss), []
     x = MEAN + SD * torch.randn(1000).double()
-    for _ in range(600):
+    for _ in range(400):
         svi.step(x)
         path.append(torch.stack([pyro.param(name).detach() for name in parameters()]))
     lam, m, loc, scale = torch.stack(path[-200:]).mean(0).tolist()

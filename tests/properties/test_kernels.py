@@ -136,16 +136,16 @@ INPUTS: dict[str, dict[str, Any]] = {
 @SIZES
 def test_continuous_draws(many):
     inputs = INPUTS["continuous_draws_are_right"]
-    holds(continuous_draws_are_right, many, few=12, thousands=1500, **inputs)
+    holds(continuous_draws_are_right, many, few=8, thousands=1500, **inputs)
 
 
 @SIZES
 def test_discrete_draws(many):
     inputs = INPUTS["discrete_draws_are_right"]
-    holds(discrete_draws_are_right, many, few=10, thousands=1000, **inputs)
+    holds(discrete_draws_are_right, many, few=7, thousands=1000, **inputs)
 
 
 @SIZES
 def test_draws_of_both_kinds(many):
     inputs = INPUTS["mixed_draws_are_right"]
-    holds(mixed_draws_are_right, many, few=6, thousands=500, **inputs)
+    holds(mixed_draws_are_right, many, few=4, thousands=500, **inputs)
