@@ -503,7 +503,7 @@ def test_more_draws_for_a_gradient_than_langevin_where_directions_differ():
     rotation, _ = torch.linalg.qr(torch.randn(20, 20))
     target = energy(lambda x: ((x @ rotation) / scale).square().sum(-1) / 2, 20)
     mixing = {}
-    for make, num_draws in ((LangevinKernel, 200), (ChEESKernel, 30)):
+    for make, num_draws in ((LangevinKernel, 400), (ChEESKernel, 60)):
         kernel = make(adapt_mass_matrix=False)
         kernel.bind(target, 200)
         state = kernel.init((torch.randn(200, 20) * scale) @ rotation.T)
