@@ -153,6 +153,11 @@ def fisher_divergence(
     for name, density in (("p", p), ("q", q)):
         if isinstance(density, Distribution):
             function, parts = density.log_prob, getattr(density, "modules", ())
+            if x.shape[x.dim() - event_dim :] != density.event_shape:
+                raise ValueError(
+                    f"x must hold points of {name}, whose event_shape is"
+                    f" {tuple(density.event_shape)}, got shape {tuple(x.shape)}"
+                )
         else:
             function, parts = density, density.modules() if isinstance(density, nn.Module) else ()
         if rows_interact(function, x, event_dim, parts):

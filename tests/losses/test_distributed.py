@@ -16,7 +16,7 @@ from pyro_ebm.losses import (
 )
 from pyro_ebm.nn import MLPEnergy
 from pyro_ebm.ops.distributed import rank, rank_seed, world_size
-from tests.losses.test_loss_contract import LOSSES, MaximumLikelihood, World
+from tests.losses.test_loss_contract import LOSSES, MaximumLikelihood, World, data
 from tests.ranks import Ranks
 
 N = 12  # data in all
@@ -121,8 +121,7 @@ class Shard(World):
 
 
 def points():
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(N, 2, generator=generator, dtype=torch.float64)
+    return data(N, torch.float64)
 
 
 def train(name, edges=(0, N), num_steps=5, spectral=False):

@@ -13,6 +13,7 @@ once for each function that calls it, which then costs a look into a dictionary.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -92,7 +93,9 @@ def _shape_at(
 ) -> tuple[int, ...] | str:
     """The shape of the energies, or the error in words."""
     try:
-        return tuple(evaluated(energy, x, modules).shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one row, which nobody asked for
+            return tuple(evaluated(energy, x, modules).shape)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return first_line(error)
 
