@@ -153,7 +153,7 @@ def fisher_divergence(
     for name, density in (("p", p), ("q", q)):
         if isinstance(density, Distribution):
             function, parts = density.log_prob, getattr(density, "modules", ())
-            if x.shape[x.dim() - event_dim :] != density.event_shape:
+            if x.shape[max(0, x.dim() - len(density.event_shape)) :] != density.event_shape:
                 raise ValueError(
                     f"x must hold points of {name}, whose event_shape is"
                     f" {tuple(density.event_shape)}, got shape {tuple(x.shape)}"
