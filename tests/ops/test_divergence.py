@@ -141,8 +141,8 @@ def test_the_divergence_of_a_field():
 
 
 def test_points_of_another_shape_are_named_and_events_may_be_of_several_elements():
-    pair = [dist.Normal(torch.full((2,), m), 1.0).to_event(1) for m in (0.0, 1.0)]
+    p, q = (dist.Normal(torch.full((2,), m), 1.0).to_event(1) for m in (0.0, 1.0))
     with pytest.raises(ValueError, match=r"x must hold points of p, .* \(2,\), got shape \(5, 3\)"):
-        fisher_divergence(*pair, torch.zeros(5, 3))
-    scalar = [dist.Normal(m, 1.0) for m in (0.0, 1.0)]  # independent elements, each 1 / 2
-    assert fisher_divergence(*scalar, torch.randn(10, 3), event_dim=1).item() == pytest.approx(1.5)
+        fisher_divergence(p, q, torch.zeros(5, 3))
+    p, q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0)  # independent elements, each 1 / 2
+    assert fisher_divergence(p, q, torch.randn(10, 3), event_dim=1).item() == pytest.approx(1.5)
