@@ -24,6 +24,7 @@ NAMES = (
     "annealing",
     "growth",
     "boltzmann",
+    "many_chains",
     "goals",
 )
 

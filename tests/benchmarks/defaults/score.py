@@ -70,10 +70,10 @@ def score(x: np.ndarray, reference: Reference) -> dict[str, Any]:
     }
 
 
-def seconds_to_enough(before: float, sampling: float, ess: float) -> float:
-    """The time to :data:`ENOUGH` effective draws.
+def seconds_to_enough(before: float, sampling: float, ess: float, enough: float = ENOUGH) -> float:
+    """The time to so many effective draws.
 
     >>> seconds_to_enough(2.0, 4.0, 500.0)
     10.0
     """
-    return before + sampling * ENOUGH / ess
+    return before + sampling * enough / ess

@@ -13,8 +13,8 @@ from tests.benchmarks.real.posteriors import REAL
 
 PREFACE = """
 Thirteen posteriors of posteriordb (BSD 3-clause; `tests/data/posteriors` cites it) with published
-answers, and two of many dimensions: stochastic volatility, whose answers are those of a long run,
-and a hierarchy, whose answers are known by quadrature. Every sampler with its documented defaults,
+answers, and three more: stochastic volatility, whose answers are those of a long run, and a
+hierarchy of 1,000 dimensions and eight schools, whose answers are known by quadrature. Every sampler with its documented defaults,
 and some with settings that suit (*tuned*, *dense*, *diagonal*).
 
 The figure is the time in seconds from the model to 1,000 effective draws of every published

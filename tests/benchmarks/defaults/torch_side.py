@@ -75,9 +75,15 @@ def _watched(kernel: Any, watch: Watch, warmup: int) -> None:
 
 
 def measure(
-    sampler: str, posterior: str, chains: int, warmup: int | None, draws: int, seed: int
+    sampler: str,
+    posterior: str,
+    chains: int,
+    warmup: int | None,
+    draws: int,
+    seed: int,
+    **options: Any,
 ) -> tuple[dict[str, Any], Samples]:
-    """One run: its seconds and counts, and the draws."""
+    """One run: its seconds and counts, and the draws. Options are those of ``MCMC``."""
     from torch._inductor.utils import fresh_cache
 
     target = REAL[posterior]
@@ -90,7 +96,8 @@ def measure(
         start = watch.last = time.perf_counter()
         kernel, ours = kernel_of(sampler, target), sampler.startswith("pyro_ebm")
         hook = None if ours else watch.hook
-        mcmc = MCMC(kernel, draws, warmup, num_chains=chains, hook_fn=hook, disable_progbar=True)
+        options |= {"num_chains": chains, "hook_fn": hook, "disable_progbar": True}
+        mcmc = MCMC(kernel, draws, warmup, **options)
         if ours:
             _watched(kernel, watch, mcmc.warmup_steps)
         mcmc.run(*data)

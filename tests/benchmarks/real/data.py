@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.models import groups_data
+from tests.benchmarks.models import groups_data, schools_data
 
 FOLDER = Path(__file__).parents[2] / "data" / "posteriors"
 
@@ -113,7 +113,7 @@ def arrays(file: str, prepare: Callable[[Data], Arrays]) -> Arrays:
     return tuple(np.asarray(x, float) for x in prepare(data))
 
 
-# ---- the hierarchy, whose answers are known ----------------------------------------------------
+# ---- hierarchies, whose answers are known -----------------------------------------------------
 
 
 def hierarchy() -> Arrays:
@@ -121,23 +121,55 @@ def hierarchy() -> Arrays:
     return tuple(x.astype(float) for x in groups_data())
 
 
-def hierarchy_reference(which: tuple[int, ...]) -> Reference:
-    r"""Its posterior moments by quadrature over the two that all groups share.
+def schools() -> Arrays:
+    """Eight schools, of :func:`tests.benchmarks.models.schools`: standard errors and effects."""
+    return tuple(x.astype(float) for x in schools_data())
 
-    .. math:: y_j \mid \mu, \tau \sim N(\mu, 1 + \tau^2), \qquad
+
+def hierarchy_reference(which: tuple[int, ...]) -> Reference:
+    """Its posterior moments, those of some groups, counted from 0."""
+    (y,) = hierarchy()
+    mu, tau = np.linspace(0.5, 1.5, 401), np.linspace(1e-6, 1.5, 601)
+    return _two_levels(y, np.ones_like(y), mu, tau, -((tau / 2) ** 2) / 2, which)
+
+
+def schools_reference() -> Reference:
+    """The posterior moments of eight schools."""
+    sigma, y = schools()
+    mu, tau = np.linspace(-25.0, 30.0, 401), (np.arange(6000) + 0.5) / 40
+    return _two_levels(y, sigma, mu, tau, -np.log1p((tau / 5) ** 2), tuple(range(8)))
+
+
+def _two_levels(
+    y: np.ndarray,
+    sigma: np.ndarray,
+    mu: np.ndarray,
+    tau: np.ndarray,
+    log_prior: np.ndarray,
+    which: tuple[int, ...],
+) -> Reference:
+    r"""Moments by quadrature over the two parameters that all groups share.
+
+    .. math:: y_j \mid \mu, \tau \sim N(\mu, \sigma_j^2 + \tau^2), \qquad
               \eta_j \mid \mu, \tau, y \sim
-              N\Bigl(\frac{\tau (y_j - \mu)}{1 + \tau^2}, \frac1{1 + \tau^2}\Bigr)
+              N\Bigl(\frac{\tau (y_j - \mu)}{\sigma_j^2 + \tau^2},
+              \frac{\sigma_j^2}{\sigma_j^2 + \tau^2}\Bigr), \qquad \mu \sim N(0, 5^2)
 
     Args:
-        which: groups, counted from 0.
+        y: observations, shape ``(groups,)``.
+        sigma: their standard deviations, of the same shape.
+        mu: points of the quadrature, evenly spaced.
+        tau: the same.
+        log_prior: of ``tau``.
+        which: groups whose moments are wanted, counted from 0.
     """
-    (y,) = hierarchy()
-    mu = np.linspace(0.5, 1.5, 401)[:, None]
-    tau = np.linspace(1e-6, 1.5, 601)
-    variance = 1 + tau**2
-    squares = ((y - y.mean()) ** 2).sum() + len(y) * (y.mean() - mu) ** 2
-    log_density = -0.5 * (len(y) * np.log(variance) + squares / variance)
-    log_density = log_density - 0.5 * ((mu / 5) ** 2 + (tau / 2) ** 2)
+    mu = mu[:, None]
+    log_density = log_prior - 0.5 * (mu / 5) ** 2
+    for s in np.unique(sigma):  # all groups of one standard deviation at once
+        same = y[sigma == s]
+        squares = ((same - same.mean()) ** 2).sum() + len(same) * (same.mean() - mu) ** 2
+        variance = s**2 + tau**2
+        log_density = log_density - 0.5 * (len(same) * np.log(variance) + squares / variance)
     weight = np.exp(log_density - log_density.max())
     weight /= weight.sum()
 
@@ -148,5 +180,7 @@ def hierarchy_reference(which: tuple[int, ...]) -> Reference:
 
     found = {"mu": moments(mu + 0 * tau), "tau": moments(tau + 0 * mu)}
     for j in which:
-        found[f"eta[{j + 1}]"] = moments(tau * (y[j] - mu) / variance, 1 / variance)
+        variance = sigma[j] ** 2 + tau**2
+        mean = tau * (y[j] - mu) / variance
+        found[f"eta[{j + 1}]"] = moments(mean, sigma[j] ** 2 / variance)
     return found

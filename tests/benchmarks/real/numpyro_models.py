@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from tests.benchmarks.jax_models import groups
+from tests.benchmarks.jax_models import groups, schools
 
 
 def flat_regression(x, y):
@@ -97,6 +97,6 @@ MODELS = {
     f.__name__: f
     for f in (
         *(flat_regression, kidscore_momiq, blr, diamonds, arma11, gp_pois_regr, hmm_example),
-        *(stochastic_volatility, groups),
+        *(stochastic_volatility, groups, schools),
     )
 }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.benchmarks.models import groups
+from tests.benchmarks.models import groups, schools
 from tests.benchmarks.real import data, pyro_models
 
 Samples = dict[str, np.ndarray]
@@ -137,5 +137,6 @@ REAL = {
             data.hierarchy,
             lambda: data.hierarchy_reference(KNOWN_GROUPS),
         ),
+        RealPosterior("eight_schools", schools, 10, data.schools, data.schools_reference),
     )
 }
