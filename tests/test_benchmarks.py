@@ -306,7 +306,7 @@ def test_short_chains_are_judged_by_nested_r_hat_and_others_by_their_own():
     assert not many_chains.judged(ours, found, apart)["right"]
     peer = many_chains.Setting("BlackJAX ChEES", *many_chains.SHORT)
     assert many_chains.judged(peer, found, x)["r_hat"] is None
-    row = {"contestant": "pyro_ebm Langevin", "chains": chains, "settings": "1,000 x 10"}
+    row = {"contestant": "pyro_ebm Langevin", "chains": chains, "lengths": "1,000 x 10"}
     told = many_chains.tables([{**row, **good, **found}, {**row, "chains": 4, "failed": "why"}])
     assert f"{good['r_hat']:.3f}" in told
     one_by_one = {s.sampler for s in many_chains.settings()}

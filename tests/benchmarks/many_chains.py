@@ -82,7 +82,7 @@ def measure(options: Options) -> list[Row]:
         row: Row = {
             "contestant": task.sampler,
             "chains": task.chains,
-            "settings": f"{task.chains:,} x {task.draws:,}",
+            "lengths": f"{task.chains:,} x {task.draws:,}",
             "warmup": task.warmup,
             "round": i,
             "seed": options.seed + i,
@@ -147,7 +147,7 @@ def tables(rows: list[Row]) -> str:
     lines = []
     for (name, _), group in report.grouped(rows, "contestant", "chains").items():
         done = [row for row in group if "seconds" in row]
-        line = [name, group[0]["settings"]]
+        line = [name, group[0]["lengths"]]
         if 2 * len(done) <= len(group):
             lines.append([*line, "-", "", "", "", ""])
             continue
