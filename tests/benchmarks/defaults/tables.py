@@ -14,8 +14,9 @@ from tests.benchmarks.real.posteriors import REAL
 PREFACE = """
 Thirteen posteriors of posteriordb (BSD 3-clause; `tests/data/posteriors` cites it) with published
 answers, and three more: stochastic volatility, whose answers are those of a long run, and a
-hierarchy of 1,000 dimensions and eight schools, whose answers are known by quadrature. Every sampler with its documented defaults,
-and some with settings that suit (*tuned*, *dense*, *diagonal*).
+hierarchy of 1,000 dimensions and eight schools, whose answers are known by quadrature. Every
+sampler with its documented defaults, and some with settings that suit (*tuned*, *dense*,
+*diagonal*).
 
 The figure is the time in seconds from the model to 1,000 effective draws of every published
 quantity, with tracing and compiling, every compiler starting with an empty cache. The effective
