@@ -110,8 +110,10 @@ def test_the_imports_of_a_tutorial(page):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:these draws may be wrong")
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_runs(page, tmp_path, monkeypatch):
+    """Without a warning: one that a tutorial shows is caught by its cell."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for code in cells(page):

@@ -256,7 +256,7 @@ class _Run:
         """Without a latent, or with all summed out, the model is the evidence."""
         with torch.no_grad():
             value = -target(torch.empty(1, 0, dtype=target.dtype, device=target.device))[0]
-        return NormalizerEstimate(value, value * 0, "exact", lower=value, upper=value)
+        return NormalizerEstimate(value, torch.zeros_like(value), "exact", lower=value, upper=value)
 
     def _tempered(self, num_steps: int | None = None, **given: Any) -> NormalizerEstimate:
         bound, improper = self.bound, self.improper
