@@ -9,15 +9,18 @@ import torch
 from pyro.infer import HMC
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.poutine import trace
 
-from pyro_ebm import MCMC, ChEESKernel, LangevinKernel
+from pyro_ebm import MCMC, ChEESKernel, GibbsKernel, LangevinKernel, UnnormalizedEnergy
 from pyro_ebm.mcmc import ModelPotential, init_to_draws, init_to_guide, init_to_pathfinder
 from pyro_ebm.mcmc.starts.pathfinder import Paths
+from pyro_ebm.models.sites.joint_start import JointStart
 from tests.statistics import assert_mean_of_rows, assert_moments
 
 STILL = {"step_size": 1e-9, "adapt_step_size": False, "adapt_mass_matrix": False}
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+HERE = {"mu": torch.tensor(0.0), "tau": torch.tensor(2.0), "eta": torch.zeros(8)}
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
@@ -82,14 +85,80 @@ def test_auto_guides(kind):
     assert (mu - mu[:, :1]).abs().max() < 1e-3 < mu[:, 0].sort().values.diff().min()
 
 
-def test_sites_that_a_guide_does_not_have_start_as_ever():
-    def guide(sigma, y):
-        pyro.sample("mu", dist.Delta(torch.tensor(3.0)))
+def delta(**values):
+    """A guide of points, and what it has beside them."""
 
-    found = first_draws(init_to_guide(guide, SIGMA, Y))
+    def guide(sigma, y):
+        pyro.sample("_auto_latent", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        for name, value in values.items():
+            pyro.sample(name, dist.Delta(torch.as_tensor(value)))
+
+    return guide
+
+
+def test_sites_that_a_guide_does_not_have_start_uniformly_and_are_named():
+    start = init_to_guide(delta(mu=3.0), SIGMA, Y)
+    with pytest.warns(UserWarning, match=r"'eta', 'tau'\].* has \['mu'\], and start unif") as seen:
+        found = first_draws(start)
+    assert len(seen) == 1
+    first_draws(start)  # which says it no more
     assert (found["mu"] - 3).abs().max() < 1e-3
     assert len(found["tau"].unique()) == 12
     assert found["eta"].abs().max() < 2.01
+
+
+def test_pyros_kernels_say_so_too():
+    kernel = HMC(schools, init_strategy=init_to_guide(delta(mu=3.0), SIGMA, Y), step_size=0.1)
+    with pytest.warns(UserWarning, match="start uniformly") as seen:
+        PyroMCMC(kernel, 1, 1, disable_progbar=True).run(SIGMA, Y)
+    assert [str(one.message)[:15] for one in seen] == ["site(s) ['tau']", "site(s) ['eta']"]
+
+
+def test_a_fallback_that_is_given_is_not_warned_of():
+    start = init_to_guide(delta(mu=3.0), SIGMA, Y, fallback=init_to_value(values=HERE))
+    found = first_draws(start)
+    assert (found["tau"] - 2).abs().max() < 1e-3 > found["eta"].abs().max()
+
+
+WRONG = {
+    "no site": ({"theta": 0.0}, r"\['eta', 'mu', 'tau'\]: its own are \['theta'\]"),
+    "shape": ({"eta": torch.zeros(9)}, r"shape \(9,\) for site 'eta'.* \(8,\)"),
+    "support": ({"tau": -1.5}, r"site 'tau' outside of its support.*as -1\.5\)"),
+    "nan": ({"mu": float("nan")}, r"site 'mu' outside of its support Real"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_guide_of_another_model(kind):
+    values, message = WRONG[kind]
+    start = init_to_guide(delta(**values), SIGMA, Y, fallback=init_to_value(values=HERE))
+    with pytest.raises(ValueError, match="^the guide has .*" + message):
+        first_draws(start)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(-1.5), torch.zeros(2)])
+def test_draws_of_which_one_is_wrong(bad):
+    """Where they start all chains at once, and the first of them is good."""
+    values = iter([*3 * [torch.tensor(1.0)], *20 * [bad]])
+
+    def guide(sigma, y):
+        pyro.sample("mu", dist.Delta(torch.tensor(0.0)))
+        pyro.sample("tau", dist.Delta(next(values)))
+        pyro.sample("eta", dist.Delta(torch.zeros(8)))
+
+    with pytest.raises(ValueError, match=r"the guide has values of .*site 'tau'"):
+        first_draws(init_to_guide(guide, SIGMA, Y))
+
+
+def test_values_that_rounding_moved_onto_the_edge_of_a_support_are_in_it():
+    p = torch.full((1000,), 1e-3) * (1 + 1e-5)  # sums to 1 to four digits
+    start = JointStart(lambda num: {"p": p.expand(num, -1), "s": torch.zeros(num)})
+    start.check_values("p", p[None], p.shape, dist.constraints.simplex)
+    start.check_values("s", torch.zeros(1), torch.Size(), dist.constraints.positive)
+    with pytest.raises(ValueError, match="outside"):
+        start.check_values("p", 2 * p[None], p.shape, dist.constraints.simplex)
+    with pytest.raises(ValueError, match="outside"):
+        start.check_values("m", -torch.eye(2)[None], (2, 2), dist.constraints.positive_definite)
 
 
 # -- an earlier run --------------------------------------------------------------------------------
@@ -113,6 +182,48 @@ def test_draws_of_an_earlier_run_serve_once_each(tmp_path, kind):
     for name, x in found.items():
         order, there = found["mu"].argsort(), before["mu"].argsort()
         torch.testing.assert_close(x[order], before[name][there], rtol=1e-3, atol=1e-3)
+
+
+def test_discrete_sites_start_where_the_draws_have_them():
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        pyro.sample("x", dist.Normal(5.0 * k, 1.0))
+
+    k = torch.tensor([0, 1, 2, 2, 1, 1])
+    start = JointStart(lambda num: {"k": k[:num], "x": 5.0 * k[:num]})
+    potential = ModelPotential(model, init_strategy=start, keep_discrete=True)
+    assert potential.initial(6).tolist() == [[i, 5.0 * i] for i in k.tolist()]
+    wrong = JointStart(lambda num: {"k": k[:num] + 3, "x": k})
+    with pytest.raises(ValueError, match="values of site 'k' outside"):
+        ModelPotential(model, init_strategy=wrong, keep_discrete=True)
+
+    points = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    energy = UnnormalizedEnergy(lambda x: x.sum(-1), [2], support=dist.constraints.boolean)
+    start = JointStart(lambda num: {"x": points[:num]})
+    kernel = GibbsKernel(energy, init_strategy=start)
+    assert torch.equal(kernel.make_potential().initial(2), points)
+    kernel = GibbsKernel(energy, init_strategy=JointStart(lambda num: {"y": points[:num]}))
+    with pytest.raises(ValueError, match="no site in common"):
+        kernel.make_potential().initial(2)
+
+
+def test_beside_sites_that_are_summed_out():
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        with pyro.plate("two", 2):
+            pyro.sample("x", dist.Normal(5.0 * k, 1.0))
+
+    def start(shape):
+        return JointStart(lambda num: {"x": torch.full((num, *shape), 7.0)})
+
+    assert (first_draws(start((2,)), model, ())["x"] - 7).abs().max() < 1e-3
+    settings = {"step_size": 1e-9, "num_steps": 1, "adapt_step_size": False}
+    kernel = HMC(model, init_strategy=start((2,)), max_plate_nesting=1, **settings)
+    kernel.setup(0)
+    assert kernel.initial_params["x"].tolist() == [7.0, 7.0]
+    kernel = HMC(model, init_strategy=start(()), max_plate_nesting=1, **settings)
+    with pytest.raises(ValueError, match=r"shape \(\) for site 'x', which has shape \(2,\)"):
+        kernel.setup(0)
 
 
 def test_what_has_no_draws():

@@ -28,6 +28,7 @@ from pyro_ebm.mcmc.potentials.lone_energy import lone_energy
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.runs import BoundModel
+from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.latents import InitStrategy
 from pyro_ebm.models.sites.site import sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
@@ -56,7 +57,7 @@ class PyroKernel(Kernel, MCMCKernel):
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
         init_strategy: where chains start, as in Pyro's kernels; discrete sites start at a draw of
-            their prior.
+            their prior, or where an earlier run's draws have them.
 
     Raises:
         ValueError: for an argument outside its range, or both a model and a ``potential_fn``.
@@ -106,7 +107,9 @@ class PyroKernel(Kernel, MCMCKernel):
         if self.model is not None:
             bound = BoundModel(self.model, args, kwargs, self.init_strategy)
             if self.discrete and (lone := lone_energy(bound)):
-                return EnergyPotential(lone[1], lone[0])
+                start = self.init_strategy
+                joint = start if isinstance(start, JointStart) else None
+                return EnergyPotential(lone[1], lone[0], joint_start=joint)
             return ModelPotential(
                 self.model,
                 args,

@@ -16,6 +16,7 @@ from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.singular import nan_where_singular
+from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.site import Site
 from pyro_ebm.ops.eval_mode import eval_mode
 
@@ -32,6 +33,7 @@ class EnergyPotential(Potential):
         name: what to call its site.
         like: a point of the support, of the dtype and device wanted; else one is drawn.
         targets: number of groups, where the batch elements should share their adaptation.
+        joint_start: has draws of the site, where chains should not start at draws of the energy.
 
     Example:
         >>> p = UnnormalizedEnergy(lambda x: x, support=dist.constraints.positive)
@@ -45,7 +47,9 @@ class EnergyPotential(Potential):
         name: str = "x",
         like: Tensor | None = None,
         targets: int | None = None,
+        joint_start: JointStart | None = None,
     ):
+        self.joint_start = joint_start
         self.energy: UnnormalizedEnergy = unvalidated(energy)
         start = energy.starting_points() if like is None else like
         support_values = support_values_of(energy.support, energy.event_shape)
@@ -142,4 +146,10 @@ class EnergyPotential(Potential):
         return f"the energy of site {self.sites[0].name!r}"
 
     def _draw(self, num_chains: int) -> Tensor:
+        if self.joint_start is not None:
+            (site,) = self.sites
+            self.joint_start.check_sites({site.name: self.energy})
+            x = self.joint_start.draw(num_chains)[site.name].to(site.device, site.dtype)
+            self.joint_start.check_values(site.name, x, self.energy.shape(), self.energy.support)
+            return self.to_position(x)
         return self.to_position(self.energy.starting_points((num_chains // self._rows,)))

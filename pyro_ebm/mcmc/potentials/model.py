@@ -33,7 +33,7 @@ from pyro_ebm.models.runs import BoundModel, latents_of, side_runs, site_of, val
 from pyro_ebm.models.sites.discrete_sites import UNBOUNDED, WithinBounds, site_support_values
 from pyro_ebm.models.sites.init import started
 from pyro_ebm.models.sites.joint_start import JointStart
-from pyro_ebm.models.sites.latents import InitStrategy, SampleSite
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, support_of
 from pyro_ebm.models.sites.site import Site, to_support
 from pyro_ebm.models.transforms import transforms_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
@@ -134,6 +134,11 @@ class ModelPotential(FunctionPotential):
                     )
         self.summed_out = {name: value_of(trace, name) for name in latents if name not in mapped}
         """Discrete latents that are summed out, at some value."""
+        self._spaces = {}
+        if isinstance(init_strategy, JointStart):
+            sampled = {name: latents[name] for name in mapped}
+            init_strategy.check_sites(sampled)
+            self._spaces = {k: (fn.shape(), support_of(k, fn)[0]) for k, fn in sampled.items()}
         sites = []
         for name, transform in mapped.items():
             z = as_function(transform)(value_of(trace, name))
@@ -193,14 +198,13 @@ class ModelPotential(FunctionPotential):
     def _joint(self, strategy: JointStart, num_chains: int) -> Tensor | None:
         """Positions of all chains at once, if the draws have values of every site."""
         given = strategy.draw(num_chains)
-        if not all(site.name in given and site.support_values is None for site in self.sites):
+        if not all(site.name in given for site in self.sites):
             return None
         values = {}
         for site in self.sites:
-            z = as_function(site.transform)(given[site.name].to(self.device, site.dtype))
-            if z.shape[1:] != site.shape:
-                return None  # which running the model blames on the site
-            values[site.name] = z
+            x = given[site.name].to(self.device, site.dtype)
+            strategy.check_values(site.name, x, *self._spaces[site.name])
+            values[site.name] = as_function(site.transform)(x)
         return self.ravel(values)
 
     def _draw_one(self) -> Tensor:

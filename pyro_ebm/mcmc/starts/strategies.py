@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from pyro_ebm.diagnostics.results import Results
@@ -24,7 +23,7 @@ from pyro_ebm.ops.arguments import check_callable, shown
 def init_to_guide(
     guide: Callable[..., object],
     *args: object,
-    fallback: InitStrategy = init_to_uniform,
+    fallback: InitStrategy | None = None,
     **kwargs: object,
 ) -> JointStart:
     """Starts each chain at a draw of a guide, all sites together.
@@ -32,11 +31,13 @@ def init_to_guide(
     Args:
         guide: any of Pyro's, such as an ``AutoNormal`` after its training.
         *args: of the guide.
-        fallback: where sites start that the guide does not have.
+        fallback: where sites start that the guide does not have; by default uniformly, and a
+            warning names them. (Discrete sites start at a draw from their prior.)
         **kwargs: of the guide.
 
     Returns:
-        An ``init_strategy``.
+        An ``init_strategy``. A run raises a ValueError if the guide has no site of the model, or
+        values of another shape than the site's, or outside of its support.
 
     Example:
         >>> from pyro.infer.autoguide import AutoMultivariateNormal
@@ -49,7 +50,7 @@ def init_to_guide(
         >>> MCMC(kernel, 10, 10, num_chains=20, disable_progbar=True).run()
     """
     check_callable("guide", guide)
-    return JointStart(functools.partial(_of_guide, guide, args, kwargs), fallback)
+    return JointStart(functools.partial(_of_guide, guide, args, kwargs), fallback, "the guide")
 
 
 def _of_guide(
@@ -57,11 +58,18 @@ def _of_guide(
 ) -> dict[str, Tensor]:
     with torch.no_grad():
         runs = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num)]
-    of_runs = [{k: site["value"] for k, site in sample_sites(run).items()} for run in runs]
+    of_runs = [
+        {
+            name: site["value"]
+            for name, site in sample_sites(run).items()
+            if not site["infer"].get("is_auxiliary")  # of the guide alone, such as "_auto_latent"
+        }
+        for run in runs
+    ]
     return {name: torch.stack([run[name] for run in of_runs]) for name in of_runs[0]}
 
 
-def init_to_draws(source: object, fallback: InitStrategy = init_to_uniform) -> JointStart:
+def init_to_draws(source: object, fallback: InitStrategy | None = None) -> JointStart:
     """Starts each chain at a draw of an earlier run, all sites together.
 
     Each draw serves once, where there are enough for the chains that start together. Draws of one
@@ -71,10 +79,12 @@ def init_to_draws(source: object, fallback: InitStrategy = init_to_uniform) -> J
     Args:
         source: a :class:`pyro_ebm.MCMC` or ``pyro.infer.MCMC`` that has run, or ArviZ data with a
             ``posterior``, of any library.
-        fallback: where sites start that the draws do not have.
+        fallback: where sites start that the draws do not have; by default uniformly, and a warning
+            names them. (Discrete sites start at a draw from their prior.)
 
     Returns:
-        An ``init_strategy``.
+        An ``init_strategy``. A run raises a ValueError if the draws have no site of the model, or
+        values of another shape than the site's, or outside of its support.
 
     Raises:
         RuntimeError: if the run has no draws.
@@ -93,7 +103,8 @@ def init_to_draws(source: object, fallback: InitStrategy = init_to_uniform) -> J
     total = min((len(x) for x in pooled.values()), default=0)
     if total == 0:
         raise ValueError("init_to_draws needs a run that has draws of some site, and got none")
-    return JointStart(functools.partial(_some_rows, pooled, total), fallback)
+    draw = functools.partial(_some_rows, pooled, total)
+    return JointStart(draw, fallback, "the earlier run")
 
 
 def _some_rows(pooled: Mapping[str, Tensor], total: int, num: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_ebm.distributions.checks.energy_calls import EnergyCallError
 from pyro_ebm.models.checks.validity import Unvalidated, not_finite_sites
 from pyro_ebm.models.runs import BoundModel, latents_of, sample_sites, value_of
+from pyro_ebm.models.sites.joint_start import StartError
 from pyro_ebm.ops.arguments import is_array, shown
 
 MAX_TRIES = 10
@@ -45,7 +46,7 @@ def validated_trace(bound: BoundModel, subsamples: bool = False) -> poutine.Trac
                 warnings.filterwarnings("ignore", "Encountered", UserWarning)
                 trace.log_prob_sum()
         except (ValueError, torch.linalg.LinAlgError) as error:
-            if isinstance(error.__cause__ or error, EnergyCallError | DataError):
+            if isinstance(error.__cause__ or error, EnergyCallError | DataError | StartError):
                 raise  # it is the same at any start
             if i == MAX_TRIES - 1:
                 _blame_start(bound, error)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
 from pyro_ebm.distributions.core.supports import uniform_start
 from pyro_ebm.models.sites.discrete_sites import is_integer
+from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, support_of, transform_of
 from pyro_ebm.ops.arguments import shown
 
@@ -27,6 +28,10 @@ def started(init_strategy: InitStrategy) -> InitStrategy:
 def _start(init_strategy: InitStrategy, site: SampleSite) -> object:
     name, fn = site["name"], site["fn"]
     support, restated = support_of(name, fn)
+    if isinstance(init_strategy, JointStart):
+        if (value := init_strategy.of_draw(site)) is not None:
+            return value
+        init_strategy = init_strategy.otherwise
     if support.is_discrete:
         try:
             return init_to_sample(site)

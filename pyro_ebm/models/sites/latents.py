@@ -34,6 +34,7 @@ class SampleSite(TypedDict):
     is_observed: bool
     args: tuple[object, ...]
     kwargs: dict[str, object]
+    infer: dict[str, object]
     scale: Any  # a number or a tensor
     mask: Tensor | bool | None
     score_parts: ScoreParts
