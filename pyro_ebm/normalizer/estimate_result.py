@@ -29,12 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_ebm.ops.pareto import MIN_WEIGHTS, pareto_k
+from pyro_ebm.ops.pareto import MAX_PARETO_K, MIN_WEIGHTS, pareto_k
 
 MIN_ESS = 100.0
 """From fewer effective weights no error can be estimated."""
-
-MAX_PARETO_K = 0.7
 
 
 class UnreliableEstimateWarning(UserWarning):

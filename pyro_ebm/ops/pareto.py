@@ -9,6 +9,8 @@ from torch import Tensor
 
 MIN_WEIGHTS = 25
 """The tail of fewer importance weights is too short to be fitted."""
+MAX_PARETO_K = 0.7
+"""Above it the mean of the weights, and an error computed from them, are not to be trusted."""
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.poutine import trace
 
-from pyro_ebm import MCMC, ChEESKernel, GibbsKernel, LangevinKernel, UnnormalizedEnergy
+from pyro_ebm import (
+    MCMC,
+    ChEESKernel,
+    ConvergenceWarning,
+    GibbsKernel,
+    LangevinKernel,
+    UnnormalizedEnergy,
+)
 from pyro_ebm.mcmc import ModelPotential, init_to_draws, init_to_guide, init_to_pathfinder
 from pyro_ebm.mcmc.starts.pathfinder import Paths
 from pyro_ebm.models.sites.joint_start import JointStart
@@ -292,6 +299,28 @@ def test_chains_start_in_the_bulk():
     there = -z(z.ravel(params))
     assert lp.quantile(0.01) < there.quantile(0.1)
     assert there.quantile(0.9) < lp.quantile(0.99)
+
+
+def test_a_tail_that_no_normal_covers_is_warned_of():
+    cauchy = dist.StudentT(1.0).expand([5]).to_event(1)
+    with pytest.warns(
+        ConvergenceWarning, match=r"Pareto k of \d\.\d\d \(up to 0\.7 is good\)"
+    ) as seen:
+        start = init_to_pathfinder(cauchy)
+    assert start.pathfinder.pareto_k > 0.7
+    assert seen[0].filename == __file__
+    with pytest.warns(ConvergenceWarning, match="of 16 draws are too few"):
+        init_to_pathfinder(dist.Normal(0.0, 1.0), num_draws=16)
+
+
+def test_a_descent_needs_continuous_sites():
+    def model():
+        pyro.sample("k", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match=r"model has only the discrete sites \['k'\]"):
+        init_to_pathfinder(model)
+    with pytest.raises(ValueError, match="model has no latent sites"):
+        init_to_pathfinder(lambda: None)
 
 
 def test_starts_can_be_pickled_and_repeat():

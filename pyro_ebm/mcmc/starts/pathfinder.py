@@ -37,16 +37,16 @@ import math
 from typing import NamedTuple
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from pyro_ebm.diagnostics.convergence import REPARAMETRISE, Finding, warn
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.latents import InitStrategy
 from pyro_ebm.ops.arguments import check_count
-from pyro_ebm.ops.pareto import MIN_WEIGHTS, pareto_smoothed
+from pyro_ebm.ops.pareto import MAX_PARETO_K, MIN_WEIGHTS, pareto_smoothed
 
 LENGTHS = 2.0 ** torch.arange(2, -14, -1, dtype=torch.float64)
 """Steps along a direction; all are tried in one batch."""
@@ -156,12 +156,15 @@ class Pathfinder:
         z: draws, shape ``(num_draws, d)``.
         weights: their normalized importance weights, Pareto-smoothed, shape ``(num_draws,)``.
         pareto_k: the tail of the weights (:func:`pyro_ebm.ops.pareto.pareto_k`); above .7 the
-            draws, resampled, are near the posterior and no more.
+            draws, resampled, may be far from the posterior. Infinite of fewer than 25 draws.
         elbo: the evidence lower bounds, shape ``(num_paths,)``.
         num_iterations: of the longest descent.
 
     Raises:
         ValueError: if no path has found a normal approximation.
+
+    Warns:
+        ConvergenceWarning: if the Pareto k of the weights is above .7, or cannot be estimated.
     """
 
     def __init__(
@@ -188,6 +191,20 @@ class Pathfinder:
         if len(log_w) >= MIN_WEIGHTS:
             log_w, self.pareto_k = pareto_smoothed(log_w)
         self.weights = log_w.softmax(0)
+        self._warn_of_tail()
+
+    def _warn_of_tail(self) -> None:
+        """Says so if the weights cannot make up for what the approximations miss."""
+        if self.pareto_k <= MAX_PARETO_K:
+            return
+        found = f"have a Pareto k of {self.pareto_k:.2f} (up to {MAX_PARETO_K} is good)"
+        if math.isinf(self.pareto_k):
+            found = f"of {len(self.z)} draws are too few, or too unlike, to have their tail judged"
+        text = (
+            f"Pathfinder's importance weights {found}: its draws may be far from the posterior, and"
+            " serve as starts of chains with the usual warmup, not as draws of it"
+        )
+        warn([Finding("pareto_k", text, [REPARAMETRISE, "a larger num_draws"])], stacklevel=4)
 
     def _potentials(self, phi: Tensor) -> Tensor:
         """The potential of positions ``(num, paths, d)``, infinite where it is NaN."""
@@ -234,7 +251,7 @@ def init_to_pathfinder(
     num_draws: int = 1000,
     max_iterations: int = 200,
     max_plate_nesting: int | None = None,
-    fallback: InitStrategy = init_to_uniform,
+    fallback: InitStrategy | None = None,
     **kwargs: object,
 ) -> "PathfinderStart":
     """Starts each chain at a draw of Pathfinder, all sites together.
@@ -248,14 +265,19 @@ def init_to_pathfinder(
         num_draws: how many draws they give together, of which the chains' starts are resampled.
         max_iterations: the most steps of a descent.
         max_plate_nesting: as in Pyro's kernels, for discrete latents that are summed out.
-        fallback: where discrete sites start.
+        fallback: where sites start that are not the model's that was given, see
+            :func:`init_to_guide`; discrete sites start at a draw from their prior.
         **kwargs: of the model.
 
     Returns:
         An ``init_strategy``, with the ``pathfinder`` that was found.
 
     Raises:
-        ValueError: if no path has found a normal approximation.
+        ValueError: if the model has no continuous site, or no path finds a normal approximation.
+
+    Warns:
+        ConvergenceWarning: if the Pareto k of the importance weights is above .7: the draws are
+            then starts and no more.
 
     Reference:
         Zhang, Carpenter, Gelman and Vehtari (2022), Pathfinder: Parallel quasi-Newton variational
@@ -277,6 +299,12 @@ def init_to_pathfinder(
     check_count("num_draws", num_draws, 1)
     check_count("max_iterations", max_iterations, 1)
     potential = ModelPotential(model, args, kwargs, max_plate_nesting=max_plate_nesting)
+    if not potential.dim:
+        has = f"only the discrete sites {sorted(potential.summed_out)}"
+        raise ValueError(
+            "init_to_pathfinder descends in continuous sites, and the model has"
+            f" {has if potential.summed_out else 'no latent sites'}: leave init_strategy out"
+        )
     return PathfinderStart(Pathfinder(potential, num_paths, num_draws, max_iterations), fallback)
 
 
@@ -288,8 +316,8 @@ class PathfinderStart(JointStart):
         fallback: where sites start that it does not have.
     """
 
-    def __init__(self, pathfinder: Pathfinder, fallback: InitStrategy = init_to_uniform):
-        super().__init__(self._resample, fallback)
+    def __init__(self, pathfinder: Pathfinder, fallback: InitStrategy | None = None):
+        super().__init__(self._resample, fallback, "Pathfinder")
         self.pathfinder = pathfinder
 
     def _resample(self, num: int) -> dict[str, Tensor]:
