@@ -11,7 +11,7 @@ RUN  := $(VENV)/bin/python
 PIP  := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
 # What builds a release, apart from .venv: no torch for a wheel.
 TOOLS := build/tools
-# One process for each core. A file's tests stay together, until one process runs out of its own.
+# A process for each core, and one more (tests/conftest.py). A file's tests stay together, until one process runs out of its own.
 TEST := $(RUN) -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help

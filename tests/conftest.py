@@ -25,6 +25,14 @@ def pytest_addoption(parser):
     parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift the tests' seeds")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: tests of several ranks wait much of their time."""
+    from xdist.plugin import pytest_xdist_auto_num_workers as cores
+
+    return cores(config) + 1
+
+
 @pytest.fixture(autouse=True)
 def _fresh_pyro(request):
     """Set what Pyro and torch keep globally, and put it back whatever the test did to it."""

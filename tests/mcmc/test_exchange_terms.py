@@ -131,7 +131,10 @@ PRIORS = {
 }
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize(
+    "prior",
+    ["log-normal", pytest.param("half-Cauchy", marks=pytest.mark.slow), "narrow log-normal"],
+)
 def test_heavy_tails_with_inner_chains(prior):
     make, args, num = PRIORS[prior]
     x = DATA[:num]

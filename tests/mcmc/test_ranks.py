@@ -244,7 +244,9 @@ def test_one_chain_on_a_rank(ranks):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["langevin", "chees", "chees, diagonal"])
+@pytest.mark.parametrize(
+    "name", ["langevin", "chees", pytest.param("chees, diagonal", marks=pytest.mark.slow)]
+)
 def test_two_ranks_adapt_as_one_process_does(ranks, name):
     runs = range(8)  # each of 64 chains
     shared = [ranks(warmed_up, name, 64, 100, 0.0, seed)[0][0] for seed in runs]

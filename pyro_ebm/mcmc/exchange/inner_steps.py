@@ -94,7 +94,7 @@ def inner_steps_report(mcmc: MCMC, factor: int = 4) -> InnerStepsReport:
         ...     J = pyro.sample("J", dist.Uniform(0.0, 1.0))
         ...     pyro.sample("x", BoltzmannMachine(J, edges=edges), obs=x)
         >>> kernel = ExchangeKernel(model, num_inner_steps=1)
-        >>> mcmc = MCMC(kernel, 100, num_chains=20, disable_progbar=True)
+        >>> mcmc = MCMC(kernel, 50, 30, num_chains=40, disable_progbar=True)
         >>> mcmc.run(x)
         >>> report = inner_steps_report(mcmc, factor=20)
         >>> report

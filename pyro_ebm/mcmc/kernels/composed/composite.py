@@ -96,7 +96,7 @@ class CompositeKernel(PyroKernel):
         ...     k = pyro.sample("k", dist.Bernoulli(0.3))
         ...     x = pyro.sample("x", dist.Normal(4 * k, 1.0))
         ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-        >>> mcmc = MCMC(CompositeKernel(model), 500, num_chains=20, disable_progbar=True)
+        >>> mcmc = MCMC(CompositeKernel(model), 200, 50, num_chains=20, disable_progbar=True)
         >>> mcmc.run(torch.tensor(2.5))
         >>> sorted(mcmc.get_samples())
         ['k', 'x']

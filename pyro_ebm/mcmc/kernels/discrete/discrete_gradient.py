@@ -133,7 +133,7 @@ class GibbsWithGradientsKernel(GradientKernel):
         >>> from pyro_ebm.mcmc import MCMC
         >>> p = UnnormalizedEnergy(lambda x: -x.sum(-1), (5,), dist.constraints.boolean)
         >>> kernel = GibbsWithGradientsKernel(p)
-        >>> mcmc = MCMC(kernel, 1000, 50, num_chains=10, disable_progbar=True)
+        >>> mcmc = MCMC(kernel, 200, 50, num_chains=50, disable_progbar=True)
         >>> mcmc.run()
         >>> mcmc.get_samples()["x"].mean()  # 1 / (1 + exp(-1)) = .731
         tensor(0.7...)
@@ -211,7 +211,7 @@ class DiscreteLangevinKernel(GradientKernel):
     Example:
         >>> from pyro_ebm.mcmc import MCMC
         >>> p = UnnormalizedEnergy(lambda x: -x.sum(-1), (5,), dist.constraints.boolean)
-        >>> mcmc = MCMC(DiscreteLangevinKernel(p), 1000, 50, num_chains=10, disable_progbar=True)
+        >>> mcmc = MCMC(DiscreteLangevinKernel(p), 200, 50, num_chains=50, disable_progbar=True)
         >>> mcmc.run()
         >>> mcmc.get_samples()["x"].mean()  # 1 / (1 + exp(-1)) = .731
         tensor(0.7...)
