@@ -103,26 +103,31 @@ def draw_rows(plates: Mapping[str, PlateSize], num: int | None, device: torch.de
     """
     found = {}
     for name, (size, n) in plates.items():
-        if num is None:
-            found[name] = _subsample(size, n, device)
-        elif num * size <= MAX_RANKED:
-            found[name] = torch.rand(num, size, device=device).topk(n, -1).indices
-        else:
-            found[name] = torch.stack([_subsample(size, n, device) for _ in range(num)])
+        rows = _subsamples(num or 1, size, n, device)
+        found[name] = rows[0] if num is None else rows
     return found
 
 
-def _subsample(size: int, n: int, device: torch.device) -> Tensor:
-    """``n`` of ``size`` rows without replacement, at a cost that does not grow with ``size``."""
+def _subsamples(num: int, size: int, n: int, device: torch.device) -> Tensor:
+    """``n`` of ``size`` rows without replacement, ``num`` times: shape ``(num, n)``.
+
+    Where they are a small part, at a cost that does not grow with ``size``.
+    """
     if 4 * n > size:
-        return torch.randperm(size, device=device)[:n]
-    while True:  # the first n different ones of a sequence of independent rows
-        x, place = torch.randint(size, (n + n // 2 + 10,), device=device).sort(stable=True)
-        new = torch.ones_like(x, dtype=torch.bool)
-        new[1:] = x[1:] != x[:-1]
-        first = place[new].sort().indices
-        if len(first) >= n:
-            return x[new][first[:n]]
+        if num > 1 and num * size <= MAX_RANKED:
+            return torch.rand(num, size, device=device).topk(n, -1).indices
+        return torch.stack([torch.randperm(size, device=device)[:n] for _ in range(num)])
+    # the first n different ones of a sequence of independent rows
+    x = torch.randint(size, (num, n + n // 2 + 10), device=device)
+    ordered, place = x.sort(stable=True)
+    new = torch.ones_like(x, dtype=torch.bool)
+    new[:, 1:] = ordered.diff() != 0
+    new = torch.zeros_like(new).scatter(1, place, new)  # in the order of the sequence
+    count = new.cumsum(1)
+    enough = count[:, -1] >= n
+    rows = x[new & (count <= n) & enough[:, None]].reshape(-1, n)
+    missing = num - len(rows)
+    return torch.cat([rows, _subsamples(missing, size, n, device)]) if missing else rows
 
 
 def blocks(plates: Mapping[str, PlateSize], device: torch.device) -> Iterator[tuple[Rows, float]]:

@@ -344,7 +344,7 @@ def test_energies_inside_of_a_subsampled_plate():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, False, None])
 def test_chains_see_the_same_rows_or_their_own(shared):
     y = torch.randn(50)
 
@@ -360,7 +360,16 @@ def test_chains_see_the_same_rows_or_their_own(shared):
     )
     lp = mcmc.get_extra_fields(group_by_chain=True)["lp"]
     assert lp[0].std() > 1  # fresh rows at each step
-    assert (lp.std(0).max() < 0.01) == shared
+    assert (lp.std(0).max() < 0.01) == bool(shared)
+
+
+@pytest.mark.parametrize("kernel", [SGLDKernel, SGHMCKernel])
+def test_rows_are_shared_by_default_where_control_variates_leave_little_noise(kernel):
+    center = {"mu": torch.zeros(())}
+    shared = [kernel(means, control_variates=x).shared_rows for x in (False, True, center)]
+    assert shared == [False, True, True]
+    given = [kernel(means, control_variates=x, shared_rows=not x) for x in (False, True)]
+    assert [k.shared_rows for k in given] == [True, False]
 
 
 # -- schedules, what is said of the bias -----------------------------------------------------------

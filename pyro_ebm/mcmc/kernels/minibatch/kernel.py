@@ -68,8 +68,9 @@ class MinibatchKernel(TransitionKernel):
         control_variates: whether the gradients are corrected by those at a mode: False, True for
             one that is found by descent, or the value of every site near it, as of
             ``guide.median()`` after SVI. The chains then start there.
-        shared_rows: whether all chains look at the same rows, or each at its own. The noise of
-            shared rows moves all chains alike, and more chains do not average it out.
+        shared_rows: whether all chains look at the same rows, or each at its own; by default the
+            same with control variates alone. The noise of shared rows moves all chains alike, and
+            more chains do not average it out.
         **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
             and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
@@ -103,7 +104,7 @@ class MinibatchKernel(TransitionKernel):
         variance_bias: float = 0.1,
         precondition_steps: bool = True,
         control_variates: ControlVariates = False,
-        shared_rows: bool = True,
+        shared_rows: bool | None = None,
         **kwargs: Unpack[TransitionSettings],
     ):
         if step_size is not None:
@@ -123,8 +124,10 @@ class MinibatchKernel(TransitionKernel):
         )
         self.schedule, self.variance_bias = schedule, variance_bias
         self.learns_step = step_size is None
-        self.precondition_steps, self.shared_rows = precondition_steps, shared_rows
+        self.precondition_steps = precondition_steps
         self.control_variates: ControlVariates = control_variates
+        corrected = control_variates is not False
+        self.shared_rows = corrected if shared_rows is None else shared_rows
 
     # -- the potential ---------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class SGHMCKernel(MinibatchKernel):
         variance_bias: float = 0.1,
         precondition_steps: bool = True,
         control_variates: ControlVariates = False,
-        shared_rows: bool = True,
+        shared_rows: bool | None = None,
         **kwargs: Unpack[TransitionSettings],
     ):
         super().__init__(

@@ -45,7 +45,9 @@ class SGLDKernel(MinibatchKernel):
         control_variates: False; True, to correct the gradients by those at a mode that is found by
             descent; or the value of every site at a mode, as ``guide.median()`` gives it after SVI.
             The chains then start there. A step evaluates its rows twice, and may be far longer.
-        shared_rows: whether all chains look at the same rows, or each at its own.
+        shared_rows: whether all chains look at the same rows, which costs less, or each at its own.
+            The noise of shared rows moves all chains alike, and more chains do not average it out:
+            so by default they are shared with control variates, where there is little noise.
         **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
             and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
 
