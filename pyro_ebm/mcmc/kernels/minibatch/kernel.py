@@ -50,6 +50,16 @@ MUCH_IN_COMMON = 1.5
 """An effective sample size that is so many times too large is told."""
 
 
+class MinibatchSettings(TransitionSettings, total=False):
+    """Settings that both such kernels take."""
+
+    schedule: Callable[[int], float] | None
+    variance_bias: float
+    precondition_steps: bool
+    control_variates: ControlVariates
+    shared_rows: bool | None
+
+
 class MinibatchKernel(TransitionKernel):
     r"""A kernel that sees the gradient of a minibatch, and makes no Metropolis test.
 
@@ -57,22 +67,7 @@ class MinibatchKernel(TransitionKernel):
     bias has (:attr:`curvature_weight`).
 
     Args:
-        model: a Pyro model, or a distribution. Without subsampled plates all the data are seen.
-        potential_fn: instead of a model, see :class:`~pyro_ebm.mcmc.TransitionKernel`.
-        step_size: :math:`\varepsilon`, in units of the preconditioner; None is learned.
-        schedule: a factor of the step size after ``t`` draws (0, 1, ...), as
-            :class:`~pyro_ebm.mcmc.PolynomialDecay`; by default the step size is constant.
-        variance_bias: the relative error of posterior variances that the learned step may make, as
-            far as the posterior is Gaussian.
-        precondition_steps: whether warmup learns a preconditioner.
-        control_variates: whether the gradients are corrected by those at a mode: False, True for
-            one that is found by descent, or the value of every site near it, as of
-            ``guide.median()`` after SVI. The chains then start there.
-        shared_rows: whether all chains look at the same rows, or each at its own; by default the
-            same with control variates alone. The noise of shared rows moves all chains alike, and
-            more chains do not average it out.
-        **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
-            and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
+        **kwargs: all others are those of :class:`~pyro_ebm.SGLDKernel`.
 
     Raises:
         ValueError: for an argument out of its range.

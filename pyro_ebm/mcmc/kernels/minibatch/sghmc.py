@@ -26,8 +26,7 @@ from torch import Tensor
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.mcmc.kernels.accept import accept_valid
 from pyro_ebm.mcmc.kernels.minibatch.control_variates import Center
-from pyro_ebm.mcmc.kernels.minibatch.kernel import ControlVariates, MinibatchKernel, Rows
-from pyro_ebm.mcmc.kernels.transition import TransitionSettings
+from pyro_ebm.mcmc.kernels.minibatch.kernel import MinibatchKernel, MinibatchSettings, Rows
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_number
 from pyro_ebm.ops.steps.metropolis import select
@@ -44,18 +43,8 @@ class SGHMCKernel(MinibatchKernel):
     **The draws are biased**, as those of :class:`~pyro_ebm.SGLDKernel`.
 
     Args:
-        model: a Pyro model, or a distribution. Without subsampled plates all the data are seen.
-        potential_fn: instead of a model, see :class:`~pyro_ebm.mcmc.TransitionKernel`.
-        step_size: :math:`\varepsilon`, in units of :math:`A`; by default it is learned in the
-            warmup.
         friction: :math:`\alpha`, in (0, 1].
-        schedule: as of :class:`~pyro_ebm.SGLDKernel`.
-        variance_bias: as of :class:`~pyro_ebm.SGLDKernel`.
-        precondition_steps: as of :class:`~pyro_ebm.SGLDKernel`.
-        control_variates: as of :class:`~pyro_ebm.SGLDKernel`.
-        shared_rows: as of :class:`~pyro_ebm.SGLDKernel`.
-        **kwargs: ``jit_compile``, ``ignore_jit_warnings``, ``transforms``, ``max_plate_nesting``
-            and ``init_strategy`` of :class:`~pyro_ebm.mcmc.TransitionKernel`.
+        **kwargs: all others are those of :class:`~pyro_ebm.SGLDKernel`.
 
     Raises:
         NotImplementedError: for a latent inside a subsampled plate (when run).
@@ -87,24 +76,9 @@ class SGHMCKernel(MinibatchKernel):
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         step_size: float | None = None,
         friction: float = 0.3,
-        schedule: Callable[[int], float] | None = None,
-        variance_bias: float = 0.1,
-        precondition_steps: bool = True,
-        control_variates: ControlVariates = False,
-        shared_rows: bool | None = None,
-        **kwargs: Unpack[TransitionSettings],
+        **kwargs: Unpack[MinibatchSettings],
     ):
-        super().__init__(
-            model,
-            potential_fn,
-            step_size=step_size,
-            schedule=schedule,
-            variance_bias=variance_bias,
-            precondition_steps=precondition_steps,
-            control_variates=control_variates,
-            shared_rows=shared_rows,
-            **kwargs,
-        )
+        super().__init__(model, potential_fn, step_size=step_size, **kwargs)
         check_number("friction", friction)
         if not 0 < friction <= 1:
             raise ValueError(f"friction must lie in (0, 1], got {friction}")
