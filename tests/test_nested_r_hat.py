@@ -159,6 +159,8 @@ def test_given_starts_are_checked():
         run(initial_params={"x": torch.randn(60, 3)})
     with pytest.raises(ValueError, match="must divide num_chains=60"):
         run(num_superchains=7)
+    with pytest.raises(ValueError, match="num_superchains=60 of one chain with one draw"):
+        run(num_samples=5, thinning=5, num_superchains=60)
     with pytest.raises(ValueError, match='num_superchains= needs chain_method="vectorized"'):
         run(chain_method="sequential")
 

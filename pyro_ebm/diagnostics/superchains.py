@@ -65,12 +65,7 @@ def nested_r_hat(x: Tensor, num_superchains: int) -> Tensor:
         tensor(3.0431)
     """
     chains, draws = x.shape[:2]
-    check_superchains(num_superchains, chains)
-    if chains * draws == num_superchains:
-        raise ValueError(
-            f"nested R-hat needs at least two draws in each super-chain, got {num_superchains}"
-            " super-chains of one chain with one draw"
-        )
+    check_superchains(num_superchains, chains, draws)
     x = x.reshape(num_superchains, -1, *x.shape[1:])  # (K, M, N, *site)
     of_chain = x.mean(2)
     of_superchain = of_chain.mean(1)
@@ -82,13 +77,18 @@ def nested_r_hat(x: Tensor, num_superchains: int) -> Tensor:
     return (1 + between / within.mean(0)).sqrt()
 
 
-def check_superchains(num_superchains: object, num_chains: int) -> int:
-    """Raises a ValueError unless this many super-chains can be made of the chains."""
+def check_superchains(num_superchains: object, num_chains: int, num_draws: int) -> int:
+    """Raises a ValueError unless this many super-chains can be made of chains of so many draws."""
     num = check_count("num_superchains", num_superchains, 2)
     if num_chains % num:
         raise ValueError(
             f"num_superchains={shown(num)} must divide num_chains={num_chains}: super-chains have"
             " equally many chains"
+        )
+    if num_chains * num_draws == num:
+        raise ValueError(
+            f"nested R-hat needs at least two draws in each super-chain, got num_superchains={num}"
+            " of one chain with one draw: make fewer super-chains, or more draws"
         )
     return num
 

@@ -276,6 +276,23 @@ def test_a_chain_that_is_stranded_starts_anew(make, monkeypatch):
     assert (mcmc.get_samples()["x"][:, 0] < 1).float().mean() > 0.9
 
 
+def test_a_stranded_chain_keeps_the_start_of_its_super_chain():
+    population = Population(2, 1)
+    # 3 super-chains of 4 chains, of 2 targets each: of the first, chains 0 and 2 of target 0 are
+    # stranded, and chain 3 of target 1; of the second all chains of target 0; of the last none
+    stranded = torch.zeros(3, 4, 2, dtype=torch.bool)
+    stranded[0, [0, 2], 0] = stranded[0, 3, 1] = stranded[1, :, 0] = True
+    population.stranded = stranded.flatten()
+    z, first = torch.arange(24.0)[:, None], torch.arange(100.0, 124.0)[:, None]
+    got = population.starts_anew(z, first, together=4).reshape(3, 4, 2)
+    z, first = z.reshape(3, 4, 2), first.reshape(3, 4, 2)
+    assert (got[0, [0, 2], 0].unsqueeze(-1) == z[0, [1, 3], 0]).any(-1).all()
+    assert got[0, 3, 1] in z[0, :3, 1]
+    assert (got[1, :, 0] == first[1, 0, 0]).all()
+    alone = population.starts_anew(z.reshape(24, 1), first.reshape(24, 1), together=1)
+    assert torch.equal(alone.flatten()[stranded.flatten()], first[stranded])
+
+
 def test_a_density_that_is_flat_everywhere_is_told():
     def flat():
         pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (3,)))

@@ -86,6 +86,28 @@ class Population:
         if self._before is not None:
             self._before = torch.where(chains, torch.inf, self._before)
 
+    def starts_anew(self, z: Tensor, first: Tensor, together: int) -> Tensor:
+        """Where chains that are stranded start anew, shape ``(chains, dim)``.
+
+        Chains of a super-chain go on from one start. One that is stranded takes the place of
+        another that is not, so that it still has that start, or all of them a new one.
+
+        Args:
+            z: positions, shape ``(chains, dim)``.
+            first: as many first positions, of which each super-chain takes one.
+            together: how many chains of a target a super-chain has.
+        """
+        if self.stranded is None:
+            return z
+        # (super-chains, chains of one, targets)
+        stranded = self.stranded.reshape(-1, together, self.targets)
+        here, anew = (x.reshape(*stranded.shape, -1) for x in (z, first))
+        good_ones_first = stranded.int().argsort(dim=1, stable=True)
+        num_good = together - stranded.sum(1, keepdim=True)
+        turn = torch.arange(together, device=z.device)[:, None] % num_good.clamp(min=1)
+        other = here.take_along_dim(good_ones_first.gather(1, turn)[..., None], 1)
+        return torch.where((num_good > 0)[..., None], other, anew[:, :1]).reshape(z.shape)
+
     def inside(self, z: Tensor) -> Tensor:
         """The weight 1 of chains that are not out, 0 of those that are, shape ``(chains,)``."""
         if self.out is None or len(self.out) != len(z):

@@ -276,14 +276,16 @@ class TransitionKernel(PyroKernel):
         return self.run_fn(state, *self.draw(state))
 
     def _start_anew(self, state: State) -> State:
-        """Gives chains that are stranded a first position again, as any chain has at the start."""
+        """Gives chains that are stranded a first position again, or one of their super-chain."""
         adaptation = self.adaptation
         stranded = adaptation.population.stranded
         if stranded is None or not adaptation.ranks.any(stranded):
             return state
         adaptation.population.forget(stranded)
         adaptation.num_restarts += int(adaptation.ranks.total(stranded.sum()))
-        return choose(stranded, self.evaluate(self.potential.initial(len(state.z))), state)
+        first = self.potential.initial(len(state.z))
+        anew = adaptation.population.starts_anew(state.z, first, self.starts_together)
+        return choose(stranded, self.evaluate(anew), state)
 
     def _find_step_size(self, state: State) -> None:
         """Doubles or halves each step size until the acceptance crosses the target."""

@@ -142,7 +142,7 @@ class MCMC(ReadableRun):
                 'worker processes keep no warmup: use save_warmup with "vectorized" or "sequential"'
             )
         if num_superchains is not None:
-            check_superchains(num_superchains, num_chains)
+            check_superchains(num_superchains, num_chains, num_samples // thinning)
         self.num_superchains = num_superchains
         check_run(initial_params, num_chains, hook_fn, transforms, save_params, num_superchains)
         super().__init__(kernel, num_chains, transforms)
@@ -329,7 +329,7 @@ class MCMC(ReadableRun):
         if self.chain_method != "vectorized":
             raise RuntimeError(
                 f'run_until extends vectorized chains, and these are "{self.chain_method}": use a'
-                " kernel of pyro_ebm"
+                ' kernel of pyro_ebm, with chain_method="vectorized", its default'
             )
         most = 100 * (self.num_samples // self.thinning) if max_draws is None else max_draws
         if check_count("max_draws", most, 1) < self.num_samples // self.thinning:

@@ -167,6 +167,7 @@ class FlowKernel(PyroKernel):
         super().bind(potential, warmup_steps)
         self._inner, self._rates = self.kernel.copy(), []
         self._inner.planned_steps, self._inner.starts_anew = self.planned_steps, self.starts_anew
+        self._inner.starts_together = self.starts_together
         self._inner.bind(potential, warmup_steps)
         if potential.dim:
             flow = coupling_flow(potential.dim) if self.flow is None else self.flow

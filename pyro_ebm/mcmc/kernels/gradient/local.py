@@ -47,6 +47,7 @@ class LocalKernel(TransitionKernel):
             if self.planned_steps is not None:
                 self._explorer.planned_steps = warmup_steps // 2
             self._explorer.starts_anew = self.starts_anew
+            self._explorer.starts_together = self.starts_together
             self._explorer.bind(potential, warmup_steps)
             self._explorer.share(adaptation)
 
