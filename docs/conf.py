@@ -46,6 +46,7 @@ nb_execution_mode = "auto"
 nb_execution_timeout = 120  # seconds for a cell
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove"
+nb_merge_streams = True  # what a cell prints is one block
 nb_execution_excludepatterns = ["api/*", "gallery/*"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
