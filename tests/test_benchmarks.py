@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 
-from tests.benchmarks import harness, many_chains, report
+from tests.benchmarks import harness, many_chains, minibatches, report
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.defaults import score as score_of_runs
 from tests.benchmarks.defaults.contestants import SAMPLERS
@@ -306,6 +306,23 @@ def test_short_chains_are_judged_by_nested_r_hat_and_others_by_their_own():
     one_by_one = {s.sampler for s in many_chains.settings()}
     one_by_one -= {s.sampler for s in many_chains.settings() if s.short}
     assert one_by_one == {"Pyro NUTS, jit", "nutpie", "nutpie, low rank"}
+
+
+def test_minibatches_are_compared_at_equal_looks_and_with_the_truth():
+    of = minibatches.case("alike", 1000, 1)
+    draws = of.mean + of.sd * torch.randn(4000, len(of.mean))
+    assert of.worst(draws) < 0.12  # 4.5 Monte Carlo errors of means, .07, and of deviations, .05
+    assert of.worst(draws + 0.3 * of.sd) > 0.18
+    assert of.worst(of.mean + 1.3 * (draws - of.mean)) > 0.18
+    assert of.worst(draws * math.nan) == math.inf
+    _, looks = minibatches.ours(minibatches.SGLDKernel, 400_000, of)
+    assert looks == 400_000
+    run = minibatches.tuned(lambda shift: (draws + shift * of.sd, 0), [(2.0,), (0.0,), (1.0,)], of)
+    assert torch.equal(run()[0], draws)
+    row = {"case": "alike", "contestant": "pyro_ebm SGLD", "mean": 0.123, "low": 0.95, "high": 1.1}
+    told = minibatches.tables([{**row, "looks": looks, "seconds": 2.0}])
+    assert "0.12" in told
+    assert "0.95 to 1.10" in told
 
 
 # ---- defaults on real posteriors ---------------------------------------------------------------

@@ -25,6 +25,7 @@ NAMES = (
     "growth",
     "boltzmann",
     "many_chains",
+    "minibatches",
     "goals",
 )
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the page whose sections are rewritten")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
 
-    require(("numpyro", "blackjax", "nutpie", "jax", "torchebm", "scikit-learn"))
+    require(("numpyro", "blackjax", "nutpie", "jax", "torchebm", "scikit-learn", "posteriors"))
     start = time.monotonic()
     for name in NAMES:
         question: Question = import_module(f"tests.benchmarks.{name}").QUESTION
