@@ -36,7 +36,7 @@ import torch
 from pyro.ops.stats import effective_sample_size, hpdi
 from torch import Tensor
 
-from pyro_ebm.ops.arguments import check_count, shown
+from pyro_ebm.ops.arguments import check_count, check_tensor, shown
 
 
 def nested_r_hat(x: Tensor, num_superchains: int) -> Tensor:
@@ -64,6 +64,9 @@ def nested_r_hat(x: Tensor, num_superchains: int) -> Tensor:
         >>> nested_r_hat(x + torch.arange(10.0).repeat_interleave(100)[:, None], 10)
         tensor(3.0431)
     """
+    check_tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape (chains, draws, *site), got {tuple(x.shape)}")
     chains, draws = x.shape[:2]
     check_superchains(num_superchains, chains, draws)
     x = x.reshape(num_superchains, -1, *x.shape[1:])  # (K, M, N, *site)

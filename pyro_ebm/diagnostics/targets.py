@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_ebm.diagnostics.chain_statistics import Elements
 from pyro_ebm.diagnostics.convergence import REPARAMETRISE, Finding
 from pyro_ebm.diagnostics.superchains import effective_draws
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_names, shown
 
 LEAST, MOST = 1.1, 2.0
 BEYOND = 1.05
@@ -70,8 +70,10 @@ class Target:
                 raise ValueError(f"{name} must be a number above 0, got {shown(value)}")
         if not (isinstance(rhat, int | float) and rhat > 1):
             raise ValueError(f"rhat must be a number above 1, as 1.01, got {shown(rhat)}")
-        if isinstance(names, str) or (names is not None and not names):
-            raise ValueError(f"names must be a list of names of sites, got {shown(names)}")
+        if names is not None:
+            check_names("names", names)
+            if not names:
+                raise ValueError("names must hold at least one site, or be None for all of them")
         self.ess, self.rhat, self.names = ess, rhat, names
         self.max_draws, self.max_seconds = max_draws, positive["max_seconds"]
 

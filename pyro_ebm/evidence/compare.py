@@ -55,7 +55,7 @@ def compare_evidence(
     """
     check_mapping("results", results, EvidenceEstimate, "what log_evidence returned")
     if len(results) < 2:
-        raise ValueError(f"a comparison is of two or more models, got {sorted(results)}")
+        raise ValueError(f"results must be those of two or more models, got {sorted(results)}")
     _check_comparable(results)
     values, errors = (
         torch.tensor([float(getattr(result, name)) for result in results.values()]).double()
@@ -107,6 +107,7 @@ def _log_prior(
 ) -> torch.Tensor:
     if given is None:
         return torch.zeros(len(results)).double()
+    check_mapping("prior_probabilities", given)
     if given.keys() != results.keys():
         raise ValueError(
             f"prior_probabilities are of {sorted(given)}, and the models are {sorted(results)}"

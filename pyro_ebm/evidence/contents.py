@@ -9,18 +9,14 @@ from pyro_ebm.diagnostics.replay import is_factor
 from pyro_ebm.distributions.core.supports import stated_support
 from pyro_ebm.distributions.core.wrappers import innermost, unmasked
 from pyro_ebm.models.runs import BoundModel, latents_of, sample_sites, side_runs
-from pyro_ebm.ops.arguments import shown
+from pyro_ebm.ops.arguments import check_names
 
 
 def names_of(shared_improper: object) -> tuple[str, ...]:
     """The names of the argument ``shared_improper``, sorted; raises a ValueError for others."""
-    names = shared_improper
-    if isinstance(names, str) or not isinstance(names, Collection):
-        raise ValueError(
-            'shared_improper must hold the names of latents, as ("sigma2",), got'
-            f" {shown(shared_improper)}"
-        )
-    return tuple(sorted(str(name) for name in names))
+    check_names("shared_improper", shared_improper)
+    assert isinstance(shared_improper, Collection)
+    return tuple(sorted(shared_improper))
 
 
 def looked_at(bound: BoundModel, improper: Collection[str]) -> tuple[set[str], int | None]:

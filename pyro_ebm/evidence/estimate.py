@@ -34,7 +34,7 @@ from pyro_ebm.evidence.model_starts import Guide, GuideStart
 from pyro_ebm.evidence.proper import check_proper
 from pyro_ebm.evidence.result import EvidenceEstimate
 from pyro_ebm.evidence.smc.sampler import SMC
-from pyro_ebm.mcmc.kernels.base import Kernel
+from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.normalizer.annealing.ais import annealed_along
@@ -42,7 +42,7 @@ from pyro_ebm.normalizer.annealing.choices import kernel_of
 from pyro_ebm.normalizer.arguments import check_arguments, check_numbers
 from pyro_ebm.normalizer.estimate_result import NormalizerEstimate, estimate_of
 from pyro_ebm.normalizer.tails import warn_if_improper
-from pyro_ebm.ops.arguments import check_callable
+from pyro_ebm.ops.arguments import check_callable, check_mapping
 
 _ANNEALING = {"guide", "draws", "kernel", "num_chains", "num_steps", "betas", "num_temperatures"}
 _ANNEALING |= {"ess_drop", "distributed", "exact_draws"}
@@ -169,6 +169,9 @@ def log_evidence(
     given = {name: value for name, value in given.items() if not (value is None or value is False)}
     check_callable("model", model, "a Pyro model, or a run of one")
     check_numbers(given)
+    check_mapping("kwargs", {} if kwargs is None else kwargs)
+    if kernel is not None:
+        checked_kernel(kernel)
     if method is None:
         method = "bridge" if "draws" in given else "ais"
     check_arguments(method, given, TAKES)

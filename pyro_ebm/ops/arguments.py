@@ -7,7 +7,7 @@ a computation.
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import SupportsIndex
 
@@ -116,6 +116,21 @@ def check_callable(name: str, value: object, what: str = "a function") -> None:
     """
     if not isinstance(value, Callable) or isinstance(value, type):
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
+
+
+def check_names(name: str, value: object) -> None:
+    """Raises a ValueError unless it is a collection of names.
+
+    Example:
+        >>> check_names("names", "x")
+        Traceback (most recent call last):
+        ...
+        ValueError: names must hold names of sites, as ["x"], got 'x'
+    """
+    # a tensor without dimensions cannot be iterated over
+    given = value if isinstance(value, Collection) and not isinstance(value, str | Tensor) else None
+    if given is None or not all(isinstance(each, str) for each in given):
+        raise ValueError(f'{name} must hold names of sites, as ["x"], got {shown(value)}')
 
 
 def check_mapping(name: str, value: object, of: type = object, what: str = "values") -> None:

@@ -173,7 +173,7 @@ def pooled_mean(value: Tensor, weight: Tensor, group: "dist.ProcessGroup | None"
     return total / weights
 
 
-def rank_path(path: str | os.PathLike[str]) -> Path:
+def rank_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     """The path of this rank's own file: ``path`` itself outside a process group.
 
     Example:
@@ -181,7 +181,7 @@ def rank_path(path: str | os.PathLike[str]) -> Path:
         'run.ckpt'
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"path must be a path of a file, got {path!r}")
+        raise ValueError(f"{name} must be a path of a file, got {path!r}")
     path = Path(path)
     if world_size() == 1:
         return path

@@ -87,7 +87,7 @@ def test_named_sites_count_alone():
         ({"rhat": 1.0}, "rhat must be a number above 1"),
         ({"max_draws": 5}, "max_draws=5 is less than the first num_samples=20"),
         ({"max_seconds": -1}, "max_seconds must be a number above 0"),
-        ({"names": "x"}, "names must be a list"),
+        ({"names": "x"}, "names must hold"),
     ],
 )
 def test_arguments(arguments, why):

@@ -22,6 +22,7 @@ from tests.properties.targets import (
     levels,
     look,
 )
+from tests.properties.targets_of_models import CHAINS, EVIDENCE
 
 # -- losses ------------------------------------------------------------------------------------
 
@@ -283,4 +284,4 @@ FUNCTIONS = [
     Target("save_training", saved, {"path": "a.pt"}),
 ]
 
-TARGETS = [*KERNELS, *DISTRIBUTIONS, *LOSSES, LOOP, *FUNCTIONS]
+TARGETS = [*KERNELS, *DISTRIBUTIONS, *LOSSES, LOOP, *FUNCTIONS, *CHAINS, *EVIDENCE]

@@ -51,6 +51,9 @@ ALSO = {
     "scale": "the potential is",  # at every start
     "num_visible": "(num,",
     "field": "bias",
+    "source": "init_to_draws wants",
+    "guide": "init_to_guide",
+    "shared_improper": "is improper",
 }
 
 

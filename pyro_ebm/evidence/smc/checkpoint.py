@@ -31,7 +31,12 @@ class SMCCheckpoint:
     """
 
     def __init__(self, path: PathLike, every: Every, settings: RunSettings, ranks: ProcessGroup):
-        self.given, self.path, self.every, self.settings = path, rank_path(path), every, settings
+        self.given, self.path, self.every, self.settings = (
+            path,
+            rank_path(path, "checkpoint"),
+            every,
+            settings,
+        )
         self.ranks, self._last, self._time = ranks, 0, time.monotonic()
 
     def refuse_to_replace(self) -> None:

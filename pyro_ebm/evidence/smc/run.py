@@ -102,7 +102,7 @@ class TemperedRun:
             raise ValueError(
                 f"after {MAX_TEMPERATURES} temperatures the particles have come to"
                 f" beta={self.beta:.6g} only: the density may be improper, or the start too far"
-                " from it. Give guide=, a density that is nearer, or a larger drop="
+                " from it. Give guide=, a density that is nearer, or a larger ess_drop="
             )
         path, first = self.path, not self.temperatures
         log_g = self._ratio()

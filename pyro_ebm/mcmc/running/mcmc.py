@@ -202,9 +202,9 @@ class MCMC(ReadableRun):
     def _check(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Refuses what cannot be run."""
         if self.checkpoint is not None:
-            refuse_to_replace(rank_path(self.checkpoint))
+            refuse_to_replace(rank_path(self.checkpoint, "checkpoint"))
         if self.store is not None:
-            ZarrStore.refuse_to_replace(rank_path(self.store))
+            ZarrStore.refuse_to_replace(rank_path(self.store, "store"))
         kernel, model = self.kernel, getattr(self.kernel, "model", None)
         ours = isinstance(kernel, PyroKernel)
         # the kernels of this package check for themselves, but too late in a worker process
@@ -338,7 +338,7 @@ class MCMC(ReadableRun):
                 f" (thinning={self.thinning}) make"
             )
         target = Target(ess, rhat, names, most, max_seconds)
-        there = self.checkpoint is not None and rank_path(self.checkpoint).exists()
+        there = self.checkpoint is not None and rank_path(self.checkpoint, "checkpoint").exists()
         runner = self._new_runner("resume" if there else "run", args, kwargs)
         assert isinstance(runner, VectorizedRunner)
         if not there:

@@ -38,7 +38,7 @@ from pyro_ebm.mcmc.kernels.transition import TransitionKernel, TransitionSetting
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.minibatch import MinibatchPotential
 from pyro_ebm.mcmc.state import Info, State, to_device
-from pyro_ebm.ops.arguments import check_callable, check_mapping
+from pyro_ebm.ops.arguments import check_callable, check_mapping, shown
 from pyro_ebm.ops.steps.precondition import Factor, precondition, precondition_transposed
 
 Rows = tuple[Tensor, ...]
@@ -108,7 +108,9 @@ class MinibatchKernel(TransitionKernel):
             check_callable("schedule", schedule)
         check_positive("variance_bias", variance_bias)
         if not isinstance(control_variates, bool):
-            check_mapping("control_variates", control_variates)
+            check_mapping("control_variates", control_variates, Tensor, "values of the sites")
+        if shared_rows is not None and not isinstance(shared_rows, bool):
+            raise ValueError(f"shared_rows must be True, False or None, got {shown(shared_rows)}")
         super().__init__(
             model,
             potential_fn,
