@@ -31,7 +31,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.optim import Adam
 
 import pyro_ebm
-from pyro_ebm import ContrastiveDivergence, UnnormalizedEnergy
+from pyro_ebm import ContrastiveDivergence, UnnormalizedEnergy, fit
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 QUIET = {"num_samples": 4, "warmup_steps": 4, "disable_progbar": True}
@@ -198,6 +198,53 @@ def test_elbos_by_hand(elbo, how):
 def test_elbos_under_svi_are_refused_by_their_gradients():
     with pytest.raises(ValueError, match="SVI trains something that moves Unnormalized"):
         SVI(precision, AutoNormal(precision), Adam({"lr": 0.01}), Trace_ELBO()).step(DATA)
+
+
+def learned(x=DATA, kind="bare"):
+    """A parameter moves the energy."""
+    t = pyro.param("t", torch.tensor(1.0), constraint=dist.constraints.positive)
+    log_z = {
+        "learned": lambda: pyro.param("log_z", torch.tensor(0.0)),
+        "number": lambda: 0.9,
+        "exact": lambda: (2 * math.pi / t).log() / 2,
+    }.get(kind, lambda: None)()
+    base = dist.Normal(0.0, 1.0) if kind == "base" else None
+    p = UnnormalizedEnergy(lambda x: t * x.square() / 2, base=base, log_normalizer=log_z)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", p, obs=x)
+
+
+def no_latents(x=DATA):
+    pass
+
+
+def by_module(model, elbo):
+    return elbo(model, no_latents)(DATA)
+
+
+def by_fit(model, elbo):
+    return fit(model, no_latents, elbo, DATA, num_steps=2, disable_progbar=True)
+
+
+@pytest.mark.parametrize("train", [by_module, by_fit])
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO(), TraceEnum_ELBO()])
+def test_elbos_that_train_an_energy_without_log_z(elbo, train):
+    for kind in ("bare", "base", "learned", "number"):
+        with pytest.raises(ValueError, match="the ELBO trains something that moves Unnormalized"):
+            train(lambda x, kind=kind: learned(x, kind), elbo)
+
+
+def test_elbos_that_train_an_energy_with_log_z():
+    elbo = Trace_ELBO()
+    by_module(lambda x: learned(x, "exact"), elbo).backward()
+    # d/dt of t sum x^2 / 2 + n log(2 pi / t) / 2 at 1, and t = exp(u)
+    slope = (DATA.square().sum() - len(DATA)) / 2
+    torch.testing.assert_close(pyro.param("t").unconstrained().grad, slope)
+    by_fit(lambda x: learned(x, "exact"), elbo)
+    with torch.no_grad():  # a number trains nothing
+        by_module(learned, elbo)
+    pyro.param("t").unconstrained().requires_grad_(False)
+    by_module(learned, elbo)
 
 
 def bits(x=DATA):

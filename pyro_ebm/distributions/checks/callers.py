@@ -11,8 +11,10 @@ model and its arguments, to which the same check is applied. Seen are
 - ``HMC``, ``NUTS``, ``RandomWalkKernel`` and ``initialize_model``, but where ``torch.jit`` traces
   their potential;
 - ``AutoLaplaceApproximation.laplace_approximation``;
-- an ELBO by hand, as a number or a module. (Under ``SVI.step`` gradients tell more. What parameters
-  move is the user's concern by hand, who may add the gradient of log Z.)
+- an ELBO by hand, as a number or a module. (Under ``SVI.step``, and in a module, as that of
+  :func:`~pyro_ebm.fit`, gradients tell more: parameters, too, may not move an energy without its
+  log Z. Around an ELBO's ``differentiable_loss`` they are the user's concern, who may add the
+  gradient of log Z.)
 
 Not seen are densities of traces that are made by hand, ``infer_discrete``, and ``SMCFilter``, whose
 particles come from earlier calls.
@@ -28,7 +30,7 @@ import torch
 from pyro.infer import HMC, Importance, WeighedPredictive
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.infer.elbo import ELBO
+from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.mcmc.rwkernel import RandomWalkKernel
@@ -82,6 +84,11 @@ def sampler_of_a_posterior() -> Call | None:
     model = local.get("model", getattr(owner, "model", None))
     args, kwargs = (local.get(name, local.get(f"model_{name}")) for name in ("args", "kwargs"))
     return None if model is None else Call(model, tuple(args or ()), dict(kwargs or {}), owner)
+
+
+def in_elbo_module() -> bool:
+    """Whether ``elbo(model, guide)``, a module to be trained, is being evaluated."""
+    return any(frame.f_code is ELBOModule.forward.__code__ for frame in _frames())
 
 
 def site_at_hand() -> dict[str, Any] | None:

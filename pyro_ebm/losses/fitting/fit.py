@@ -110,7 +110,10 @@ def fit(
         model: as for ``SVI``. Its plate counts all data, and the batch is a part of it:
             ``pyro.plate("data", len(data), subsample_size=len(x))``.
         guide: as for ``SVI``; where there are no latents and no noise, one that does nothing.
-        loss: a loss of this package, or any ``ELBO`` of Pyro.
+        loss: a loss of this package; or an ``ELBO`` of Pyro, for models in which whatever is
+            trained, and moves an energy, moves its known log Z too: ``log_normalizer=`` computed
+            from the same parameters, ``constant_normalizer=True``, or energies that stay as they
+            are, as a factor or the prior of a latent.
         data: a tensor or a tuple of tensors, whose first dimension are the rows, or a
             ``DataLoader``. Model and guide are called with the tensors of a batch. ``()`` is for a
             model that takes none.
@@ -162,7 +165,8 @@ def fit(
 
     Raises:
         ValueError: for an argument out of range, or one that does not fit another; a plate that
-            does not fit the data; a network that would not be trained.
+            does not fit the data; a network that would not be trained; an ``ELBO`` of Pyro that
+            would train an energy whose log Z is unknown, learned, or a number.
         FloatingPointError: at a step whose loss or gradient is NaN or infinite; the weights are
             those before that step.
         CheckpointError: for a checkpoint of another training, or one that ``resume`` was not
