@@ -362,7 +362,8 @@ def test_gaussian_noise_matches_moments(event, full_covariance):
 
 def test_gaussian_noise_of_degenerate_data():
     x = torch.randn(10, 1).expand(10, 30) * torch.arange(30)  # rank 1, and a constant column
-    q = gaussian_noise(x)
+    with pytest.warns(UserWarning, match="1 of the data's 30 elements are nearly constant"):
+        q = gaussian_noise(x)
     assert q.log_prob(q.sample((5,))).isfinite().all()
     with pytest.raises(ValueError, match="two or more points"):
         gaussian_noise(x[:1])
@@ -370,6 +371,37 @@ def test_gaussian_noise_of_degenerate_data():
         gaussian_noise(x, width=0.0)
     with pytest.raises(ValueError, match="NaN"):
         gaussian_noise(x / 0)
+
+
+@pytest.mark.parametrize("n", [20, 104, 2000])
+def test_gaussian_noise_of_few_rows(n):
+    """It is nearer to N(0, I + 1 1^T), that of the data, than the Gaussian of their variances.
+
+    Also for fewer rows than elements, whose own covariance is singular. The mean of log q is
+    maximal at the density of the points.
+    """
+    d = 64
+    x, new = (torch.randn(m, d) + torch.randn(m, 1) for m in (n, 4000))
+    full, diagonal = (
+        gaussian_noise(x, 1.0, full_covariance=full).log_prob(new).mean() for full in (True, False)
+    )
+    assert full > diagonal
+    if n > 20 * d:  # the estimate of d means and d (d + 1) / 2 covariances costs half of them / n
+        truth = dist.MultivariateNormal(torch.zeros(d), torch.eye(d) + 1).log_prob(new).mean()
+        assert truth - full < 1.2 * d * (d + 3) / 4 / n
+
+
+@pytest.mark.parametrize("full_covariance", [True, False])
+def test_gaussian_noise_of_pixels_that_hold_one_value(full_covariance):
+    x = torch.randn(500, 4)
+    x[:, 0] = 3.0
+    x[:, 1] *= torch.rand(500) < 0.05  # 0 in 95 of 100 rows
+    x[:, 2] *= 0.01  # small, but no constant: its own width
+    with pytest.warns(UserWarning, match="2 of the data's 4 elements .* Add noise"):
+        q = gaussian_noise(x, 1.0, full_covariance)
+    spread = x.var(0).mean().sqrt()
+    want = torch.stack([0.1 * spread, x[:, 1].std().clamp(min=0.1 * spread), x[:, 2].std()])
+    assert torch.allclose(q.variance[:3].sqrt(), want, rtol=1e-4)
 
 
 class Unscored(dist.Normal):
