@@ -65,7 +65,7 @@ def digest(name):
 
 
 def kept(name):
-    """What is known of the kept run of an example: its command, source, seconds, versions."""
+    """What is known of the kept run: its command, source, seconds of all processors, versions."""
     path = KEPT / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -156,11 +156,13 @@ def page(name):
     for ending, words in (("png", "What the program draws"), ("gif", "What it animates")):
         if (KEPT / f"{name}.{ending}").exists():
             parts.append(f"![{words}](../_static/gallery/{name}.{ending})")
-    parts.append(f"```sh\n{record['command']}\n```")
-    took = (
-        f"It took {duration(record['seconds'])} at most of a core ({versions}), on a machine that"
-        " did other work too, so that seconds in the output may be longer."
-    )
+    parts.append(f"In a clone of the repository:\n\n```sh\n{record['command']}\n```")
+    took = f"It took {duration(record['seconds'])} of processor time ({versions})."
+    if "perf_counter" in (EXAMPLES / f"{name}.py").read_text():
+        took += (
+            " Seconds in its output are by the clock, on a machine whose cores other programs had"
+            " too: compare them with each other alone, and take the processor time for yours."
+        )
     if record["source"] != digest(name):
         took = "From a run of an earlier version of the source. " + took
     parts.append(took)
@@ -208,7 +210,9 @@ def index():
     """The page with a card for each example."""
     parts = [
         "# Gallery",
-        "Each picture leads to the program that draws it, with its output and how long it takes.",
+        "Each picture leads to the program that draws it, with its output and the time that it took"
+        " of a processor. The programs are in `examples/` of a clone of the repository, and each"
+        " page has its own to download.",
     ]
     for group, members in GROUPS.items():
         cards = [f"## {group}", "::::{grid} 1 2 3 3\n:gutter: 3"]
