@@ -8,31 +8,17 @@ exact draw is one of :math:`s` from the table of all :math:`f(s)`, then one of t
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self, TypedDict
+from collections.abc import Mapping
+from typing import Self, TypedDict
 
 import torch
-from pyro.distributions import Categorical, constraints
+from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_ebm.distributions.core.discrete import support_values_of
+from pyro_ebm.distributions.core.discrete import Enumeration, support_values_of
 from pyro_ebm.distributions.core.introspection import readable
 from pyro_ebm.distributions.core.sampler import ChainKernel
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
-from pyro_ebm.ops.integration.enumerate import log_sum_over_states, states, values_of_states
-
-
-class Enumeration(NamedTuple):
-    """What is summed over states."""
-
-    log_f: Callable[[Tensor], Tensor]
-    """Maps flat states ``(chunk, n * b)`` to ``(chunk, *batch)``, the parameters' batch."""
-    support_values: Tensor
-    """The values of each variable, shape ``(K, b)``."""
-    variables: int
-    """The number n of variables that are enumerated."""
-    chunk_size: int
-    """How many states are held at once."""
 
 
 class EnergySettings(TypedDict, total=False):
@@ -76,25 +62,6 @@ class EnumeratedEnergy(UnnormalizedEnergy):
             validate_args=validate_args,
         )
 
-    def exact_log_normalizer(self, max_units: int = 25) -> Tensor:
-        r""":math:`\log Z` by enumeration of some variables, the others summed in closed form.
-
-        Of restricted Boltzmann machines one layer is enumerated, of pairwise energies the sites of
-        all colours but one. Differentiable in the parameters, in bounded memory. Given back to the
-        distribution, as in ``p.normalized(p.exact_log_normalizer())``, it normalizes the density.
-
-        Args:
-            max_units: at most :math:`2^{\text{max\_units}}` states may be enumerated: so many
-                units of two values. 20 take seconds, and each further one doubles the time.
-
-        Returns:
-            A shape that broadcasts to ``batch_shape``: that of the parameters' batch.
-
-        Raises:
-            ValueError: if there are more states.
-        """
-        return log_sum_over_states(*self._enumeration(max_units), max_states=2**max_units)
-
     @torch.no_grad()
     def exact_sample(
         self, sample_shape: torch.Size | tuple[int, ...] = (), max_units: int = 20
@@ -111,14 +78,9 @@ class EnumeratedEnergy(UnnormalizedEnergy):
         Raises:
             ValueError: if there are more states.
         """
-        enumeration, shape = self._enumeration(max_units), torch.Size(sample_shape)
-        logits = values_of_states(*enumeration, max_states=2**max_units).movedim(0, -1)
-        if logits.numel() == logits.shape[-1]:  # one table for all rows of a plate
-            which = Categorical(logits=logits.flatten()).sample(shape + self.batch_shape)
-        else:
-            logits = logits.expand(self.batch_shape + logits.shape[-1:])
-            which = Categorical(logits=logits).sample(shape)
-        return self._completed(states(enumeration.support_values, enumeration.variables)[which])
+        shape = torch.Size(sample_shape)
+        enumeration = self._enumeration(max_units)
+        return self._completed(enumeration.draw(shape, self.batch_shape, 2**max_units))
 
     @abstractmethod
     def _enumeration(self, max_units: int) -> Enumeration:
@@ -164,3 +126,35 @@ class EnumeratedEnergy(UnnormalizedEnergy):
             variables = self.event_shape.numel() // values.shape[1]
             new = new.normalized_by_formula(variables * math.log(len(values)))
         return new if new.batch_shape == batch else new.expand(batch)
+
+
+@torch.no_grad()
+def sample_by_table(
+    p: UnnormalizedEnergy,
+    sample_shape: torch.Size | tuple[int, ...] = (),
+    max_units: int = 20,
+) -> Tensor:
+    r"""Independent exact draws of an energy on a finite support, through a table of its states.
+
+    Args:
+        p: the energy.
+        sample_shape: how many.
+        max_units: at most :math:`2^{\text{max\_units}}` states, if there is more than one variable.
+
+    Returns:
+        Points, shape ``(*sample_shape, *batch_shape, *event_shape)``.
+
+    Raises:
+        ValueError: if there are more states, or the support is no finite set.
+
+    Example:
+        >>> few = dist.constraints.integer_interval(0, 9)
+        >>> p = UnnormalizedEnergy(lambda k: 19.0 * k, support=few)
+        >>> sample_by_table(p, (3,))
+        tensor([0., 0., 0.])
+    """
+    enumeration, shape = p._enumeration(max_units), torch.Size(sample_shape)
+    alone = enumeration.variables == 1
+    most = len(enumeration.support_values) if alone else 2**max_units
+    s = enumeration.draw(shape, p.batch_shape, most)
+    return s.reshape(shape + p.batch_shape + p.event_shape)

@@ -39,7 +39,6 @@ from pyro_ebm.normalizer.importance import importance
 from pyro_ebm.normalizer.proposals import Proposal
 from pyro_ebm.ops.arguments import shown
 from pyro_ebm.ops.eval_mode import eval_mode
-from pyro_ebm.ops.integration.enumerate import log_sum_over_states
 from pyro_ebm.ops.rows import random_state_put_back
 
 SMALL = 20
@@ -219,10 +218,8 @@ def exact(p: UnnormalizedEnergy, max_units: int = 25) -> NormalizerEstimate:
     """``method="exact"`` of :func:`estimate_log_normalizer`."""
     if _is_closed_form(p):
         value = p.log_normalizer
-    elif (own := getattr(p, "exact_log_normalizer", None)) is not None:
-        value = own(max_units=max_units)
     else:
-        value = _enumerated(p, max_units)
+        value = p.exact_log_normalizer(max_units=max_units)
     return _certain(p, value, "exact")
 
 
@@ -238,27 +235,6 @@ def _certain(p: UnnormalizedEnergy, value: Any, method: str) -> NormalizerEstima
 
 def _is_closed_form(p: UnnormalizedEnergy) -> bool:
     return isinstance(p, ExponentialFamily) and p.normalized_parts is not None
-
-
-def _enumerated(p: UnnormalizedEnergy, max_units: int) -> Tensor:
-    support_values = support_values_of(p.support, p.event_shape)
-    if support_values is None:
-        raise ValueError(
-            f'method="exact" sums over finite supports, and that of {p!r} is {p.support}: use'
-            ' method="quadrature" in one or two dimensions, else "ais"'
-        )
-    variables = p.event_shape.numel() // support_values.shape[1]
-    q = unvalidated(p)
-    inner = (1,) * len(p.batch_shape)
-    like = p.starting_points()  # a state as the energy expects it
-
-    def log_f(s: Tensor) -> Tensor:  # (chunk, n * b) -> (chunk, *batch)
-        return q.unnormalized_log_prob(s.to(like).reshape((len(s),) + inner + p.event_shape))
-
-    chunk = max(2**20 // max(p.event_shape.numel() * p.batch_shape.numel(), 1), 64)
-    return log_sum_over_states(
-        log_f, support_values.to(like.device), variables, chunk, 2**max_units
-    )
 
 
 # -- the choice of a method, and checks of the arguments -------------------------------------------

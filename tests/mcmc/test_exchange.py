@@ -381,7 +381,7 @@ def test_a_discrete_energy_without_blocks():
         return theta * seen - len(x) * log_z - theta**2 / 2
 
     mean, variance = grid_posterior(log_posterior, -4.0, 4.0)
-    kernel = ExchangeKernel(graph_model, num_inner_steps=4)
+    kernel = ExchangeKernel(graph_model, num_inner_steps=4, inner_kernel=GibbsKernel())
     theta = draws_of(kernel, "theta", x, samples=10)
     assert repr(kernel.auxiliaries["x"]).startswith("4 steps of GibbsKernel()")
     assert_moments(theta, mean, variance)

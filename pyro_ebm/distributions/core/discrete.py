@@ -7,13 +7,15 @@ of ``n * b`` numbers is ``n`` variables of ``b`` coordinates.
 """
 
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from pyro.distributions import constraints
+from pyro.distributions import Categorical, constraints
 from torch import Tensor
 
 from pyro_ebm.distributions.core.introspection import elementwise
+from pyro_ebm.ops.integration.enumerate import states, values_of_states
 
 MAX_SUPPORT_VALUES = 10_000
 
@@ -83,6 +85,41 @@ def _one_number(bound: Tensor | float | None) -> float | None:
     bound = torch.as_tensor(bound, dtype=torch.get_default_dtype())
     number = float(bound.flatten()[0])
     return number if math.isfinite(number) and bool((bound == number).all()) else None
+
+
+class Enumeration(NamedTuple):
+    """What is summed over states."""
+
+    log_f: Callable[[Tensor], Tensor]
+    """Maps flat states ``(chunk, n * b)`` to ``(chunk, *batch)``, the parameters' batch."""
+    support_values: Tensor
+    """The values of each variable, shape ``(K, b)``."""
+    variables: int
+    """The number n of variables that are enumerated."""
+    chunk_size: int
+    """How many states are held at once."""
+
+    def draw(self, shape: torch.Size, batch_shape: torch.Size, max_states: int) -> Tensor:
+        """Exact draws of the variables that are enumerated, through a table of all states.
+
+        Args:
+            shape: how many of each batch element.
+            batch_shape: which the parameters' batch broadcasts to.
+            max_states: how many states are still few enough.
+
+        Returns:
+            Flat states, shape ``(*shape, *batch_shape, n * b)``.
+
+        Raises:
+            ValueError: if there are more states.
+        """
+        logits = values_of_states(*self, max_states=max_states).movedim(0, -1)
+        if logits.numel() == logits.shape[-1]:  # one table for all rows of a plate
+            which = Categorical(logits=logits.flatten()).sample(shape + batch_shape)
+        else:
+            logits = logits.expand(batch_shape + logits.shape[-1:])
+            which = Categorical(logits=logits).sample(shape)
+        return states(self.support_values, self.variables)[which]
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@ draw :math:`y` from that density at a :math:`\theta` of the sampler's choice. Th
 the energy stands in the model: by one run of the model at :math:`\theta`, for all sites and (under
 ``vmap``) for all chains. How it is made depends on the site:
 
-* *exactly*, where the distribution has an ``exact_sample`` and few enough states to enumerate;
+* *exactly*, where the distribution has an ``exact_sample`` and few enough states to enumerate, or a
+  finite support of few states, or of one variable, from a table of them;
 * by *sweeps*, where it resamples its own blocks;
 * by an inner *chain* of any kernel elsewhere. Each row of a plate has a chain of its own.
 
@@ -20,7 +21,8 @@ Other observed sites keep their data: a site that depends on :math:`x` does not 
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -29,8 +31,9 @@ from torch.distributions import TransformedDistribution
 from torch.func import grad
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
-from pyro_ebm.distributions.core.supports import as_function
+from pyro_ebm.distributions.core.supports import as_function, is_finite
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
+from pyro_ebm.distributions.enumerated import sample_by_table
 from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.base import Kernel, refuse_temperature
@@ -49,18 +52,6 @@ CUTS = (1.0, 1.0, 1.0, 0.1)
 
 STANDS_STILL = 0.01
 """An inner chain whose mean acceptance is below this has not moved."""
-
-
-@runtime_checkable
-class ExactSampler(Protocol):
-    """An energy that can be drawn from exactly."""
-
-    def exact_sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Independent draws, shape ``(*sample_shape, *batch_shape, *event_shape)``.
-
-        It may take ``max_units``, the size that an enumeration may have, and raise a ValueError.
-        """
-        ...
 
 
 class AuxiliaryDraw(NamedTuple):
@@ -305,6 +296,8 @@ def auxiliary_of(
         >>> from pyro_ebm.distributions import RBM
         >>> auxiliary_of(UnnormalizedEnergy(torch.square), num_steps=50)
         50 steps of BarkerKernel()
+        >>> auxiliary_of(UnnormalizedEnergy(torch.square, support=dist.constraints.boolean))
+        exact draws
         >>> small, large = (RBM(torch.zeros(n, n), torch.zeros(n), torch.zeros(n)) for n in (5, 50))
         >>> auxiliary_of(small), auxiliary_of(large)
         (exact draws, 100 Gibbs sweeps)
@@ -345,7 +338,7 @@ def check_inner_kernel(name: str, kernel: object) -> None:
 
 
 def _draws_exactly(energy: UnnormalizedEnergy) -> bool:
-    if not isinstance(energy, ExactSampler):
+    if not hasattr(energy, "exact_sample") and not is_finite(energy.support, energy.event_shape):
         return False
     auxiliary = Auxiliary(energy)
     try:
@@ -355,8 +348,13 @@ def _draws_exactly(energy: UnnormalizedEnergy) -> bool:
     return True
 
 
-def _exact(energy: ExactSampler) -> Callable[..., Tensor]:
-    return energy.exact_sample
+def _exact(energy: UnnormalizedEnergy) -> Callable[..., Tensor]:
+    """Draws of shape ``(*sample_shape, *batch_shape, *event_shape)``, independent.
+
+    The function may take ``max_units``, the size that an enumeration may have, and raise a
+    ValueError.
+    """
+    return getattr(energy, "exact_sample", partial(sample_by_table, energy))
 
 
 def draw_inside(

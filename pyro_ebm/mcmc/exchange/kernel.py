@@ -70,8 +70,9 @@ class ExchangeKernel(MHKernel):
 
     Auxiliaries are drawn, in this order of preference,
 
-    1. exactly, where the distribution has an ``exact_sample`` over few enough states (at most
-       :math:`2^{10}` to enumerate): a small RBM or Ising model, or a class of your own;
+    1. exactly, where there are few enough states (at most :math:`2^{10}` to enumerate, or the
+       values of a single variable): a small RBM or Ising model, an energy on a short
+       ``constraints.integer_interval``, or a class of your own with an ``exact_sample``;
     2. by ``num_inner_steps`` Gibbs sweeps, where it resamples its own blocks (RBM, Ising, Potts);
     3. by ``num_inner_steps`` steps of a chain of Barker or, one discrete variable after another,
        Gibbs.
