@@ -42,32 +42,51 @@ def denoise(p):
     MCMC(LangevinKernel(model), 10, disable_progbar=True).run(torch.rand(1, 8, 8))
 
 
-CALLS = {
+SINGLE = {
     "energy": lambda p: p.energy(torch.zeros(1, 8, 8)),
-    "log_prob": lambda p: p.log_prob(torch.zeros(2, 3, 1, 8, 8)),
     "score": lambda p: p.score(torch.zeros(1, 8, 8)),
     "sample": lambda p: p.sample(),
+    "product": lambda p: product(p, energy(lambda x: x.sum((-1, -2, -3)))).sample(),
+    "MCMC": denoise,
+}
+CALLS = {
+    "log_prob": lambda p: p.log_prob(torch.zeros(2, 3, 1, 8, 8)),
     "sample of a batch": lambda p: p.expand([2]).sample((3,)),
     "AIS": lambda p: estimate_log_normalizer(
         UnnormalizedEnergy(
             p._energy, base=dist.Normal(torch.zeros(1, 8, 8), 1.0).to_event(3).expand([2])
         )
     ),
-    "product": lambda p: product(p, energy(lambda x: x.sum((-1, -2, -3)))).sample(),
-    "MCMC": denoise,
 }
 
 
+@pytest.mark.parametrize("call", SINGLE)
+@pytest.mark.filterwarnings("ignore:these draws may be wrong")  # of ten draws
+def test_a_network_that_takes_one_batch_dimension_takes_single_points(call):
+    SINGLE[call](energy(images()))
+
+
+def test_a_single_point_has_the_energy_of_a_batch_of_one():
+    net, x = images(), torch.randn(1, 8, 8, requires_grad=True)
+    value = energy(net).energy(x)
+    assert value.shape == ()
+    assert torch.equal(value, net(x[None])[0])
+    assert torch.autograd.grad(value, x)[0].abs().max() > 0
+    mlp = MLPEnergy(2)
+    flat = UnnormalizedEnergy(lambda x: mlp(x).view(-1), event_shape=(2,))  # () becomes (1,)
+    assert flat.energy(torch.zeros(2)).shape == ()
+    with pytest.raises(ValueError, match=r"must map points of shape \(2,\).*got \(2,\)"):
+        UnnormalizedEnergy(torch.square, event_shape=(2,)).energy(torch.zeros(2))  # no sum
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_a_network_that_takes_one_batch_dimension(call):
+def test_a_network_that_takes_one_batch_dimension_takes_no_two(call):
     p = energy(images())
     with pytest.raises(ValueError, match="energy Sequential failed at points of shape") as raised:
         CALLS[call](p)
     said = str(raised.value)
     assert "though not at shape" in said
     assert "net(x.reshape(-1, 1, 8, 8)).reshape(x.shape[:-3])" in said
-    if call == "MCMC":
-        assert "site 'x'" in said
     causes = [raised.value]
     while causes[-1].__cause__ or causes[-1].__context__:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)

@@ -3,13 +3,14 @@
 An energy takes points with any number of batch dimensions, none included: MCMC, ``sample`` and the
 losses call it at points of different shapes. A network that takes one batch dimension, or numbers
 of its own dtype alone, fails in the middle of its layers, with an error that does not mention the
-energy. It is then called at the same points in another shape and dtype, to see whether it takes
-those.
+energy. At a single point it is called again with a batch of one; else at the same points in another
+shape and dtype, to see whether it takes those.
 """
 
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -79,6 +80,29 @@ def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in random:  # an active context turns the read into a sample statement
             stack.enter_context(weights_are_samples(module))
         yield
+
+
+def of_batch_of_one(
+    energy: Callable[[Tensor], Any], x: Tensor, otherwise: Tensor | None = None
+) -> Tensor | None:
+    """The energy of a single point, of a function that takes points in one batch dimension alone.
+
+    Many networks do, and Pyro shows a model one point at a time.
+
+    Args:
+        energy: the function.
+        x: a point, shape ``(*event)``.
+        otherwise: what to return of a function that takes no batch of one either.
+
+    Example:
+        >>> of_batch_of_one(lambda x: x.square().sum(1), torch.ones(3))
+        tensor(3.)
+    """
+    try:
+        value = energy(x[None])
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return otherwise
+    return value[0] if isinstance(value, Tensor) and value.shape == (1,) else otherwise
 
 
 def explain(

@@ -22,6 +22,7 @@ from pyro_ebm.distributions.checks.energy_calls import (
     EnergyCallError,
     explain,
     fixed_weights,
+    of_batch_of_one,
 )
 from pyro_ebm.distributions.core.introspection import first_tensor, modules, name_of_function
 from pyro_ebm.distributions.core.supports import check_bijection, lift_support
@@ -98,13 +99,17 @@ class EnergyDensity(TorchDistribution):
                 f"the points of the energy {self.energy_name} are of {x.dtype}, in which"
                 " arithmetic overflows: use x.float()"
             )
+        want = x.shape[: x.dim() - self.event_dim]
         with fixed_weights(self.modules):
             try:
                 value = self._energy(x)
+                if not want and isinstance(value, Tensor) and value.dim():  # such as view(-1)
+                    value = of_batch_of_one(self._energy, x, otherwise=value)
             except Exception as error:
-                explain(error, self._energy, self.energy_name, x, self.event_shape, self.like)
-                raise
-        want = x.shape[: x.dim() - self.event_dim]
+                value = None if want else of_batch_of_one(self._energy, x)
+                if value is None:
+                    explain(error, self._energy, self.energy_name, x, self.event_shape, self.like)
+                    raise
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         if got == want and (value.is_complex() or value.dtype == torch.bool):
             raise ValueError(
