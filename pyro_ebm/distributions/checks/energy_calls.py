@@ -82,17 +82,14 @@ def fixed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def of_batch_of_one(
-    energy: Callable[[Tensor], Any], x: Tensor, otherwise: Tensor | None = None
-) -> Tensor | None:
+def of_batch_of_one(energy: Callable[[Tensor], Any], x: Tensor) -> Tensor | None:
     """The energy of a single point, of a function that takes points in one batch dimension alone.
 
-    Many networks do, and Pyro shows a model one point at a time.
+    Many networks do, and Pyro shows a model one point at a time. None of one that does not.
 
     Args:
         energy: the function.
         x: a point, shape ``(*event)``.
-        otherwise: what to return of a function that takes no batch of one either.
 
     Example:
         >>> of_batch_of_one(lambda x: x.square().sum(1), torch.ones(3))
@@ -101,8 +98,8 @@ def of_batch_of_one(
     try:
         value = energy(x[None])
     except (RuntimeError, ValueError, TypeError, IndexError):
-        return otherwise
-    return value[0] if isinstance(value, Tensor) and value.shape == (1,) else otherwise
+        return None
+    return value[0] if isinstance(value, Tensor) and value.shape == (1,) else None
 
 
 def explain(

@@ -104,12 +104,14 @@ class EnergyDensity(TorchDistribution):
             try:
                 value = self._energy(x)
                 if not want and isinstance(value, Tensor) and value.dim():  # such as view(-1)
-                    value = of_batch_of_one(self._energy, x, otherwise=value)
+                    alone = of_batch_of_one(self._energy, x)
+                    value = value if alone is None else alone
             except Exception as error:
-                value = None if want else of_batch_of_one(self._energy, x)
-                if value is None:
+                alone = None if want else of_batch_of_one(self._energy, x)
+                if alone is None:
                     explain(error, self._energy, self.energy_name, x, self.event_shape, self.like)
                     raise
+                value = alone
         got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         if got == want and (value.is_complex() or value.dtype == torch.bool):
             raise ValueError(
