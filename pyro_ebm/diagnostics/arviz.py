@@ -44,8 +44,9 @@ def to_arviz(
     ``acceptance_rate``, ``step_size`` and ``diverging``; ``observed_data``; on request
     ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``; and
     ``warmup_posterior`` and ``warmup_sample_stats`` if the run saved its warmup. Dimensions have
-    the names of the model's plates, else ``{site}_dim_{axis}``. ``pyro.factor``,
-    ``pyro.deterministic`` and sites whose observed value is computed from latents are not data.
+    the names of the model's plates, else ``{site}_dim_{axis}``. ``pyro.factor`` and sites whose
+    observed value is computed from latents are not in ``observed_data``, and values of
+    ``pyro.deterministic`` in no group: compute them of the draws, ``data.posterior["a"] ** 2``.
 
     Args:
         mcmc: a :class:`pyro_ebm.MCMC` or ``pyro.infer.MCMC`` after its run, with any kernel.

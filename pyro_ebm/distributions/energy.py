@@ -250,8 +250,10 @@ class UnnormalizedEnergy(NoiseLevels):
             sample_shape: how many points; diagnostics between chains want more than one.
 
         Returns:
-            The draws, and :class:`~pyro_ebm.mcmc.ChainDiagnostics` of the second half of the
-            chains: R-hat, effective sample size, acceptance rate, step size, divergences.
+            The draws, which are the last states of the chains, and
+            :class:`~pyro_ebm.mcmc.ChainDiagnostics` of the second halves of their histories:
+            R-hat, effective sample size (of the histories, so that it may exceed the number of
+            draws), acceptance rate, step size, divergences.
 
         Example:
             >>> p = UnnormalizedEnergy(lambda x: x**2 / 2)

@@ -32,7 +32,7 @@ class ChainDiagnostics(NamedTuple):
     r_hat: Tensor
     """Split R-hat, shape ``batch_shape``; near 1 if the chains agree."""
     ess: Tensor
-    """Effective sample size of all chains together, shape ``batch_shape``."""
+    """Effective sample size of the histories of all chains together, shape ``batch_shape``."""
     acceptance_rate: Tensor
     """Mean acceptance probability, shape ``batch_shape``."""
     step_size: Tensor
