@@ -39,10 +39,12 @@ from pyro_ebm.losses.traces import (
     parameters_in,
     refuse_score_function,
     refuse_untrained,
+    replaced_parameters,
     samples,
     traces_of,
 )
 from pyro_ebm.ops.arguments import check_count
+from pyro_ebm.ops.code import outside_level
 from pyro_ebm.ops.distributed import pooled_mean
 
 
@@ -292,7 +294,7 @@ class EnergyLoss(Trace_ELBO):
                 f"site {site.name!r}: {type(self).__name__} trains the smallest noise level of"
                 " the energy alone, and sample() comes down all of them. Train them by"
                 " DenoisingScoreMatching or RecoveryLikelihood, or give the site p.at(sigma)",
-                stacklevel=2,
+                stacklevel=outside_level(),
             )
         try:
             term = self.energy_term(site) if site.is_observed else self.latent_term(site)
@@ -338,8 +340,9 @@ class EnergyLoss(Trace_ELBO):
         params = parameters_in(capture.trace)
         unique = list({id(p): p for p in params.values()}.values())
         if loss.requires_grad:
-            if (names := frozenset(params)) != self._trained:
-                refuse_untrained(loss, [*unique, *self.inputs], model)
+            names, replaced = frozenset(params), replaced_parameters(capture.trace)
+            if names != self._trained or replaced:  # a new network may have old names
+                refuse_untrained(loss, [*unique, *self.inputs], model, replaced=replaced)
                 self._trained = names
             loss.backward(retain_graph=self.retain_graph, inputs=unique or None)
         self.inputs.clear()

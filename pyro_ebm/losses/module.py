@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ebm.distributions.core.introspection import sources
 from pyro_ebm.internals.data_parallel import active_data_parallel, ignored_parameters
-from pyro_ebm.losses.traces import parameters_in
+from pyro_ebm.losses.traces import older, parameters_in, replaced_parameters
+from pyro_ebm.ops.code import outside_level
 from pyro_ebm.ops.distributed import gathered
 from pyro_ebm.ops.leaves import leaves
 
@@ -90,11 +91,14 @@ class EnergyLossModule(ELBOModule):
         Returns:
             The module itself.
         """
+        store = pyro.get_param_store()
+        before = set(store)
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
         params = parameters_in(capture.trace)
         held = {id(p) for p in self.parameters()}
+        replaced = replaced_parameters(capture.trace)
         of_networks = {name: p for name, p in params.items() if "$$$" in name}
         registered = {id(p): name.partition("$$$")[0] for name, p in of_networks.items()}
         for network in networks_of(self.model, self.guide):
@@ -103,9 +107,17 @@ class EnergyLossModule(ELBOModule):
                 names = [registered[id(p)] for p in own if id(p) in registered]
                 self.networks[_free(names[0] if names else "network", self.networks)] = network
                 held.update(map(id, own))
-        store = pyro.get_param_store()
+        outdated = dict.fromkeys(name for i, name in replaced.items() if i in held)
+        if outdated:
+            kept = [name for name in params if name in before and "$$$" not in name]
+            kept = [name for name in kept if name not in outdated]
+            others = f"; {kept} start where they were left" if kept else ""
+            warnings.warn(
+                f"{older(*outdated)}. The new one is trained, the store keeps the old one{others}",
+                stacklevel=outside_level(),
+            )
         for name, parameter in params.items():
-            if id(parameter) not in held:
+            if id(parameter) not in held and name.partition("$$$")[0] not in outdated:
                 if not isinstance(parameter, nn.Parameter):
                     parameter = nn.Parameter(parameter.detach())
                     # an existing name: the store changes the tensor and keeps the constraint

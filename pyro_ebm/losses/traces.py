@@ -6,7 +6,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ebm.distributions.checks.callers import Model
 from pyro_ebm.distributions.core.introspection import modules
@@ -60,6 +60,32 @@ def parameters_in(trace: Trace) -> dict[str, Tensor]:
     """The unconstrained parameters of a trace, by name."""
     values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
     return {name: value.unconstrained() for name, value in values.items() if value is not None}
+
+
+def replaced_parameters(trace: Trace) -> dict[int, str]:
+    """Parameters of networks that were registered, for which Pyro's store holds others.
+
+    The store keeps the first of a name, whatever ``pyro.module`` or a ``PyroModule`` brings later.
+
+    Returns:
+        The name that ``pyro.module`` was given, or that of the parameter in a ``PyroModule``, by
+        the identity of the parameter that came later.
+
+    Example:
+        >>> def model(net):
+        ...     pyro.module("energy", net)
+        >>> nets = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+        >>> traces = [pyro.poutine.trace(model).get_trace(net) for net in nets]
+        >>> [list(replaced_parameters(trace).values()) for trace in traces]
+        [[], ['energy']]
+    """
+    found = {}
+    for name, node in trace.nodes.items():
+        if node["type"] == "param" and node["value"] is not None:
+            for given in node["args"][1:]:
+                if isinstance(given, nn.Parameter) and given is not node["value"].unconstrained():
+                    found[id(given)] = name.partition("$$$")[0]
+    return found
 
 
 def not_finite(*traces: Trace) -> list[str]:
@@ -135,7 +161,11 @@ def refuse_score_function(sites: list[str], guide_trace: Trace) -> None:
 
 
 def refuse_untrained(
-    loss: Tensor, held: Iterable[Tensor], model: Callable[..., object], trainer: str = "SVI"
+    loss: Tensor,
+    held: Iterable[Tensor],
+    model: Callable[..., object],
+    trainer: str = "SVI",
+    replaced: Mapping[int, str] | None = None,
 ) -> None:
     """Raises a ValueError for a leaf of the loss that would not be trained.
 
@@ -144,9 +174,12 @@ def refuse_untrained(
         held: the parameters that are trained, and points that are no parameters.
         model: where to look for the leaf's name.
         trainer: who trains them.
+        replaced: see :func:`replaced_parameters`.
     """
-    known = {id(p) for p in held}
+    known, replaced = {id(p) for p in held}, replaced or {}
     for leaf in leaves(loss):
+        if id(leaf) in replaced:
+            raise ValueError(f"{trainer} would not train this network: {older(replaced[id(leaf)])}")
         if id(leaf) not in known:
             raise ValueError(
                 f"a parameter of shape {tuple(leaf.shape)}{_where(leaf, model)} takes part in"
@@ -154,6 +187,14 @@ def refuse_untrained(
                 ' pyro.module("name", net) in the model, or detach it; or train'
                 " loss(model, guide) with a torch optimiser"
             )
+
+
+def older(*names: str) -> str:
+    """That networks or parameters have the names of older ones, and what to do."""
+    return (
+        f"Pyro's parameter store holds an older {', '.join(map(repr, names))}, and keeps it: call"
+        " pyro.clear_param_store() before a new one is registered, or give that another name"
+    )
 
 
 def _where(leaf: Tensor, model: Callable[..., object]) -> str:

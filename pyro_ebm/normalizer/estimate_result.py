@@ -21,7 +21,6 @@ a heavy tail of the weights (:func:`~pyro_ebm.ops.pareto.pareto_k`), are signs o
 """
 
 import math
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,6 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.code import outside_level
 from pyro_ebm.ops.pareto import MAX_PARETO_K, MIN_WEIGHTS, pareto_k
 
 MIN_ESS = 100.0
@@ -313,10 +313,4 @@ def warn_if_unreliable(
 
 def warn(message: str) -> None:
     """Warns at the line that called this package's estimates from outside."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UnreliableEstimateWarning, stacklevel=level)
-
-
-_INSIDE = ("pyro_ebm.normalizer", "pyro_ebm.evidence", "torch.utils")
+    warnings.warn(message, UnreliableEstimateWarning, stacklevel=outside_level())

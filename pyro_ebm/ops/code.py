@@ -16,6 +16,19 @@ SCALARS = frozenset(
 """The types of values that are compared by their values."""
 
 
+def outside_level() -> int:
+    """The ``stacklevel`` by which a warning shows the line outside :data:`LIBRARIES` that led here.
+
+    Example:
+        >>> outside_level() > 1
+        True
+    """
+    level, frame = 1, sys._getframe(1)
+    while is_library(frame.f_globals.get("__name__")) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 @functools.lru_cache(maxsize=1024)
 def is_library(name: str | None) -> bool:
     """Whether a module of this name is one of :data:`LIBRARIES`, or lies in one.

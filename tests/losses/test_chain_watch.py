@@ -11,6 +11,7 @@ import torch
 from pyro_ebm import ContrastiveDivergence, LangevinKernel, UnnormalizedEnergy, fit
 from pyro_ebm.losses.contrastive import chain_watch
 from pyro_ebm.losses.contrastive.chain_watch import ChainWatch, chain_numbers
+from pyro_ebm.nn import MLPEnergy
 
 SIGMAS = 4.5
 
@@ -135,6 +136,23 @@ def test_a_step_size_that_goes_on_falling_is_named_once():
     assert "energy_penalty" in message
 
 
+def test_the_advice_is_for_the_energy():
+    def advice(energy, base=None):
+        p = UnnormalizedEnergy(energy, (2,), base=base)
+        watch = ChainWatch()
+        with pytest.warns(UserWarning, match="half of them do not move at a gradient") as caught:
+            _ = [watch.trend("x", step_size, 0.0, p) for step_size in falling(1000)]
+        assert caught[0].filename == __file__
+        return str(caught[0].message)
+
+    layer = torch.nn.Linear(2, 1)
+    plain = advice(lambda x: x.square().sum(-1), wide(3.0))
+    assert not any(word in plain for word in ("a base", "spectral", "MLPEnergy"))
+    assert "a base" in advice(layer)
+    assert "torch.nn.utils.parametrizations.spectral_norm" in advice(layer)
+    assert "spectral" not in advice(MLPEnergy(2, (4,), spectral_norm=True))
+
+
 @pytest.mark.parametrize("slow", [1, 20])
 def test_a_step_size_that_settles_is_none(slow):
     """High while the energy is flat, it falls to a level: a thirteenth here, at any rate."""
@@ -175,7 +193,9 @@ def test_an_energy_that_grows_too_steep():
 # -- negatives apart from the data ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scale", "message"), [(10.0, "Give the energy a base"), (0.1, "sit on")])
+@pytest.mark.parametrize(
+    ("scale", "message"), [(10.0, "Take a base that is nearer"), (0.1, "sit on")]
+)
 def test_negatives_apart_from_the_data_for_long(monkeypatch, scale, message):
     monkeypatch.setattr(chain_watch, "LONG", 5)
     loss, x = still(persistent=True, num_chains=100), torch.randn(100, 2)
@@ -194,5 +214,5 @@ def test_only_in_a_row_and_only_far():
     for spread in [0.6, 1.9, math.nan] * chain_watch.LONG:
         watch.compare("x", spread)
     for site in "ab":
-        with pytest.warns(UserWarning, match=f"site '{site}'.*at last 3 times as large"):
+        with pytest.warns(UserWarning, match=f"'{site}'.*at last 3 times.*Give the energy a base"):
             _ = [watch.compare(site, 3.0) for _ in range(chain_watch.LONG)]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyro_ebm import ScoreMatching, UnnormalizedEnergy, fit
+from pyro_ebm import NCE, ScoreMatching, UnnormalizedEnergy, fit
 from pyro_ebm.files import CheckpointError
 from pyro_ebm.losses.fitting.batches import Batches
 from pyro_ebm.nn import MLPEnergy
@@ -86,6 +86,14 @@ def test_every_loss_trains(name):
     assert set(loss.diagnostics) <= result.history.keys()
     assert all(column.shape == (6,) for column in result.history.values())
     assert all(p.grad is None for p in result.module.parameters())  # to which SVI would add
+
+
+def test_no_guide_is_one_that_samples_nothing():
+    results = []
+    for guide in (None, lambda x: None):
+        world, loss = start()
+        results.append(quiet(world.model, guide, loss, data(), 3, 4).history)
+    same_history(*results)
 
 
 def test_it_is_the_loop_of_svi():
@@ -439,6 +447,16 @@ def empty_loader():
         ({"loss": ScoreMatching}, "loss must be a loss, such as .* got the class ScoreMatching"),
         ({"model": None}, "model must be a function, got None"),
         ({"guide": 3}, "guide must be a function, got 3"),
+        (
+            {"guide": None, "loss": NCE(self_normalized=True)},
+            "NCE needs noise: the guide must sample a normalized distribution",
+        ),
+        ({"data": (data(), data())}, r"has 2 tensors, and model\(x\) cannot take them: too many"),
+        (
+            {"data": (data(), data()), "model": lambda x, y: None},
+            r"has 2 tensors, and guide\(x\) cannot take them: too many",
+        ),
+        ({"model": MLPEnergy(2, (3,))}, "the model, MLPEnergy, has no pyro.sample statement"),
         ({"data": [1.0, 2.0]}, "data must be a tensor, a tuple of tensors, or a DataLoader, got 1"),
         ({"data": torch.zeros(0, 2)}, r"data must have rows, .* got shapes \(0, 2\)"),
         ({"data": (torch.zeros(3), torch.zeros(4))}, r"as many in each tensor, got shapes \(3,\)"),

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.nn import PyroModule
 
 from pyro_ebm import (
     NCE,
@@ -17,6 +18,7 @@ from pyro_ebm import (
     ScoreMatching,
     SlicedScoreMatching,
     UnnormalizedEnergy,
+    fit,
 )
 from pyro_ebm.nn import MLPEnergy
 
@@ -127,3 +129,67 @@ def test_no_guide():
 def test_sparse_data():
     with pytest.raises(ValueError, match=r"the data at site 'pixels'.*x\.to_dense\(\)"):
         step(ContrastiveDivergence(), torch.eye(2).to_sparse())
+
+
+# -- a network registered under the name of another ------------------------------------------------
+
+
+def registering(net, log_z=False):
+    def model(x):
+        pyro.module("energy", net)
+        constant = pyro.param("log_z", torch.tensor(0.0)) if log_z else None
+        with pyro.plate("data", len(x)):
+            p = UnnormalizedEnergy(net, event_shape=(2,), log_normalizer=constant)
+            pyro.sample("pixels", p, obs=x)
+
+    return model
+
+
+def test_svi_of_a_network_under_an_older_name():
+    """With the same loss too: its first network had the same names of parameters."""
+    loss, x = DenoisingScoreMatching(0.3), torch.randn(20, 2)
+    nets = [MLPEnergy(2, hidden=(8,)) for _ in range(2)]
+    adam = pyro.optim.Adam({"lr": 0.01})
+    SVI(registering(nets[0]), lambda x: None, adam, loss).step(x)
+    for again in (loss, DenoisingScoreMatching(0.3)):
+        with pytest.raises(ValueError, match=r"store holds an older 'energy', .*clear_param_store"):
+            SVI(registering(nets[1]), lambda x: None, adam, again).step(x)
+    pyro.clear_param_store()
+    SVI(registering(nets[1]), lambda x: None, adam, loss).step(x)
+
+
+def test_fit_of_a_network_under_an_older_name():
+    x, quiet = torch.randn(20, 2), {"num_steps": 2, "disable_progbar": True}
+    nets = [MLPEnergy(2, hidden=(8,)) for _ in range(2)]
+    fit(registering(nets[0], log_z=True), guide, NCE(), x, **quiet)
+    old = [p.detach().clone() for p in nets[0].parameters()]
+    before = [p.detach().clone() for p in nets[1].parameters()]
+    words = r"store holds an older 'energy', .*; \['log_z'\] start where they were left"
+    with pytest.warns(UserWarning, match=words) as warned:
+        result = fit(registering(nets[1], log_z=True), guide, NCE(), x, **quiet)
+    assert warned[0].filename == __file__
+    assert all(map(torch.equal, old, nets[0].parameters()))
+    assert not all(map(torch.equal, before, nets[1].parameters()))
+    assert len(list(result.module.parameters())) == len(before) + 1
+    for net in (nets[0], MLPEnergy(2, hidden=(8,))):  # that which the store holds, and a new store
+        fit(registering(net, log_z=True), guide, NCE(), x, **quiet)
+        pyro.clear_param_store()
+
+
+def test_a_pyro_module_under_older_names():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = PyroModule[torch.nn.Linear](2, 1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                p = UnnormalizedEnergy(lambda x: self.layer(x).square().sum(-1), event_shape=(2,))
+                pyro.sample("pixels", p, obs=x)
+
+    x, loss, adam = torch.randn(20, 2), DenoisingScoreMatching(0.3), pyro.optim.Adam({"lr": 0.1})
+    SVI(Model(), lambda x: None, adam, loss).step(x)
+    with pytest.raises(
+        ValueError, match=r"store holds an older 'layer.(weight|bias)', .*clear_par"
+    ):
+        SVI(Model(), lambda x: None, adam, loss).step(x)

@@ -257,6 +257,23 @@ def test_an_init_without_a_parameter():
         )
 
 
+def test_an_init_of_an_element_for_each_class():
+    label = torch.tensor([0, 1, 1])
+
+    def model(x):
+        log_z = pyro.param("log_z", torch.zeros(2))[label]
+        with pyro.plate("data", len(x)):
+            known = {"log_normalizer": log_z, "learned_normalizer": True}
+            pyro.sample("x", UnnormalizedEnergy(torch.square, batch_shape=(3,), **known), obs=x)
+
+    loss, guide = NCE(init_log_normalizer=True), guide_of(dist.Normal(0.0, 1.0))
+    with pytest.raises(
+        ValueError, match=r"'x', of shape \(3,\), is computed from one.* leave init"
+    ):
+        loss.loss_and_grads(model, guide, torch.randn(3))
+    NCE().loss_and_grads(model, guide, torch.randn(3))
+
+
 def test_ranking_recovers_a_conditional_energy():
     # the rows' log Z(c) = -log(lam(c)) / 2 + const all differ, and none is learned
     c = torch.randn(4000)

@@ -22,10 +22,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
+from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.files import Saved
 from pyro_ebm.losses.contrastive.negatives import Negatives
 from pyro_ebm.losses.sites import EnergySite
+from pyro_ebm.ops.code import outside_level
 
 COLLAPSED = 0.1
 """A step size that falls has collapsed below this part of its highest, if chains move little."""
@@ -128,19 +131,26 @@ class ChainWatch:
         if negatives.restarted is not None:
             numbers["restarted"] = negatives.restarted
         if negatives.adapts:
-            trend = self.trend(site.name, float(negatives.step_size), moved)
+            trend = self.trend(site.name, float(negatives.step_size), moved, site.energy)
             numbers["step_size_trend"] = negatives.step_size.new_tensor(trend)
         if site.is_observed:  # the draws of a guide need not be spread as a prior's are, at first
-            self.compare(site.name, spread)
+            self.compare(site.name, spread, site.energy)
         return numbers
 
-    def trend(self, name: str, step_size: float, distance_moved: float) -> float:
+    def trend(
+        self,
+        name: str,
+        step_size: float,
+        distance_moved: float,
+        energy: UnnormalizedEnergy | None = None,
+    ) -> float:
         """The step size as a part of its highest so far; warns if it has collapsed.
 
         Args:
             name: the site's.
             step_size: that of this gradient.
             distance_moved: by the chains.
+            energy: on which the advice depends.
         """
         followed = self._followed(name)
         trend = followed.trend(step_size)
@@ -149,28 +159,30 @@ class ChainWatch:
                 name,
                 "step size",
                 f"the step size of the chains has fallen from {followed.highest:.2g} to"
-                f" {step_size:.2g} and goes on falling, and half of them move by less than"
-                f" {distance_moved:.2g} of the data's spread at a gradient: the energy has grown"
-                f" too steep for them, and the negatives are no draws of it. {STEEP}",
+                f" {step_size:.2g} and goes on falling, and half of them {_move(distance_moved)} at"
+                " a gradient: the energy has grown too steep for them, and the negatives are no"
+                f" draws of it. {_against_steepness(energy)}",
             )
         return trend
 
-    def compare(self, name: str, spread: float) -> None:
+    def compare(self, name: str, spread: float, energy: UnnormalizedEnergy | None = None) -> None:
         """Warns if the spread of the negatives has been far from that of the data for long.
 
         Args:
             name: the site's.
             spread: that of the negatives over that of the data.
+            energy: on which the advice depends.
         """
         followed = self._followed(name)
         apart = math.isfinite(spread) and not 1 / APART <= spread <= APART
         followed.apart = followed.apart + 1 if apart else 0
         if followed.apart >= LONG:
+            advice = _too_wide(energy) if spread > 1 else NARROW
             self._warn(
                 name,
                 "spread",
                 f"for {LONG} gradients in a row the spread of the negatives was far from that of"
-                f" the data, at last {spread:.2g} times as large: {WIDE if spread > 1 else NARROW}",
+                f" the data, at last {spread:.2g} times as large: {advice}",
             )
 
     def _followed(self, name: str) -> _Followed:
@@ -180,7 +192,7 @@ class ChainWatch:
         warned = self._followed(name).warned
         if of not in warned:
             warned.append(of)
-            warnings.warn(f"site {name!r}: {what}", stacklevel=2)
+            warnings.warn(f"site {name!r}: {what}", stacklevel=outside_level())
 
     def state_dict(self) -> Saved:
         """What is kept in mind of each site."""
@@ -191,15 +203,36 @@ class ChainWatch:
         self._sites = {name: _Followed(**copy.deepcopy(kept)) for name, kept in state.items()}
 
 
-STEEP = (
-    "Take a smaller or a falling rate, or more num_steps; give the energy a base that is like the"
-    " data and wider; hold it by energy_penalty or MLPEnergy(..., spectral_norm=True); add noise to"
-    " data that lie on a surface, as images with pixels that are always 0 do"
-)
-WIDE = (
-    "the chains have not come to the data from where they start. Give the energy a base that is"
-    " like the data and wider, as base=gaussian_noise(data, width=2.0), take more num_steps, or a"
-    " smaller rate"
+def _move(distance: float) -> str:
+    return f"move by less than {distance:.2g} of the data's spread" if distance else "do not move"
+
+
+def _against_steepness(energy: UnnormalizedEnergy | None) -> str:
+    ways = ["take a smaller or a falling rate, or more num_steps"]
+    if energy is None or energy.base is None:
+        ways.append("give the energy a base that is like the data and wider")
+    hold = "hold it by energy_penalty"
+    if energy is not None and energy.modules:
+        normed = any(map(is_parametrized, energy.modules))  # or constrained in another way
+        hold += "" if normed else f" or a spectral norm of its layers ({SPECTRAL_NORM})"
+    ways.append(hold)
+    ways.append(
+        "add noise to data that lie on a surface, as images with pixels that are always 0 do"
+    )
+    return "; ".join(ways).capitalize()
+
+
+def _too_wide(energy: UnnormalizedEnergy | None) -> str:
+    has_one = energy is not None and energy.base is not None
+    base = "Take a base that is nearer to" if has_one else "Give the energy a base that is like"
+    return (
+        f"the chains have not come to the data from where they start. {base} the data and wider, as"
+        " base=gaussian_noise(data, width=2.0), take more num_steps, or a smaller rate"
+    )
+
+
+SPECTRAL_NORM = (
+    "torch.nn.utils.parametrizations.spectral_norm, and spectral_norm=True of pyro_ebm.nn's"
 )
 NARROW = (
     "the chains sit on a few points, or have not spread from where they start. Take"

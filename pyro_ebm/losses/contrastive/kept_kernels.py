@@ -29,6 +29,7 @@ from pyro_ebm.mcmc.engine.costs import WORTH_CAPTURING
 from pyro_ebm.mcmc.engine.engine import Engine
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.ops.code import outside_level
 
 MAX_KEPT = 8
 MAX_MISSES = 20
@@ -130,7 +131,7 @@ class KeptKernels:
                 f"the energy of site {name!r} is another one at each step ({why}), so no graph of"
                 " it can be kept, and the kernel's jit_compile has no effect: write the energy as"
                 " a function of modules and of parameters that change in place",
-                stacklevel=2,
+                stacklevel=outside_level(),
             )
 
     def state_dict(self) -> Saved:

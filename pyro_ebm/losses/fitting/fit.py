@@ -40,7 +40,7 @@ from pyro_ebm.losses.fitting.batches import Batches, Tensors, steps_of
 from pyro_ebm.losses.fitting.best import Best
 from pyro_ebm.losses.fitting.loop import History, Row, run
 from pyro_ebm.losses.fitting.rates import Optim, Schedule, falling, make_schedule
-from pyro_ebm.losses.fitting.step import GradientStep, check_plates
+from pyro_ebm.losses.fitting.step import GradientStep, check_plates, check_takes
 from pyro_ebm.losses.module import EnergyLossModule
 from pyro_ebm.losses.saving.training import load_training, save_training
 from pyro_ebm.ops.arguments import check_callable, check_count, check_number, shown
@@ -77,7 +77,7 @@ class FitResult:
 
 def fit(
     model: Model,
-    guide: Model,
+    guide: Model | None,
     loss: ELBO,
     data: Tensors | DataLoader,
     num_steps: int | None = None,
@@ -109,7 +109,8 @@ def fit(
     Args:
         model: as for ``SVI``. Its plate counts all data, and the batch is a part of it:
             ``pyro.plate("data", len(data), subsample_size=len(x))``.
-        guide: as for ``SVI``; where there are no latents and no noise, one that does nothing.
+        guide: as for ``SVI``; None where there are no latents and no noise, for one that samples
+            nothing.
         loss: a loss of this package; or an ``ELBO`` of Pyro, for models in which whatever is
             trained, and moves an energy, moves its known log Z too: ``log_normalizer=`` computed
             from the same parameters, ``constant_normalizer=True``, or energies that stay as they
@@ -180,7 +181,7 @@ def fit(
         ...     with pyro.plate("data", 1000, subsample_size=len(x)):
         ...         pyro.sample("x", UnnormalizedEnergy(lambda x: precision * x**2 / 2), obs=x)
         >>> x = 0.5 * torch.randn(1000)
-        >>> result = fit(model, lambda x: None, ScoreMatching(), x, num_steps=500, lr=0.1,
+        >>> result = fit(model, None, ScoreMatching(), x, num_steps=500, lr=0.1,
         ...              disable_progbar=True)
         >>> result.stopped_by, sorted(result.history)
         ('num_steps', ['gradient_norm', 'loss', 'lr', 'score_norm'])
@@ -189,6 +190,7 @@ def fit(
     """
     if not isinstance(loss, ELBO):
         raise ValueError(f"loss must be a loss, such as ContrastiveDivergence(), got {shown(loss)}")
+    guide = no_guide if guide is None else guide
     for name, function in (("model", model), ("guide", guide)):
         check_callable(name, function)
     if clip_norm is not None:
@@ -209,6 +211,8 @@ def fit(
     if together and len({*gathered(torch.tensor(total)).tolist()}) > 1:
         raise ValueError("distributed: the ranks have different numbers of steps; give num_steps")
 
+    for function in (model, guide):
+        check_takes(function, batches.peek())
     module = EnergyLossModule(model, guide, loss).initialize(*batches.peek())
     check_plates(module, batches, world_size() if together else 1)
     history, best = History(), None
@@ -256,6 +260,10 @@ def fit(
         arrays |= {"metric": np.array(best.values), "metric_step": np.array(best.steps)}
         best_step = best.steps[best.best] if best.values else None
     return FitResult(arrays, loss, module, history.num_steps, reason, best_step)
+
+
+def no_guide(*args: object, **kwargs: object) -> None:
+    """A guide that samples nothing."""
 
 
 def _check_file(checkpoint: str | os.PathLike[str] | None, resume: bool) -> None:

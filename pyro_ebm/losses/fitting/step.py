@@ -1,16 +1,20 @@
 """A gradient step, and what must hold before the first one."""
 
+import inspect
 import math
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_ebm.distributions.checks.callers import Model
+from pyro_ebm.distributions.core.introspection import name_of_function
 from pyro_ebm.losses.fitting.average import WeightAverage
 from pyro_ebm.losses.fitting.batches import Batches
 from pyro_ebm.losses.fitting.loop import History, Row
@@ -56,7 +60,7 @@ class GradientStep:
         """Takes the step."""
         self.optimizer.zero_grad()
         loss = (self.together or self.module)(*batch)
-        self._check_leaves(loss)
+        self._check_leaves(loss, batch)
         if self.together is None:
             loss.backward(inputs=self.parameters)
         else:
@@ -76,9 +80,17 @@ class GradientStep:
             self.average.update()
         return row | getattr(self.module.elbo, "diagnostics", {})
 
-    def _check_leaves(self, loss: Tensor) -> None:
+    def _check_leaves(self, loss: Tensor, batch: tuple[object, ...]) -> None:
         """Refuses a loss without parameters, and a parameter that would not be trained."""
         if not (isinstance(loss, Tensor) and loss.requires_grad):
+            trace = poutine.trace(self.module.model).get_trace(*batch)
+            sampled = (node for node in trace.nodes.values() if node["type"] == "sample")
+            if all(map(site_is_subsample, sampled)):
+                raise ValueError(
+                    f"the model, {name_of_function(self.module.model)}, has no pyro.sample"
+                    ' statement: write a function with pyro.sample("x", UnnormalizedEnergy(net),'
+                    " obs=x) in a pyro.plate, and give fit that"
+                )
             raise ValueError(f"step {self._now}: no parameter takes part in the loss")
         known = len(pyro.get_param_store())
         if known != self.num_known and not self.chosen:
@@ -104,6 +116,30 @@ class GradientStep:
             " clip_norm, may keep the energy from running off; history and chains of the steps"
             " before show where it began"
         )
+
+
+def check_takes(function: Model, batch: tuple[object, ...]) -> None:
+    """Raises a ValueError for a model or a guide that a batch has too many or too few tensors for.
+
+    Example:
+        >>> check_takes(lambda x: None, (torch.zeros(3), torch.zeros(3)))
+        Traceback (most recent call last):
+        ValueError: a batch of the data has 2 tensors, and lambda(x) cannot take them: ...
+    """
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # of some functions written in C
+        return
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        raise ValueError(
+            f"a batch of the data has {len(batch)} tensor{'s' * (len(batch) != 1)}, and"
+            f" {name_of_function(function)}{signature} cannot take them: {error}. Model and guide"
+            " are called with all of a batch, labels too: give both an argument for each tensor, or"
+            " data without the others"
+        ) from error
 
 
 def check_plates(module: EnergyLossModule, batches: Batches, num_ranks: int) -> None:

@@ -147,6 +147,13 @@ class NCE(NoiseLoss):
 
     def _start_log_normalizer(self, site: EnergySite, noise: Noise) -> None:
         parameter = site.energy.log_normalizer
+        if parameter is not None and not parameter.is_leaf and parameter.requires_grad:
+            raise ValueError(
+                "init_log_normalizer=True starts a parameter that is the log_normalizer itself, and"
+                f" that of site {site.name!r}, of shape {tuple(parameter.shape)}, is computed from"
+                " one, as z[label] is from a vector with an element for each class: leave"
+                " init_log_normalizer out, and give the parameter the values to start at"
+            )
         if parameter is None or not parameter.is_leaf or site.energy.normalizer_state == "known":
             raise ValueError(
                 f"init_log_normalizer=True needs a parameter to start at site {site.name!r}:"
