@@ -313,6 +313,9 @@ class UnnormalizedEnergy(NoiseLevels):
         parts.append(f"event_shape={tuple(self.event_shape)}")
         if self.base is not None:
             parts.append(f"base={type(self.base).__name__}")
+        if self.sigmas:
+            ends = f"{self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g}"
+            parts.append(f"sigmas={ends} ({len(self.sigmas)} levels)")
         parts.append(f"log_normalizer={self.normalizer_state}")
         return f"{type(self).__name__}({', '.join(parts)})"
 

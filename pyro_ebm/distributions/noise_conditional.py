@@ -115,7 +115,8 @@ def noise_conditional(
         ...     return -(log_shares + modes.log_prob(x[..., None])).logsumexp(-1)
         >>> p = noise_conditional(two_modes, geometric_ladder(8.0, 0.01, 20))
         >>> p
-        UnnormalizedEnergy(energy=two_modes, event_shape=(), log_normalizer=unknown)
+        UnnormalizedEnergy(energy=two_modes, event_shape=(), sigmas=8 to 0.01 (20 levels),
+            log_normalizer=unknown)
         >>> bool(((p.sample((1000,)) < 0).float().mean() - 0.8).abs() < 0.05)
         True
     """

@@ -79,6 +79,18 @@ def test_a_single_point_has_the_energy_of_a_batch_of_one():
         UnnormalizedEnergy(torch.square, event_shape=(2,)).energy(torch.zeros(2))  # no sum
 
 
+def test_a_missing_event_shape_is_named():
+    """The points at hand say which shape it may be; where there is no event in them, an example."""
+    net = nn.Linear(36, 1)
+    failing = UnnormalizedEnergy(lambda x: net(x.flatten(-2)).squeeze(-1))
+    summing = UnnormalizedEnergy(lambda x: x.flatten(-2).sum(-1))
+    for p in (failing, summing):
+        with pytest.raises(ValueError, match=r"for points of another .* event_shape=\(4, 9\)"):
+            p.energy(torch.randn(5, 4, 9))
+    with pytest.raises(ValueError, match=r"failed at .* \(3,\), .* such as event_shape=\(8, 8\)"):
+        failing.sample((3,))
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_network_that_takes_one_batch_dimension_takes_no_two(call):
     p = energy(images())

@@ -200,3 +200,9 @@ def test_settings_that_would_differ_between_levels_are_refused(name):
         noise_conditional(lambda x, sigma: x, LADDER, **{name: 1.0})
     with pytest.raises(ValueError, match="noise leads out of the support"):
         noise_conditional(lambda x, sigma: x, LADDER, base=dist.HalfNormal(1.0))
+
+
+def test_a_repr_shows_the_levels():
+    p = noise_conditional(lambda x, sigma: x**2 / (1 + sigma**2), geometric_ladder(4.0, 0.5, 4))
+    assert "sigmas=4 to 0.5 (4 levels)" in repr(p)
+    assert "sigmas" not in repr(p.at(1.0))

@@ -24,7 +24,9 @@ from pyro_ebm.ops.arguments import first_line
 NARROW = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16})
 """Dtypes of pixels and flags, in which the arithmetic of an energy overflows in silence."""
 
-_OF_SHAPES = re.compile(r"\bshapes?\b|\bsizes?\b|\bdim(ension)?s?\b|\belements?\b|\bchannels?\b")
+_OF_SHAPES = re.compile(
+    r"\bshapes?\b|\bsizes?\b|\bdim(ension)?s?\b|\belements?\b|\bchannels?\b", re.I
+)
 
 
 class EnergyCallError(ValueError):
@@ -138,13 +140,20 @@ def explain(
                 " number of batch dimensions, none included, and sum over those of the event."
                 f" Use MLPEnergy or ConvEnergy of pyro_ebm.nn, or wrap it: {_wrapped(event_shape)}"
             ) from error
+        hint = missing_event_shape(x.shape[1:] or (8, 8)) if not event_shape else ""
         if type(error) in (RuntimeError, ValueError, IndexError) and _OF_SHAPES.search(said):
             raise EnergyCallError(
                 f"{failed}, with event_shape={tuple(event_shape)} ({said}): event_shape is the"
                 " shape of one point, and an energy must map points (*batch, *event), with any"
-                " number of batch dimensions, none included, to energies (*batch)"
+                f" number of batch dimensions, none included, to energies (*batch){hint}"
             ) from error
     error.add_note(f"({failed}, with event_shape={tuple(event_shape)})")
+
+
+def missing_event_shape(shape: tuple[int, ...]) -> str:
+    """What an error says of an energy that was given none, at points that may have this shape."""
+    say = f"such as event_shape={tuple(shape)}"
+    return f". () is the shape of a number: for points of another give it, {say}"
 
 
 def _of_another_kind(energy: Callable[[Tensor], object], x: Tensor, like: Tensor) -> str | None:

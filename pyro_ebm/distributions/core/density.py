@@ -22,6 +22,7 @@ from pyro_ebm.distributions.checks.energy_calls import (
     EnergyCallError,
     explain,
     fixed_weights,
+    missing_event_shape,
     of_batch_of_one,
 )
 from pyro_ebm.distributions.core.introspection import first_tensor, modules, name_of_function
@@ -119,11 +120,14 @@ class EnergyDensity(TorchDistribution):
                 f" {value.dtype}"
             )
         if got != want:
+            rest = x.shape[len(got) :] if got == tuple(want[: len(got)]) else ()
+            none = not self.event_shape and not self.batch_shape and rest
+            hint = missing_event_shape(rest) if none else ""
             raise ValueError(
                 f"the energy {self.energy_name} must map points of shape {tuple(x.shape)}"
                 f" with event_shape={tuple(self.event_shape)} to a tensor of shape {tuple(want)},"
                 f" got {got}: sum over the event dimensions, squeeze a last one, or give"
-                " batch_shape= to a conditional energy"
+                f" batch_shape= to a conditional energy{hint}"
             )
         if not self.unexpanded.batch_shape:  # else the first dimension may be of the batch
             with fixed_weights(self.modules):
