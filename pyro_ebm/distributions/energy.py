@@ -64,7 +64,7 @@ class UnnormalizedEnergy(NoiseLevels):
             unless ``constant_normalizer`` says that :math:`Z` is one.
         kernel: the kernel of :meth:`sample`, without a model; by default
             :class:`~pyro_ebm.mcmc.ChEESKernel`, or :class:`~pyro_ebm.mcmc.GibbsKernel` where the
-            support is discrete.
+            support is discrete (:class:`~pyro_ebm.mcmc.IntegerWalk` where that has no bounds).
         num_steps: transitions that :meth:`sample` makes, half of them adapting the kernel.
         constant_normalizer: True says that :math:`Z` does not depend on any latent although the
             energy does, as in a location family :math:`E(x - \mu)`, or for an energy that is

@@ -6,14 +6,17 @@ from torch import Tensor
 
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
-from pyro_ebm.distributions.core.supports import is_unbounded
+from pyro_ebm.distributions.core.supports import is_finite, is_unbounded
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.annealed import annealed_langevin
 from pyro_ebm.mcmc.kernels.base import Kernel, checked_kernel, refuse_temperature
 from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.hmc import ChEESKernel
 from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
+from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
+from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.models.sites.discrete_sites import is_integer
 
 MAX_STEPS = 30  # of a trajectory; 15 in the mean
 
@@ -30,16 +33,25 @@ def own_kernel(energy: UnnormalizedEnergy) -> Kernel | None:
 def default_kernel(energy: UnnormalizedEnergy) -> Kernel:
     """The kernel of an energy that was given none.
 
-    Gibbs sweeps where the distribution has blocks or is discrete, Langevin elsewhere.
+    Gibbs sweeps where the distribution has blocks or a finite support, a random walk on whole
+    numbers without bounds, Langevin elsewhere.
 
     Example:
         >>> default_kernel(UnnormalizedEnergy(torch.square))
         LangevinKernel()
         >>> default_kernel(UnnormalizedEnergy(torch.square, support=dist.constraints.boolean))
         GibbsKernel()
+        >>> counts = dist.constraints.nonnegative_integer
+        >>> default_kernel(UnnormalizedEnergy(torch.square, support=counts))
+        MHKernel(proposal=IntegerWalk())
     """
-    discrete = energy.support.is_discrete or isinstance(energy, BlockGibbs)
-    return GibbsKernel() if discrete else LangevinKernel()
+    if isinstance(energy, BlockGibbs):
+        return GibbsKernel()
+    if not energy.support.is_discrete:
+        return LangevinKernel()
+    if is_finite(energy.support, energy.event_shape) or not is_integer(energy.support):
+        return GibbsKernel()
+    return MHKernel(proposal=IntegerWalk())
 
 
 def sampling_kernel(energy: UnnormalizedEnergy) -> Kernel:

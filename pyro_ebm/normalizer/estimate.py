@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.checks.rows import check_rows
-from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.wrappers import composite_part, unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.distributions.exponential.exponential_family import ExponentialFamily
@@ -275,12 +274,6 @@ def _check_energy(p: object) -> None:
 
 def _check_rows(p: UnnormalizedEnergy) -> None:
     """Refuses an energy whose rows influence each other, or that is random."""
-    if (
-        p.base is None
-        and p.support.is_discrete
-        and support_values_of(p.support, p.event_shape) is None
-    ):
-        return
     with random_state_put_back(), eval_mode(p.modules), torch.no_grad():
         x = p.starting_points((ROWS_COMPARED,))
         check_rows(p, x, f"the energy {p!r}")

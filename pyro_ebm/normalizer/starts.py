@@ -183,6 +183,12 @@ def uniform(potential: EnergyPotential) -> ProductStart:
     """The uniform density on the finite support of a discrete potential."""
     site = potential.sites[0]
     assert site.support_values is not None
+    if site.is_unbounded:
+        raise ValueError(
+            f"annealing on {potential.energy.support} has no uniform density to start at: give the"
+            " energy a base=, or proposal=, a normalized distribution with exact draws on this"
+            " support, such as dist.Poisson(4.0)"
+        )
     support_values = site.support_values.to(site.device, potential.dtype)
     variables = potential.dim // support_values.shape[1]
     return ProductStart(

@@ -498,7 +498,10 @@ def test_discrete_starts_need_a_bound_or_a_base():
     counts = UnnormalizedEnergy(lambda x: x, support=constraints.nonnegative_integer)
     assert_close(counts.log_prob(torch.tensor(3.0)), torch.tensor(-3.0))
     assert set(counts.starting_points((200,)).tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
-    p = UnnormalizedEnergy(torch.abs, support=dist.constraints.integer)
+    whole = UnnormalizedEnergy(torch.abs, support=dist.constraints.integer)
+    assert set(whole.starting_points((200,)).tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    bounds = dist.constraints.integer_interval(0, torch.tensor([1, 2]))
+    p = UnnormalizedEnergy(torch.abs, batch_shape=(2,), support=bounds)
     with pytest.raises(ValueError, match=r"is not a finite set .* give base="):
         p.starting_points()
     based = UnnormalizedEnergy(lambda x: x, base=dist.Poisson(2.0))

@@ -73,8 +73,7 @@ def support_values_of(support: constraints.Constraint, event_shape: torch.Size) 
         raise ValueError(
             f"the discrete support {support} is not a finite set of values that all elements"
             " share: use constraints.boolean, spin, one_hot, or an integer_interval with numbers"
-            " as bounds; where only starting points are missing, give base=. Whole numbers without"
-            " bounds are moved by MHKernel(proposal=IntegerWalk()), in a model"
+            " as bounds"
         )
     return torch.arange(low, high + 1)[:, None]
 

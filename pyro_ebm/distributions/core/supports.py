@@ -163,10 +163,20 @@ def is_finite(support: constraints.Constraint, event_shape: torch.Size) -> bool:
         return False
 
 
+def is_any_integer(support: constraints.Constraint) -> bool:
+    """Whether a support is that of all whole numbers, below 0 too.
+
+    Example:
+        >>> is_any_integer(dist.constraints.integer), is_any_integer(dist.Poisson(1.0).support)
+        (True, False)
+    """
+    return isinstance(elementwise(support), type(constraints.integer))
+
+
 def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tensor) -> Tensor:
     """Points of the support: uniform on (-2, 2) before the bijection, or over discrete values.
 
-    Of whole numbers above a bound, over the five least.
+    Of whole numbers above a bound, over the five least; without bounds, from -2 to 2.
 
     Args:
         support: the support of a whole event.
@@ -174,7 +184,7 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         like: a tensor that tells dtype and device.
 
     Raises:
-        ValueError: for a discrete support that is not a finite set.
+        ValueError: for another discrete support that is not a finite set.
 
     Example:
         >>> uniform_start(dist.constraints.positive, torch.Size([3]), torch.empty(())) > 0
@@ -185,10 +195,16 @@ def uniform_start(support: constraints.Constraint, shape: torch.Size, like: Tens
         z = torch.empty(bijection.inverse_shape(shape), dtype=like.dtype, device=like.device)
         return bijection(z.uniform_(-2.0, 2.0))
     inner = elementwise(support)
-    lower = getattr(inner, "lower_bound", None)
+    lower = -2 if is_any_integer(inner) else getattr(inner, "lower_bound", None)
     if lower is not None and not hasattr(inner, "upper_bound"):  # whole numbers
         return torch.randint(5, shape, device=like.device).to(like) + lower
-    support_values = support_values_of(support, shape)
+    try:
+        support_values = support_values_of(support, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or, where the bounds must differ, give base=, whose draws are points to"
+            " start at"
+        ) from error
     assert support_values is not None
     support_values = support_values.to(like)
     variables = shape[: len(shape) - (support_values.shape[1] > 1)]

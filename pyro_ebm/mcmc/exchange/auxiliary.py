@@ -41,6 +41,7 @@ from pyro_ebm.mcmc.kernels.discrete.gibbs import GibbsKernel
 from pyro_ebm.mcmc.kernels.gradient.barker import BarkerKernel
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.short_run import default_kernel
 from pyro_ebm.mcmc.state import to_device
 from pyro_ebm.ops.arguments import shown
 
@@ -279,7 +280,8 @@ def auxiliary_of(
 ) -> Auxiliary:
     """The way in which the auxiliary of an energy is drawn.
 
-    A chain is by default one of Gibbs sweeps where the energy is discrete, else of Barker steps:
+    A chain is by default one of Gibbs sweeps where the energy is discrete (of a walk on whole
+    numbers where these have no bounds), else of Barker steps:
     the longest step that suits one value of the latents moves on at others, where one of Langevin
     would stand still.
 
@@ -311,7 +313,7 @@ def auxiliary_of(
     if isinstance(energy, BlockGibbs) and (kernel is None or isinstance(kernel, GibbsKernel)):
         return Sweeps(num_steps)
     if kernel is None:
-        kernel = GibbsKernel() if energy.support.is_discrete else BarkerKernel()
+        kernel = default_kernel(energy) if energy.support.is_discrete else BarkerKernel()
     return InnerChain(kernel, num_steps)
 
 

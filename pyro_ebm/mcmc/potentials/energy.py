@@ -11,11 +11,12 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_ebm.distributions.checks.boundary import check_inside
 from pyro_ebm.distributions.checks.rows import check_function
-from pyro_ebm.distributions.core.discrete import BlockGibbs, support_values_of
+from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.wrappers import unvalidated
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.potentials.singular import nan_where_singular
+from pyro_ebm.models.sites.discrete_sites import nearest_inside, site_support_values
 from pyro_ebm.models.sites.joint_start import JointStart
 from pyro_ebm.models.sites.site import Site
 from pyro_ebm.ops.eval_mode import eval_mode
@@ -52,7 +53,7 @@ class EnergyPotential(Potential):
         self.joint_start = joint_start
         self.energy: UnnormalizedEnergy = unvalidated(energy)
         start = energy.starting_points() if like is None else like
-        support_values = support_values_of(energy.support, energy.event_shape)
+        support_values = site_support_values(name, energy)
         # the support of a discrete event is what it is: positions are its points, as numbers
         self.bijection: Any = (
             identity_transform if support_values is not None else biject_to(energy.support)
@@ -78,6 +79,10 @@ class EnergyPotential(Potential):
         if unconstrained.shape[0] == 1:  # one chain per row: the energy is called at the rows
             unconstrained = unconstrained[0]
         x = self.bijection(unconstrained).to(self.sites[0].dtype)  # whole numbers may be indices
+        inside = None
+        if self.sites[0].is_unbounded:  # a proposal may lie beyond a bound
+            inside = self.energy.support.check(x)
+            x = nearest_inside(self.energy.support, x)
         # an energy may be made of distributions, which would raise at a far-out proposal
         with pyro.validation_enabled(False), eval_mode(self.modules):
             log_prob = self.energy.unnormalized_log_prob(x)
@@ -85,6 +90,8 @@ class EnergyPotential(Potential):
             jacobian = self.bijection.log_abs_det_jacobian(unconstrained, x)
             batch_dim = x.dim() - self.energy.event_dim
             log_prob = log_prob + jacobian.reshape(jacobian.shape[:batch_dim] + (-1,)).sum(-1)
+        if inside is not None:
+            log_prob = torch.where(inside, log_prob, -torch.inf)
         return -log_prob.reshape(-1).to(z.dtype)
 
     def initial(self, num_chains: int) -> Tensor:

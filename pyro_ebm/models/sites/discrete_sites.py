@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions.core.discrete import support_values_of
 from pyro_ebm.distributions.core.introspection import elementwise
-from pyro_ebm.distributions.core.supports import plain_support, stated_support
+from pyro_ebm.distributions.core.supports import is_any_integer, plain_support, stated_support
 from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.models.sites.latents import SampleSite
@@ -66,7 +66,22 @@ def is_integer(support: constraints.Constraint) -> bool:
         >>> is_integer(dist.Poisson(1.0).support), is_integer(dist.Bernoulli(0.5).support)
         (True, False)
     """
-    return support.is_discrete and hasattr(elementwise(plain_support(support)), "lower_bound")
+    inner = elementwise(plain_support(support))
+    return support.is_discrete and (hasattr(inner, "lower_bound") or is_any_integer(inner))
+
+
+def nearest_inside(support: constraints.Constraint, x: Tensor) -> Tensor:
+    """The nearest whole numbers within the bounds of a support.
+
+    Example:
+        >>> nearest_inside(dist.Poisson(1.0).support, torch.tensor([-2.0, 3.0]))
+        tensor([0., 3.])
+    """
+    inner = elementwise(plain_support(support))
+    for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
+        if (end := getattr(inner, bound, None)) is not None:
+            x = nearest(x, torch.as_tensor(end).to(x))
+    return x
 
 
 class WithinBounds(Messenger):
@@ -90,12 +105,8 @@ class WithinBounds(Messenger):
 
     def _pyro_sample(self, msg: SampleSite) -> None:
         if msg["name"] in self.names:
-            support = elementwise(plain_support(stated_support(msg["fn"])))
             x = torch.as_tensor(msg["value"])
-            for bound, nearest in (("lower_bound", torch.maximum), ("upper_bound", torch.minimum)):
-                if (end := getattr(support, bound, None)) is not None:
-                    x = nearest(x, torch.as_tensor(end).to(x))
-            msg["value"] = x
+            msg["value"] = nearest_inside(stated_support(msg["fn"]), x)
 
 
 def _because(error: Exception | None) -> str:

@@ -8,7 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from pyro_ebm.distributions.core.introspection import bounds_of, tensors_of
+from pyro_ebm.distributions.core.introspection import bounds_of, elementwise, tensors_of
 from pyro_ebm.distributions.core.supports import uniform_start
 from pyro_ebm.models.sites.discrete_sites import is_integer
 from pyro_ebm.models.sites.joint_start import JointStart
@@ -37,7 +37,7 @@ def _start(init_strategy: InitStrategy, site: SampleSite) -> object:
             return init_to_sample(site)
         except NotImplementedError as error:
             if is_integer(support):
-                (lowest,) = bounds_of(support)[:1]
+                lowest = next(iter(bounds_of(elementwise(support))), 0)
                 return torch.as_tensor(lowest, dtype=torch.get_default_dtype()).expand(fn.shape())
             raise ValueError(
                 f"the discrete site {name!r} starts at a draw, and {type(fn).__name__} cannot be"
