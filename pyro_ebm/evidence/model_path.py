@@ -85,7 +85,7 @@ class ModelPath(GeometricPath):
             model: a Pyro model.
             args: its positional arguments.
             kwargs: its keyword arguments.
-            guide: where to start, instead of at the prior.
+            guide: where to start, instead of at the prior (of an energy with a base, there).
             improper: sites whose prior may be improper; they need a guide.
             transforms: from the supports to the reals, where they should not be Pyro's.
             max_plate_nesting: as in Pyro's kernels; needed with enumerated sites.

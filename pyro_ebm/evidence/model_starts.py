@@ -22,8 +22,9 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm.distributions.core.introspection import modules
+from pyro_ebm.distributions.core.supports import same_support, support_of
 from pyro_ebm.distributions.core.wrappers import improper_part
-from pyro_ebm.distributions.energy import find_energy
+from pyro_ebm.distributions.energy import UnnormalizedEnergy, find_energy
 from pyro_ebm.mcmc.potentials.function import FunctionPotential
 from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.models.checks.intractability import NormalizerError
@@ -92,6 +93,9 @@ class ModelStart(Start):
 class PriorStart(ModelStart):
     """The prior of a model: the model without its observations.
 
+    Of a latent whose energy has no exact draws, but a base with this support that has, it is the
+    base, which is normalized and proper like the prior.
+
     Args:
         target: the potential of the model, whose latents have proper priors.
         settings: the arguments that it was made with beside the model, its arguments included.
@@ -109,7 +113,7 @@ class PriorStart(ModelStart):
     """
 
     def __init__(self, target: ModelPotential, settings: Mapping[str, Any]):
-        bound = target.bound
+        bound = target.bound.with_model(FromBases()(target.bound.model))
         with torch.no_grad(), poutine.block(), random_state_put_back():
             for name, site in latents_of(bound.trace()).items():
                 _check_draws(name, site["fn"], "prior")
@@ -166,6 +170,18 @@ class Unobserved(Messenger):
     def _pyro_sample(self, msg: SampleSite) -> None:
         if msg["is_observed"] and not is_subsample(msg):
             msg["fn"] = msg["fn"].mask(False)
+
+
+class FromBases(Messenger):
+    """Puts their bases in the place of latent energies that have no exact draws."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        p: Any = msg["fn"]
+        if msg["is_observed"] or not isinstance(p, UnnormalizedEnergy) or p.base is None:
+            return
+        fits = same_support(p.support, support_of(p.base))
+        if fits and has_exact_draws(p.base) and not has_exact_draws(p):
+            msg["fn"] = p.base
 
 
 class ExactDraws(Messenger):
@@ -240,5 +256,6 @@ def _check_draws(name: str, fn: Any, where: str) -> None:
     if not has_exact_draws(fn):
         raise ValueError(
             f"site {name!r} of the {where} is an energy whose draws are the ends of short chains:"
-            " give guide=, a density with exact draws to start at"
+            " give guide=, a density with exact draws to start at, or the energy a base= that has"
+            " its support"
         )

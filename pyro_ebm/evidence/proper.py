@@ -53,7 +53,9 @@ def check_proper(potential: ModelPotential, improper: Collection[str] = ()) -> N
             if not p.is_normalized:
                 raise NormalizerError(
                     f"site {name!r} is an energy whose log Z is {p.normalizer_state}, and the"
-                    " evidence needs it: give p.normalized(estimate_log_normalizer(p))"
+                    " evidence needs it: give p.normalized(estimate_log_normalizer(p)), with which"
+                    " draws of the model as it is are those of the same posterior:"
+                    " log_evidence(model, ..., draws=mcmc)"
                 )
         if site["is_observed"]:
             _check_power(name, site)

@@ -1,5 +1,6 @@
 """The path from a prior or a guide to a model: what it integrates to, and what it refuses."""
 
+import math
 from typing import Any
 
 import pyro
@@ -17,12 +18,13 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 
-from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm import UnnormalizedEnergy, log_evidence
 from pyro_ebm.evidence.model_path import ModelPath
 from pyro_ebm.mcmc import CompositeKernel, GibbsKernel, LangevinKernel, NormalizerError
 from pyro_ebm.mcmc.kernels.base import Kernel
 from pyro_ebm.normalizer.annealing.annealer import Annealer
 from pyro_ebm.normalizer.annealing.schedule import TemperatureSchedule
+from tests.statistics import SIGMAS
 
 Y = torch.tensor([0.3, -1.2, 2.4, 0.8, 1.9])
 
@@ -248,3 +250,23 @@ def test_an_improper_prior_that_is_allowed_starts_at_a_guide():
 def test_guides_without_a_density_are_refused(guide, words):
     with pytest.raises(ValueError, match=words):
         ModelPath.of_model(precision, (Y,), guide=guide(precision))
+
+
+def test_an_energy_starts_at_its_base():
+    pyro.set_rng_seed(0)
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    prior = UnnormalizedEnergy(lambda x: x.square().sum(-1) / 2, base=normal)  # N(0, 1 / 2)
+    y, steep = torch.tensor([[0.5, -1.0], [1.5, 0.3], [0.0, 0.0]]), prior.normalized(-math.log(2.0))
+
+    def model(p):
+        with pyro.plate("rows", 3):
+            x = pyro.sample("x", p)
+            pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    truth = dist.Normal(0.0, math.sqrt(1.5)).log_prob(y).sum()
+    few = {"method": "ais", "num_chains": 300}, {"method": "smc", "num_particles": 300}
+    for method in few:
+        got = log_evidence(model, steep, **method, disable_progbar=True)
+        assert (got.value - truth).abs() < SIGMAS * got.std_error
+    with pytest.raises(NormalizerError, match=r"same posterior: log_evidence\(model, .*draws=mcmc"):
+        log_evidence(model, prior)
