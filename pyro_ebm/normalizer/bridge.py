@@ -114,7 +114,9 @@ def bridge_to(
     remedy = "the draws of density and proposal hardly overlap, use a proposal that is nearer"
     least = min(len(part) for part in log_ratio)
     warn_if_improper(target, there, "bridge sampling")
-    warn_if_unreliable("bridge sampling", ess, least, None, remedy, MIN_ESS, "either way")
+    warn_if_unreliable(
+        "bridge sampling", ess, least, None, remedy, MIN_ESS, "either way", "samples="
+    )
     return NormalizerEstimate(log_z.to(z), error.to(z), "bridge", ess=ess.to(z))
 
 

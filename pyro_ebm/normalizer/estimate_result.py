@@ -180,7 +180,12 @@ def check_weights(log_weights: Tensor, what: str) -> None:
 
 
 def estimate_of(
-    log_weights: Tensor, method: str, what: str, remedy: str, reverse: bool = False
+    log_weights: Tensor,
+    method: str,
+    what: str,
+    remedy: str,
+    reverse: bool = False,
+    more: str = "num_samples=",
 ) -> NormalizerEstimate:
     r"""The estimate from weights, with a warning where their error cannot be estimated.
 
@@ -191,6 +196,7 @@ def estimate_of(
         what: what they are weights of, for messages.
         remedy: what to do where they are unreliable.
         reverse: which of the two they are.
+        more: by which argument there are more of them.
 
     Raises:
         ValueError: for weights that no mean can be taken of.
@@ -202,7 +208,8 @@ def estimate_of(
     """
     check_weights(log_weights, what)
     n, ess, k = len(log_weights), effective_sample_size(log_weights), tail_shape(log_weights)
-    warn_if_unreliable(what, ess, n, k, remedy, wrong_way="too high" if reverse else "too low")
+    wrong_way = "too high" if reverse else "too low"
+    warn_if_unreliable(what, ess, n, k, remedy, MIN_ESS, wrong_way, more)
     value = -log_mean_exp(log_weights) if reverse else log_mean_exp(log_weights)
     return NormalizerEstimate(
         value=value,
@@ -283,6 +290,7 @@ def warn_if_unreliable(
     remedy: str,
     least: float = MIN_ESS,
     wrong_way: str = "too low",
+    more: str = "num_samples=",
 ) -> None:
     """Warns where weights are too few, or their tail too heavy, for an error to be estimated.
 
@@ -294,6 +302,7 @@ def warn_if_unreliable(
         remedy: what to do about it.
         least: how many should be effective, if there are four times as many.
         wrong_way: on which side of the truth such estimates are.
+        more: by which argument there are more of them.
     """
     few = ess < min(least, max(num / 4, FEW))
     heavy = torch.zeros_like(few) if k is None else k > MAX_PARETO_K
@@ -305,10 +314,14 @@ def warn_if_unreliable(
         good += ", from 1 on their mean is infinite" if k.max() >= 1 else ""
         evidence.append(f"a Pareto k of {float(k.max()):.2f} ({good})")
     some = f" of {int((few | heavy).sum())} of {few.numel()} batch elements" if few.dim() else ""
-    warn(
-        f"{what}: the weights{some} have {' and '.join(evidence)}. log Z is likely off by more than"
-        f" the stated error, {wrong_way}: {remedy}"
-    )
+    seen = f"{what}: the weights{some} have {' and '.join(evidence)}"
+    if not heavy.any() and (ess[few] > num / 2).all():
+        warn(
+            f"{seen}. They are near to each other, and too few to tell the error of log Z: take"
+            f" more of them ({more})"
+        )
+        return
+    warn(f"{seen}. log Z is likely off by more than the stated error, {wrong_way}: {remedy}")
 
 
 def warn(message: str) -> None:

@@ -74,7 +74,10 @@ def test_quadrature_is_differentiable_in_a_network():
 @pytest.mark.parametrize(
     ("p", "message"),
     [
-        (UnnormalizedEnergy(torch.zeros_like), "not decayed far out"),
+        (
+            UnnormalizedEnergy(torch.zeros_like),
+            "the density has not decayed far out.* give it a base=",
+        ),
         (UnnormalizedEnergy(lambda x: -x, support=constraints.positive), "not decayed"),
         (UnnormalizedEnergy(lambda x: x.log(), support=constraints.positive), "not decayed"),
         (  # Beta(1, .02): half of its mass is nearer to 1 than numbers are
@@ -88,6 +91,13 @@ def test_quadrature_is_differentiable_in_a_network():
 def test_quadrature_refuses(p, message):
     with pytest.raises(ValueError, match=rf"(?s)log Z of Unnorm.*{message}"):
         log_normalizer_by_quadrature(p)
+
+
+def test_a_base_is_no_advice_where_there_is_one():
+    p = UnnormalizedEnergy(lambda x: -x.square(), base=dist.Normal(0.0, 1.0))
+    with pytest.raises(ValueError, match="not decayed far out") as refused:
+        log_normalizer_by_quadrature(p)
+    assert "base=" not in str(refused.value).partition("the density")[2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -107,6 +107,15 @@ def test_when_to_warn(ess, num, k, warns):
         assert warning.filename == __file__  # the caller's own line
 
 
+@pytest.mark.parametrize(("ess", "even"), [(18.9, True), (8.0, False)])
+def test_few_weights_that_are_near_to_each_other_want_more_of_them(ess, even):
+    with pytest.warns(UnreliableEstimateWarning, match=f"of {ess:.3g} of 20") as caught:
+        warn_if_unreliable("a test", torch.tensor(ess), 20, None, "do better", more="num_chains=")
+    message = str(caught[0].message)
+    assert ("take more of them (num_chains=)" in message) == even
+    assert ("do better" in message) != even
+
+
 def one(**kwargs):
     value = torch.tensor(1.23456)
     return NormalizerEstimate(value, torch.tensor(0.0123), "ais", **kwargs)

@@ -23,6 +23,7 @@ from pyro_ebm.distributions.energy import UnnormalizedEnergy
 from pyro_ebm.ops.integration.quadrature import (
     MAX_EVALUATIONS,
     Grid,
+    NoIntegralError,
     find_grid,
     log_integral,
     log_sum,
@@ -66,8 +67,15 @@ def log_normalizer_by_quadrature(
         log_z = log_integral(
             integrand, integrand.dim, q.batch_shape, rtol, max_evaluations, like=like
         )
-    except ValueError as error:
-        raise ValueError(f"log Z of {p!r}: {error}") from error
+    except NoIntegralError as error:
+        way = ""
+        if error.improper and p.base is None:
+            way = (
+                ". The energy does not grow enough far out for a finite Z, as a network need not:"
+                " check its sign, or give it a base=, a normalized density to tilt, such as"
+                " base=gaussian_noise(data, width=2.0)"
+            )
+        raise ValueError(f"log Z of {p!r}: the density {error.why}{way}") from error
     return log_z.to(result.dtype).expand(p.batch_shape)
 
 

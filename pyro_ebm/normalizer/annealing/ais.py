@@ -178,8 +178,10 @@ def _estimate(
         " (num_steps=), or with a better kernel, or from a nearer start (proposal=)"
     )
     log_w = log_w - path.log_normalizer if reverse else log_w + path.log_normalizer
-    what = "reverse annealing" if reverse else "annealing"
-    estimate = estimate_of(log_w, REVERSE if reverse else FORWARD, what, remedy, reverse)
+    what, more = "annealing", "num_chains="
+    if reverse:
+        what, more = "reverse annealing", "samples="
+    estimate = estimate_of(log_w, REVERSE if reverse else FORWARD, what, remedy, reverse, more)
     return replace(estimate, betas=torch.tensor(schedule.betas, dtype=torch.float64))
 
 

@@ -70,6 +70,19 @@ _MESSAGES = {
 }
 
 
+class NoIntegralError(ValueError):
+    """There is no accurate value of an integral.
+
+    Args:
+        why: what is wrong, as :func:`failure_message` says it.
+        improper: whether the integrand has not decayed far out.
+    """
+
+    def __init__(self, why: str, improper: bool):
+        super().__init__(f"log_f has no integral: it {why}")
+        self.why, self.improper = why, improper
+
+
 def log_integral(
     log_f: LogDensity,
     dim: int,
@@ -108,7 +121,7 @@ def log_integral(
         tensor(1.8379, dtype=torch.float64)
         >>> log_integral(lambda z: -z[..., 0].abs().log1p(), dim=1)  # 1 / (1 + |z|)
         Traceback (most recent call last):
-        ValueError: log_f has no integral: it has not decayed far out: ...
+        pyro_ebm.ops.integration.quadrature.NoIntegralError: log_f has no integral: it has not ...
     """
     like = torch.empty((), dtype=torch.float64) if like is None else like
     check_callable("log_f", log_f)
@@ -118,7 +131,8 @@ def log_integral(
             raise ValueError(f"rtol must lie in (0, 1), got {rtol}")
     grid, failure = find_grid(log_f, dim, batch_shape, rtol, max_evaluations, like)
     if failure.any():
-        raise ValueError(f"log_f has no integral: it {failure_message(failure, grid)}")
+        improper = int(failure[failure > 0][0]) == IMPROPER
+        raise NoIntegralError(failure_message(failure, grid), improper)
     return log_sum(log_f, grid, like)
 
 
