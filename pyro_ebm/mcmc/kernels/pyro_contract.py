@@ -12,7 +12,6 @@ from typing import TypedDict
 
 import pyro
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions import transform_to
@@ -29,7 +28,7 @@ from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.joint_start import JointStart
-from pyro_ebm.models.sites.latents import InitStrategy
+from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy
 from pyro_ebm.models.sites.site import sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
@@ -56,8 +55,9 @@ class PyroKernel(Kernel, MCMCKernel):
             unconstrained values; needs ``initial_params``.
         transforms: from the supports to the reals, where they should not be Pyro's.
         max_plate_nesting: as in Pyro's kernels.
-        init_strategy: where chains start, as in Pyro's kernels; discrete sites start at a draw of
-            their prior, or where an earlier run's draws have them.
+        init_strategy: where chains start, as in Pyro's kernels, but by default uniformly between -1
+            and 1 on the unconstrained space; discrete sites start at a draw of their prior, or
+            where an earlier run's draws have them.
 
     Raises:
         ValueError: for an argument outside its range, or both a model and a ``potential_fn``.
@@ -78,7 +78,7 @@ class PyroKernel(Kernel, MCMCKernel):
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: InitStrategy = init_to_uniform,
+        init_strategy: InitStrategy = NEAR_ZERO,
     ):
         if model is not None and potential_fn is not None:
             raise ValueError("give model or potential_fn, not both")

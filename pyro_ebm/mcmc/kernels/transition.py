@@ -95,7 +95,8 @@ class TransitionKernel(PyroKernel):
         ignore_jit_warnings: whether to silence warnings of the capture.
         **kwargs: ``transforms`` from the supports to the reals, where they should not be Pyro's;
             ``max_plate_nesting`` as in Pyro's kernels; ``init_strategy``, where chains start, as in
-            Pyro's kernels (discrete sites start at a draw of their prior).
+            Pyro's kernels, but by default uniformly between -1 and 1 on the unconstrained space
+            (discrete sites start at a draw of their prior).
 
     Raises:
         ValueError: for an argument outside its range, or both a model and a ``potential_fn``.

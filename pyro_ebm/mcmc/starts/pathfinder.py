@@ -261,7 +261,7 @@ def init_to_pathfinder(
     Args:
         model: the Pyro model that is to be sampled.
         *args: of the model.
-        num_paths: how many descents there are, from Pyro's uniform starts.
+        num_paths: how many descents there are, from uniform starts.
         num_draws: how many draws they give together, of which the chains' starts are resampled.
         max_iterations: the most steps of a descent.
         max_plate_nesting: as in Pyro's kernels, for discrete latents that are summed out.

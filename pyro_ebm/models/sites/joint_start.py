@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
-from pyro.infer.autoguide.initialization import init_to_generated, init_to_uniform, init_to_value
+from pyro.infer.autoguide.initialization import init_to_generated, init_to_value
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_ebm.distributions.checks.boundary import ends_of
 from pyro_ebm.distributions.core.introspection import elementwise
 from pyro_ebm.internals.pyro_runtime import outside_plates
-from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, support_of
+from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy, SampleSite, support_of
 
 ROUNDING = 1e-3
 """An element of a vector or a matrix may be so far from what its position leads to."""
@@ -93,7 +93,7 @@ class JointStart:
 
     def otherwise(self, site: SampleSite) -> object:
         """The value of a site that the draws do not have."""
-        strategy: InitStrategy = self.fallback or init_to_uniform
+        strategy: InitStrategy = self.fallback or NEAR_ZERO
         return strategy(site)
 
     # -- checks --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pyro.distributions import (
 )
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import VonMises, biject_to
@@ -23,6 +24,10 @@ from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 
 InitStrategy = Callable[..., object]
 """Gives a site its first value."""
+NEAR_ZERO: InitStrategy = init_to_uniform(radius=1.0)
+"""Where chains start: uniformly between -1 and 1, on the unconstrained space. Twice as far, as
+Pyro's kernels start, rates and scales of a regression or a recursion are so extreme that some of
+many chains do not come back."""
 
 
 class SampleSite(TypedDict):
