@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.adaptation import WarmupAdapter
 from pyro.ops.dual_averaging import DualAveraging
 from torch.distributions import constraints
@@ -242,6 +243,9 @@ def test_a_chain_whose_potential_is_all_rounding_comes_in():
     assert (lp.max() - lp.mean(1)).max() < 8
 
 
+WIDE = init_to_uniform(radius=2.0)
+
+
 def side_well(height):
     """A model on the plane with a second mode, which some starts lead to."""
 
@@ -267,7 +271,8 @@ def test_a_chain_that_is_stranded_starts_anew(make, monkeypatch):
     monkeypatch.setattr(
         Population, "add", lambda self, u: (setattr(self, "_last", u), add(self, u))[1]
     )
-    mcmc = MCMC(make(side_well(60.0)), 50, 300, num_chains=64, disable_progbar=True)
+    kernel = make(side_well(60.0), init_strategy=WIDE)
+    mcmc = MCMC(kernel, 50, 300, num_chains=64, disable_progbar=True)
     mcmc.run()
     assert mcmc.kernel.adaptation.num_restarts > 0
     assert "new starts in the warmup" in repr(mcmc.kernel)
@@ -332,10 +337,8 @@ def test_a_chain_is_stranded_where_it_rests(fall, length, stranded):
 def test_a_chain_of_another_mode_stays(reason):
     # 2 dimensions: 40 nats are the limit
     given = {"x": 4 * torch.rand(64, 2) - 2} if reason == "given positions" else None
-    model = side_well(60.0 if given else 30.0)
-    mcmc = MCMC(
-        ChEESKernel(model), 50, 300, num_chains=64, initial_params=given, disable_progbar=True
-    )
+    kernel = ChEESKernel(side_well(60.0 if given else 30.0), init_strategy=WIDE)
+    mcmc = MCMC(kernel, 50, 300, num_chains=64, initial_params=given, disable_progbar=True)
     with pytest.warns(ConvergenceWarning, match="stand apart"):
         mcmc.run()
     assert mcmc.kernel.adaptation.num_restarts == 0

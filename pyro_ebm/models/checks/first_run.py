@@ -15,7 +15,7 @@ from pyro_ebm.models.runs import BoundModel, latents_of, sample_sites, value_of
 from pyro_ebm.models.sites.joint_start import StartError
 from pyro_ebm.ops.arguments import is_array, shown
 
-MAX_TRIES = 10
+MAX_TRIES = 100
 
 
 class DataError(ValueError):
@@ -32,7 +32,7 @@ def validated_trace(bound: BoundModel, subsamples: bool = False) -> poutine.Trac
         subsamples: whether plates may subsample.
 
     Raises:
-        ValueError: if the model is not valid at any of 10 starts, its data are no tensors, or
+        ValueError: if the model is not valid at any of 100 starts, its data are no tensors, or
             ``init_strategy`` gives values of other shapes; it names the site.
         NotImplementedError: if a plate subsamples.
     """
