@@ -352,7 +352,7 @@ def test_no_start_names_the_site():
         pyro.factor("bad", x + math.nan)
         pyro.factor("wall", -math.inf * x.square())
 
-    for validate, match in ((True, "not valid in 10 tries"), (False, "no starting point")):
+    for validate, match in ((True, "not valid in 100 tries"), (False, "no starting point")):
         with pyro.validation_enabled(validate), pytest.raises(ValueError, match=match) as caught:
             ModelPotential(model, (torch.tensor(0.0),)).initial(3)
         text = str(caught.value)
