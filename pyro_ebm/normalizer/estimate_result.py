@@ -31,6 +31,9 @@ from torch import Tensor
 from pyro_ebm.ops.code import outside_level
 from pyro_ebm.ops.pareto import MAX_PARETO_K, MIN_WEIGHTS, pareto_k
 
+MAX_LOG_Z = 1e10
+"""No log Z of a density is larger, or smaller than minus this."""
+
 MIN_ESS = 100.0
 """From fewer effective weights no error can be estimated."""
 
@@ -211,6 +214,12 @@ def estimate_of(
     wrong_way = "too high" if reverse else "too low"
     warn_if_unreliable(what, ess, n, k, remedy, MIN_ESS, wrong_way, more)
     value = -log_mean_exp(log_weights) if reverse else log_mean_exp(log_weights)
+    if (value.abs() > MAX_LOG_Z).any():
+        warn(
+            f"{what}: a log Z of {float(value.flatten()[value.abs().argmax()]):.3g} is that of no"
+            " density. If the points ran off to where it is so small, it is likely improper, flat"
+            " in some direction: check the energy; base= makes any bounded one proper"
+        )
     return NormalizerEstimate(
         value=value,
         std_error=stated_error(log_weights),

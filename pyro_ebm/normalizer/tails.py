@@ -12,9 +12,12 @@ Fubini. The same holds in :math:`d` dimensions at once, along the rays of a cone
 :math:`a \ge -d`. Of a latent that is positive, :math:`x = e^z`, the density of :math:`z` must fall
 exponentially, and :math:`Z = \infty` if it does not fall.
 
-Powers are measured from a million to a billion times the spread of some points. A heavy tail that
-is proper passes, such as Student's with more than .02 degrees of freedom. What overflows so far out
-is not judged, nor are planes of some of many dimensions: no warning is no proof.
+Lines go along the coordinates; along :math:`(1, \dots, 1)` of each site, since energies of
+differences alone leave their sum free; and along the diagonal :math:`(\pm 1, \dots, \pm 1)` in
+which the points spread most. Powers are measured from a million to a billion times the spread of
+some points, along diagonals up to a hundred thousand times. A heavy tail that is proper passes,
+such as Student's with more than .02 degrees of freedom. What overflows so far out is not judged,
+nor are other directions, and planes of some of many dimensions: no warning is no proof.
 """
 
 import math
@@ -35,6 +38,9 @@ from pyro_ebm.normalizer.estimate_result import warn
 
 DECADES = (6.0, 7.0, 8.0, 9.0)
 """How far out, in powers of ten of the spread."""
+
+DIAGONAL_DECADES = (2.0, 3.0, 4.0, 5.0)
+"""The same along diagonals, where differences must be left of what is so far out."""
 
 SHIFTS = (14.0, 16.0, 18.0, 20.0)
 """How far out of the log of a positive variable: from 1e6 to 5e8 times as large."""
@@ -64,7 +70,7 @@ def warn_if_improper(target: Potential, z: Tensor, what: str) -> None:
         Traceback (most recent call last):
         pyro_ebm.normalizer.estimate_result.UnreliableEstimateWarning: annealing: the density has...
     """
-    found = _slow_line(target, z) or _slow_ray(target, z)
+    found = _slow_line(target, z) or _slow_diagonal(target, z) or _slow_ray(target, z)
     if found is not None:
         warn(
             f"{what}: the density has no finite Z, as far as its tail shows: {found}. The estimate"
@@ -99,6 +105,36 @@ def _slow_line(target: Potential, z: Tensor) -> str | None:
                     return f"towards the {end} end of site {site!r} it falls no faster than 1 / x"
                 end = "large" if sign > 0 else "far negative"
                 return f"at {end} values of site {site!r} it goes like |x|^{power:.3g}"
+    return None
+
+
+def _slow_diagonal(target: Potential, z: Tensor) -> str | None:
+    """A diagonal along which the density does not fall fast enough, in words."""
+    columns = [(c, site) for c, site, bounded in _columns(target) if not bounded]
+    rows = z.reshape(-1, target.targets, target.dim)
+    if len(columns) < 2 or len(rows) < 2 or not z.isfinite().all():
+        return None
+    here = torch.tensor([c for c, _ in columns], device=z.device)
+    ways = []
+    for site in dict.fromkeys(of for _, of in columns):
+        way = z.new_zeros(target.dim)
+        way[[c for c, of in columns if of == site]] = 1.0
+        ways.append((f"as all elements of site {site!r} move together", way))
+    x = rows[..., here] - rows[..., here].mean(0)
+    #  the sign of each element along the direction of most variance, of the first target
+    way = z.new_zeros(target.dim)
+    way[here] = torch.linalg.svd(x[:, 0] / x.abs().amax().clamp(min=1e-30)).Vh[0].sign()
+    ways.append(("along the diagonal in which the points spread most", way))
+    decades = torch.tensor(DIAGONAL_DECADES).to(z)
+    points, spread = z[: NUM_POINTS * target.targets], _spread(z, target.targets)[here].amax(0)
+    far = 10 ** decades[:, None, None] * spread.repeat(NUM_POINTS)[: len(points), None]
+    for what, way in ways:
+        for sign in (1.0, -1.0):
+            slopes = _slopes(target, points + sign * far * way, math.log(10) * decades)
+            slow = (slopes >= -1 - SLACK).all(0).reshape(-1, target.targets).all(0)
+            if slow.any():
+                power = float(slopes[-1].reshape(-1, target.targets)[:, slow].amax())
+                return f"{what}, it goes like |x|^{power:.2g}"
     return None
 
 

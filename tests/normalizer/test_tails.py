@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from pyro_ebm import UnnormalizedEnergy, estimate_log_normalizer
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
 from pyro_ebm.normalizer import UnreliableEstimateWarning
+from pyro_ebm.normalizer.estimate_result import estimate_of
 from pyro_ebm.normalizer.tails import warn_if_improper
 
 
@@ -30,6 +31,8 @@ IMPROPER = {
     "1 / x at 0": (lambda x: x.log() + x, (), POSITIVE, "towards the lower end"),
     "1 / x far out": (lambda x: x.log1p(), (), POSITIVE, "towards the upper end"),
     "1 / x on (0, 1)": (torch.log, (), UNIT, "towards the lower end"),
+    "differences": (lambda x: x.diff().square().sum(-1), (2,), None, "move together"),
+    "differences in 10-d": (lambda x: x.diff().square().sum(-1), (10,), None, "move together"),
     "rises": (lambda x: -x.abs(), (), None, "finite Z"),
 }
 PROPER = {
@@ -40,6 +43,12 @@ PROPER = {
     "Student .1": (lambda x: -dist.StudentT(0.1).log_prob(x), (), None),
     "Student 1.5 in 50-d": (power(51.5), (50,), None),
     "power 2.1 in 2-d": (power(2.1), (2,), None),
+    "wide differences": (
+        lambda x: x.diff().square().sum(-1) + 1e-3 * x.mean(-1) ** 2,
+        (10,),
+        None,
+    ),
+    "narrower far out": (lambda x: (x[..., 0] ** 3 - x[..., 1] ** 3) ** 2, (2,), None),
     "Gamma .1": (lambda x: 0.9 * x.log() + x, (), POSITIVE),
     "half Cauchy": (lambda x: (x**2).log1p(), (), POSITIVE),
     "LogNormal": (lambda x: x.log() + x.log() ** 2 / 50, (), POSITIVE),
@@ -66,6 +75,20 @@ def test_what_has_no_finite_integral(name):
 @pytest.mark.parametrize("name", PROPER)
 def test_heavy_tails_that_have_one(name):
     looked_at(*PROPER[name])  # warnings are errors
+
+
+def test_a_diagonal_in_which_the_points_run_off():
+    p = UnnormalizedEnergy(lambda x: x.sum(-1) ** 2, event_shape=(2,))
+    z = torch.randn(100, 2) + 30 * torch.randn(100, 1) * torch.tensor([1.0, -1.0])
+    with pytest.warns(UnreliableEstimateWarning, match="the diagonal in which the points spread"):
+        warn_if_improper(EnergyPotential(p), z, "annealing")
+
+
+def test_an_estimate_of_the_size_of_no_density():
+    log_w = 1e13 * torch.linspace(-1.0, -0.5, 100)
+    with pytest.warns(UnreliableEstimateWarning) as caught:
+        estimate_of(log_w, "ais", "annealing", "anneal longer")
+    assert any("a log Z of -5e+12 is that of no density" in str(w.message) for w in caught)
 
 
 def test_a_batch_of_which_one_is_improper():
