@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from pyro.distributions import constraints
 from pyro.infer.mcmc import MCMC as PyroMCMC
 
 from pyro_ebm import MCMC, UnnormalizedEnergy
+from pyro_ebm.diagnostics import ConvergenceWarning
 from pyro_ebm.distributions import RBM, GaussianRBM, spin
 from pyro_ebm.distributions.boltzmann.interaction_graph import lattice_edges
 from pyro_ebm.distributions.boltzmann.machine import BoltzmannMachine
@@ -183,6 +185,24 @@ def test_swap_rates_count_every_draw_and_no_warmup():
         assert kernel.swap_rates.shape == (2,)
         assert ((kernel.swap_rates > 0) & (kernel.swap_rates <= 1)).all()
         assert kernel._num_swaps.tolist() == [1, 1]
+
+
+def test_a_ladder_that_is_too_coarse_is_the_cause_where_chains_do_not_agree():
+    def found(energy, shape, betas):
+        p = UnnormalizedEnergy(energy, shape)
+        mcmc = MCMC(TemperingKernel(LangevinKernel(p), betas), 200, 100, num_chains=10)
+        mcmc.disable_progbar = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            mcmc.run()
+        return {finding.kind: finding for finding in mcmc.findings}
+
+    # nothing crosses between these wells at beta = 1
+    coarse = found(lambda x: 20 * (x**2 - 1).square().sum(-1), (4,), [1.0, 0.01])
+    assert coarse.keys() >= {"r_hat", "swaps"}
+    assert "1 of 1 pairs of neighbours exchange at a rate below 0.2" in coarse["swaps"].text
+    assert coarse["swaps"].remedies[0].startswith("more betas than 2")
+    assert found(lambda x: x.square().sum(-1), (4,), [1.0, 1e-4]) == {}  # rare, and not needed
 
 
 # -- what it is for --------------------------------------------------------------------------------

@@ -128,6 +128,11 @@ class Kernel(HasSettings, ABC):
         return []
 
     @property
+    def causes(self) -> list[Finding]:
+        """Why its chains may not agree: findings where they do not, and nothing wrong elsewhere."""
+        return []
+
+    @property
     def notes(self) -> list[str]:
         """What a reader of a summary of its draws is to know of them, whatever they are."""
         return []

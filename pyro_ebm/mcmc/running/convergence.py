@@ -33,5 +33,7 @@ def with_findings(results: Results, kernel: MCMCKernel) -> Results:
         kernel.max_divergences,
         any(part.adapt_step_size for part in parts),
     )
-    found = [*findings(samples, fields, sampler, num), *kernel.findings]
-    return replace(results, findings=found, notes=kernel.notes)
+    found = findings(samples, fields, sampler, num)
+    if any(finding.kind in ("r_hat", "apart") for finding in found):
+        found += [cause for part in kernel.blocks for cause in part.causes]
+    return replace(results, findings=[*found, *kernel.findings], notes=kernel.notes)

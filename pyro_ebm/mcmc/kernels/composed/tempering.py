@@ -14,7 +14,8 @@ of rounds of the order of :math:`R` where a random choice needs :math:`R^2`.
 Reference:
     Swendsen and Wang (1986), Replica Monte Carlo simulation of spin glasses. Geyer (1991), Markov
     chain Monte Carlo maximum likelihood. Syed, Bouchard-Cote, Deligiannidis and Doucet (2022),
-    Non-reversible parallel tempering.
+    Non-reversible parallel tempering. Atchade, Roberts and Rosenthal (2011), Towards optimal
+    scaling of Metropolis-coupled Markov chain Monte Carlo (exchanges at a rate of 0.23).
 """
 
 import math
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.diagnostics.convergence import Finding
 from pyro_ebm.files import Saved
 from pyro_ebm.mcmc.adaptation.warmup import Adaptation
 from pyro_ebm.mcmc.kernels.accept import choose
@@ -34,6 +36,9 @@ from pyro_ebm.mcmc.potentials.base import Potential
 from pyro_ebm.mcmc.state import Info, State
 from pyro_ebm.ops.arguments import check_count, check_number, shown
 from pyro_ebm.ops.steps.metropolis import log_uniform, metropolis_accept
+
+MIN_SWAP_RATE = 0.2
+"""Neighbours that exchange more rarely are too far apart: 0.23 is best where betas are many."""
 
 
 class TemperedPotential(Potential):
@@ -107,7 +112,8 @@ class TemperingKernel(PyroKernel):
         kernel: what moves the replicas, with its model: ``LangevinKernel(model)``,
             ``GibbsKernel(ising)``, ...; each replica adapts its own step size and mass matrix.
         betas: inverse temperatures from 1 downwards, in (0, 1]. Neighbours should exchange at
-            rates of about 0.2 to 0.6 (:attr:`swap_rates`), and the last one should mix. Where the
+            rates of about 0.2 to 0.6 (:attr:`swap_rates`; where chains do not agree a lower rate
+            is among the findings), and the last one should mix. Where the
             support is unbounded, :math:`e^{-\beta U}` must still be finite in mass. They act on
             the unconstrained space, Jacobians included; see
             :func:`~pyro_ebm.mcmc.kernels.composed.tempering.geometric_betas`.
@@ -252,6 +258,23 @@ class TemperingKernel(PyroKernel):
         if self._swaps is None:
             raise RuntimeError("there are no exchanges yet: run first")
         return self._swaps / self._num_swaps
+
+    @property
+    def causes(self) -> list[Finding]:
+        """Whether neighbours exchange too rarely for replicas to come down the ladder."""
+        if self._swaps is None:
+            return []
+        rates, low = self.swap_rates, self.swap_rates < MIN_SWAP_RATE
+        if not low.any():
+            return []
+        hot, cold = self.betas[int(rates.argmin()) + 1], self.betas[int(rates.argmin())]
+        text = (
+            f"{int(low.sum())} of {len(rates)} pairs of neighbours exchange at a rate below"
+            f" {MIN_SWAP_RATE:g}, betas {cold:.2g} and {hot:.2g} at {float(rates.min()):.2g}: the"
+            " ladder is too coarse, and what crosses far up does not come down"
+        )
+        more = f"more betas than {len(self.betas)}, closest where rates are low"
+        return [Finding("swaps", text, [more, "a longer run (num_samples=)"])]
 
     @property
     def adaptation(self) -> Adaptation:
