@@ -41,7 +41,10 @@ class GradientStep:
         self.history = history
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not named:
-            raise ValueError("the model and the guide have no parameters to train")
+            raise ValueError(
+                "the model and the guide have no parameters to train (an energy is not called"
+                " before the first step: pyro.param inside of it is to be called in the model)"
+            )
         self.module, self.clip_norm = module, clip_norm
         self.optimizer, self.scheduler = make_optimizer(optim, lr, named)
         groups = self.optimizer.param_groups
