@@ -37,6 +37,8 @@ MIN_MOVE, MIN_OWN_MOVE = 0.02, 0.25
 """A chain hardly moves if it moves less between two draws, see :class:`Survey`."""
 MANY = 50
 """So many draws are enough to see whether a chain moves."""
+MIN_RISE = 0.8
+"""Of the correlation of a chain's log density with time: it goes on rising."""
 MAX_LP = 1e10
 """No log density of a model is larger, or smaller than minus this."""
 LOOKED_AT_AGAIN = 5
@@ -50,6 +52,10 @@ MORE = "a longer warmup and more draws (warmup_steps=, num_samples=)"
 CHEES = "ChEESKernel, which moves further in a transition"
 TEMPERING = "TemperingKernel, which crosses between far modes"
 REPARAMETRISE = "another parametrisation (pyro.infer.reparam)"
+FINITE_Z = (
+    "another sign of the energy, or base= of UnnormalizedEnergy, if it has no finite Z"
+    " (p is proportional to exp(-E))"
+)
 STARTS = "other starts (init_strategy=, initial_params=)"
 
 
@@ -275,7 +281,22 @@ def _hardly_moving(
     if share > 0:
         far = f"{_percent(share)} of the spread of all draws"
         text = f"{of} hardly move{'s' * one}, between two draws by at most {far}{numbers}"
+        if _rises(fields, stuck):
+            text += ", and the log density rises all along"
+            remedies = [FINITE_Z, WARMUP, STARTS]
     return Finding("stuck", text, remedies)
+
+
+def _rises(fields: Mapping[str, Tensor], which: Tensor) -> bool:
+    """Whether the log density of most of these chains, ``(chains,)``, rises with each draw."""
+    if "lp" not in fields:
+        return False
+    lp = fields["lp"].cpu()[which].double()
+    time = torch.arange(lp.shape[1], dtype=lp.dtype).expand_as(lp)
+    along = torch.stack([time, lp], 1)
+    along = along - along.mean(-1, keepdim=True)
+    time, lp = (along / along.norm(dim=-1, keepdim=True)).unbind(1)
+    return bool((time * lp).sum(-1).median() > MIN_RISE)
 
 
 # -- the transitions are valid ---------------------------------------------------------------------
@@ -334,7 +355,7 @@ def _run_off(elements: Elements, found: Survey, fields: Mapping[str, Tensor]) ->
         [
             "a smaller step_size",
             "adjusted=True of LangevinKernel",
-            "a density that is finite in mass (base= or support= of UnnormalizedEnergy)",
+            FINITE_Z,
         ],
     )
 

@@ -235,6 +235,11 @@ class UnnormalizedEnergy(NoiseLevels):
 
         Returns:
             Points, shape ``(*sample_shape, *batch_shape, *event_shape)``, detached.
+
+        Warns:
+            ConvergenceWarning: of chains that ran off, as for an energy of the wrong sign, and of
+                four or more that disagree widely (R-hat above 10), as in modes far apart. A smaller
+                R-hat is in :meth:`sample_with_diagnostics` alone.
         """
         if wants_only_starting_points():
             return self.starting_points(sample_shape)

@@ -4,6 +4,7 @@ import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
+from pyro_ebm.diagnostics.convergence import warn
 from pyro_ebm.distributions.core.discrete import BlockGibbs
 from pyro_ebm.distributions.core.sampler import ChainDiagnostics, register_sampler
 from pyro_ebm.distributions.core.supports import is_finite, is_unbounded
@@ -16,6 +17,7 @@ from pyro_ebm.mcmc.kernels.gradient.langevin import LangevinKernel
 from pyro_ebm.mcmc.kernels.gradient_free.integer_walk import IntegerWalk
 from pyro_ebm.mcmc.kernels.gradient_free.metropolis import MHKernel
 from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.sample_watch import SampleWatch
 from pyro_ebm.models.sites.discrete_sites import is_integer
 
 MAX_STEPS = 30  # of a trajectory; 15 in the mean
@@ -90,6 +92,10 @@ def short_run(
 
     Raises:
         ValueError: for a kernel at another temperature than 1.
+
+    Warns:
+        ConvergenceWarning: of chains that ran off, or, of a density of real numbers, do not
+            agree at all.
     """
     n, steps = sample_shape.numel(), energy.num_steps
     shape = sample_shape + energy.batch_shape + energy.event_shape
@@ -112,16 +118,21 @@ def short_run(
         z = potential.to_position(annealed_langevin(energy, potential.to_points(z)))
     state = kernel.init(z)
     history, accept = [], torch.zeros_like(state.potential)
+    watch = SampleWatch(potential, z)
     diverging = torch.zeros((), dtype=torch.long, device=state.z.device)
     for step in range(steps):
         state, info = kernel.step(state)
         if step < steps // 2:
             continue
         diverging = diverging + info.diverging.sum()
+        watch.add(state.z)
         if diagnose:
             history.append(potential.to_points(state.z).to(state.z.dtype))  # means of whole numbers
             accept = accept + info.accept_prob
     draws = potential.to_points(state.z).reshape(shape)
+    # levels of noise share chains out among modes, and what is discrete may be constant
+    shared = bool(energy.sigmas) or energy.support.is_discrete or diagnose
+    warn(watch.findings(state.z, compare=not shared), stacklevel=5)
     batch = energy.batch_shape
     nothing = state.potential.new_full(batch, torch.nan)
     if not diagnose:

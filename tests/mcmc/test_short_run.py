@@ -4,14 +4,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.ops.stats import gelman_rubin
 from torch import nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_ebm import UnnormalizedEnergy
+from pyro_ebm.diagnostics import ConvergenceWarning
 from pyro_ebm.distributions import mixture
 from pyro_ebm.distributions.core.sampler import starting_points_only
-from pyro_ebm.mcmc import ChainDiagnostics, CompositeKernel, LangevinKernel, MHKernel
+from pyro_ebm.mcmc import MCMC, ChainDiagnostics, CompositeKernel, LangevinKernel, MHKernel
+from pyro_ebm.mcmc.potentials.energy import EnergyPotential
+from pyro_ebm.mcmc.sample_watch import SampleWatch
 
 HOT_PAIR = CompositeKernel(kernels=[LangevinKernel(temperature=2.0)] * 2)
 
@@ -380,3 +384,57 @@ def test_the_worst_element_of_the_event_counts():
     _, diagnostics = p.sample_with_diagnostics((100,))
     assert diagnostics.r_hat > 2
     assert diagnostics.ess < 500
+
+
+# -- what draws say of themselves --------------------------------------------------------------
+
+
+def four_modes(x):
+    """Modes at (+-2, +-2), a hundred of their widths apart."""
+    return 20 * (x.square() - 4).square().sum(-1)
+
+
+def test_chains_in_far_modes_are_told():
+    p = UnnormalizedEnergy(four_modes, event_shape=(2,))
+    with pytest.warns(ConvergenceWarning, match=r"R-hat is \d\d.*where chains start.*num_steps="):
+        p.sample((50,))
+    p.sample_with_diagnostics((50,))  # whose R-hat is in the user's hands
+    p.sample((3,))  # too few to tell
+
+
+def test_r_hat_is_that_of_the_draws():
+    """Of a batch it is that of the worst element, and the limit is passed by it alone."""
+    where = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-12.0, 12.0, -12.0, 12.0]]).T  # (chains, targets)
+    p = UnnormalizedEnergy(gaussian, batch_shape=(2,))
+    z = (where + torch.randn(50, 4, 2)).reshape(50, 8, 1)
+    watch = SampleWatch(EnergyPotential(p), z[0])
+    for draw in z:
+        watch.add(draw)
+    (found,) = watch.findings(z[-1])
+    x = z.reshape(50, 4, 2).transpose(0, 1)
+    want = gelman_rubin(x, chain_dim=0, sample_dim=1)
+    assert float(found.text.split()[2].rstrip(":")) == pytest.approx(float(want[1]), rel=0.01)
+    assert want[0] < 1.2
+
+
+@pytest.mark.parametrize("sample_shape", [(), (20,)])
+@pytest.mark.parametrize("energy", [lambda x: -(x**2), lambda x: -x, lambda x: 0 * x])
+def test_chains_that_run_off_are_told(energy, sample_shape):
+    with pytest.warns(ConvergenceWarning, match=r"ran off, .*no finite Z.*sign.*base="):
+        UnnormalizedEnergy(energy).sample(sample_shape)
+
+
+def test_far_is_not_off():
+    """A density far from its starts, or with a heavy tail, falls further out."""
+    UnnormalizedEnergy(lambda x: (x - 1000) ** 2 / 2).sample((20,))
+    UnnormalizedEnergy(lambda x: (x / 1000).square().sum(-1) / 2, (3,)).sample((20,))
+    p = UnnormalizedEnergy(lambda x: 1.5 * (1 + x.square().sum(-1)).log(), (2,))
+    z = 1000 * torch.randn(20, 2)  # Cauchy's, in the plane: like 1 / r^3
+    assert not SampleWatch(EnergyPotential(p), torch.randn(20, 2)).findings(z)
+
+
+def test_a_run_of_the_wrong_sign_says_so():
+    p = UnnormalizedEnergy(lambda x: -x.square().sum(-1), event_shape=(2,))
+    mcmc = MCMC(LangevinKernel(p), 200, 100, num_chains=8, disable_progbar=True)
+    with pytest.warns(ConvergenceWarning, match=r"rises all along\. Try another sign .* base="):
+        mcmc.run()
