@@ -31,6 +31,7 @@ from pyro_ebm.distributions import (
     mixture,
     product,
 )
+from pyro_ebm.distributions.core.supports import is_finite
 from pyro_ebm.losses import ContrastiveDivergence
 from pyro_ebm.models.checks.intractability import check_normalizers
 
@@ -145,7 +146,7 @@ def estimate(p, t):
 
 
 def follows(p, t):
-    if hasattr(p, "exact_log_normalizer"):
+    if is_finite(p.support, p.event_shape):
         return p.normalized(p.exact_log_normalizer())
     if isinstance(p, ExponentialFamily):
         return p
