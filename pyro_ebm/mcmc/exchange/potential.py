@@ -46,7 +46,7 @@ from pyro_ebm.models.checks.intractability import (
 from pyro_ebm.models.over_chains import OverChains, Way, saved_way
 from pyro_ebm.models.provenance import trace_latents
 from pyro_ebm.models.runs import latents_of, sample_sites, site_of
-from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy, SampleSite
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, init_near_zero
 from pyro_ebm.ops.eval_mode import eval_mode
 from pyro_ebm.ops.rows import random_state_put_back
 
@@ -120,7 +120,7 @@ class ExchangePotential(ModelPotential):
         inner_kernel: Kernel | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: InitStrategy = NEAR_ZERO,
+        init_strategy: InitStrategy = init_near_zero,
         keep_discrete: bool = False,
     ):
         super().__init__(

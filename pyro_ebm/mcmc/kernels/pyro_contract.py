@@ -28,7 +28,7 @@ from pyro_ebm.mcmc.potentials.model import ModelPotential
 from pyro_ebm.mcmc.state import State
 from pyro_ebm.models.runs import BoundModel
 from pyro_ebm.models.sites.joint_start import JointStart
-from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy
+from pyro_ebm.models.sites.latents import InitStrategy, init_near_zero
 from pyro_ebm.models.sites.site import sites_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
 
@@ -78,7 +78,7 @@ class PyroKernel(Kernel, MCMCKernel):
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: InitStrategy = NEAR_ZERO,
+        init_strategy: InitStrategy = init_near_zero,
     ):
         if model is not None and potential_fn is not None:
             raise ValueError("give model or potential_fn, not both")

@@ -33,7 +33,7 @@ from pyro_ebm.models.runs import BoundModel, latents_of, side_runs, site_of, val
 from pyro_ebm.models.sites.discrete_sites import UNBOUNDED, WithinBounds, site_support_values
 from pyro_ebm.models.sites.init import started
 from pyro_ebm.models.sites.joint_start import JointStart
-from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy, SampleSite, support_of
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, init_near_zero, support_of
 from pyro_ebm.models.sites.site import Site, to_support
 from pyro_ebm.models.transforms import transforms_of
 from pyro_ebm.ops.arguments import check_callable, check_mapping
@@ -86,7 +86,7 @@ class ModelPotential(FunctionPotential):
         kwargs: Mapping[str, object] | None = None,
         transforms: dict[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
-        init_strategy: InitStrategy = NEAR_ZERO,
+        init_strategy: InitStrategy = init_near_zero,
         keep_discrete: bool = False,
     ):
         check_callable("model", model, "a Pyro model, or a distribution")
@@ -291,6 +291,8 @@ def _position(site: Site, trace: poutine.Trace) -> Tensor:
 
 def _uniform_radius(init_strategy: InitStrategy) -> float | None:
     """The radius of Pyro's uniform start, which can be drawn for all chains at once."""
+    if init_strategy is init_near_zero:
+        return 1.0
     if init_strategy is init_to_uniform:
         return 2.0
     if isinstance(init_strategy, functools.partial) and init_strategy.func is init_to_uniform:

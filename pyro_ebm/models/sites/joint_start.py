@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from pyro_ebm.distributions.checks.boundary import ends_of
 from pyro_ebm.distributions.core.introspection import elementwise
 from pyro_ebm.internals.pyro_runtime import outside_plates
-from pyro_ebm.models.sites.latents import NEAR_ZERO, InitStrategy, SampleSite, support_of
+from pyro_ebm.models.sites.latents import InitStrategy, SampleSite, init_near_zero, support_of
 
 ROUNDING = 1e-3
 """An element of a vector or a matrix may be so far from what its position leads to."""
@@ -93,7 +93,7 @@ class JointStart:
 
     def otherwise(self, site: SampleSite) -> object:
         """The value of a site that the draws do not have."""
-        strategy: InitStrategy = self.fallback or NEAR_ZERO
+        strategy: InitStrategy = self.fallback or init_near_zero
         return strategy(site)
 
     # -- checks --------------------------------------------------------------------------------

@@ -24,10 +24,6 @@ from pyro_ebm.distributions.core.wrappers import VIEWS, innermost
 
 InitStrategy = Callable[..., object]
 """Gives a site its first value."""
-NEAR_ZERO: InitStrategy = init_to_uniform(radius=1.0)
-"""Where chains start: uniformly between -1 and 1, on the unconstrained space. Twice as far, as
-Pyro's kernels start, rates and scales of a regression or a recursion are so extreme that some of
-many chains do not come back."""
 
 
 class SampleSite(TypedDict):
@@ -46,6 +42,15 @@ class SampleSite(TypedDict):
     log_prob: Tensor
     log_prob_sum: Tensor
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
+
+
+def init_near_zero(site: SampleSite) -> object:
+    """Where chains start: uniformly between -1 and 1, on the unconstrained space.
+
+    Twice as far out, as Pyro's kernels start, rates and scales of a regression or a recursion are
+    so extreme that some of many chains do not come back.
+    """
+    return init_to_uniform(site, radius=1.0)
 
 
 def support_of(name: str, fn: TorchDistribution) -> tuple[constraints.Constraint, bool]:
