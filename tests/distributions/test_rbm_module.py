@@ -296,7 +296,7 @@ def test_trains_in_a_model_by_exact_likelihood(centered):
     assert log_likelihood(net, data) > torch.tensor(1 / 5).log() - 0.15
 
 
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trains_by_contrastive_divergence(persistent):
     source = torch.Generator().manual_seed(0)  # the truth is one machine, whatever the seed
     w, b, c = (torch.randn(shape, generator=source).double() for shape in [(4, 2), (4,), (2,)])

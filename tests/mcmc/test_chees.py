@@ -136,7 +136,9 @@ def test_one_chain():
     assert 0.6 < info.accept_prob.mean() < 0.97
 
 
-@pytest.mark.parametrize("name", ["eight schools", "breast cancer"])
+@pytest.mark.parametrize(
+    "name", ["eight schools", pytest.param("breast cancer", marks=pytest.mark.slow)]
+)
 def test_same_posterior_as_nuts(name):
     model, dense = {
         "eight schools": (eight_schools, False),
@@ -498,6 +500,7 @@ def test_takes_turns_with_gibbs():
     assert_mean(k.double()[..., None], odds / (1 + odds))
 
 
+@pytest.mark.slow
 def test_more_draws_for_a_gradient_than_langevin_where_directions_differ():
     scale = torch.logspace(0, 1.5, 20)[torch.randperm(20)]
     rotation, _ = torch.linalg.qr(torch.randn(20, 20))

@@ -66,6 +66,7 @@ def test_longer_inner_chains_show_the_bias_of_short_ones():
     assert "'x' 1 -> 30" in repr(report)
 
 
+@pytest.mark.slow
 def test_long_inner_chains_show_none():
     kernel = ExchangeKernel(precision, num_inner_steps=12, inner_kernel=LangevinKernel())
     mcmc = run(kernel, DATA, samples=8, warmup=30)

@@ -133,7 +133,11 @@ PRIORS = {
 
 @pytest.mark.parametrize(
     "prior",
-    ["log-normal", pytest.param("half-Cauchy", marks=pytest.mark.slow), "narrow log-normal"],
+    [
+        "log-normal",
+        pytest.param("half-Cauchy", marks=pytest.mark.slow),
+        pytest.param("narrow log-normal", marks=pytest.mark.slow),
+    ],
 )
 def test_heavy_tails_with_inner_chains(prior):
     make, args, num = PRIORS[prior]

@@ -27,7 +27,7 @@ def add_up(engine: Engine, n: int, ways: tuple[int, ...] = (1,)) -> None:
 # -- at which calls --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jit_compile", ["capture", True])
+@pytest.mark.parametrize("jit_compile", ["capture", pytest.param(True, marks=pytest.mark.slow)])
 def test_the_function_is_called_beside_its_graph_at_powers_of_ten(jit_compile):
     calls = []
 
