@@ -50,7 +50,8 @@ def init_near_zero(site: SampleSite) -> object:
     Twice as far out, as Pyro's kernels start, rates and scales of a regression or a recursion are
     so extreme that some of many chains do not come back.
     """
-    return init_to_uniform(site, radius=1.0)
+    uniform: InitStrategy = init_to_uniform
+    return uniform(site, radius=1.0)
 
 
 def support_of(name: str, fn: TorchDistribution) -> tuple[constraints.Constraint, bool]:
