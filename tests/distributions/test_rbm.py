@@ -191,7 +191,7 @@ def test_784_visible_and_16_hidden_units_in_bounded_memory():
     assert done.returncode == 0, done.stderr
     want, got, megabytes = map(float, done.stdout.split())
     assert got == pytest.approx(want, rel=1e-5)
-    assert megabytes < 200
+    assert megabytes < 300  # usually some 35; a table at once, with its gradient, several times 206
 
 
 def test_too_many_units_are_refused():

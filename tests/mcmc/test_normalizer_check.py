@@ -244,7 +244,7 @@ REFUSED = {
             of(dist.Uniform(-1.5, 1.5), lambda z: threshold(z.item()), -2 - DATA.abs()), seeds=10
         ),
         "detached and copied": of(GAMMA, lambda z: scaled(copy.deepcopy(z.data.clone().detach()))),
-        "branch of a discrete latent": Case(of(BIT, lambda z: scaled(1.0 if z else 2.0)), seeds=10),
+        "branch of a discrete latent": Case(of(BIT, lambda z: scaled(1.0 if z else 2.0)), seeds=6),
         "branch that is taken now and then": of(NORMAL, lambda z: scaled(2.0 if z < -1.5 else 1.0)),
         "loop": of(GAMMA, lambda z: scaled(1.5 ** int(4 * z))),
         "choice among energies": Case(
@@ -354,7 +354,7 @@ def masked_by_a_latent():
         observe(energy(torch.square))
 
 
-@refused("z", says="'x': .*is in the model for some values of 'z' only", seeds=10)
+@refused("z", says="'x': .*is in the model for some values of 'z' only", seeds=6)
 def sometimes_present():
     z = latent()
     if z > 0:
@@ -489,7 +489,7 @@ def an_attribute_of_a_module():
     observe(energy(net))
 
 
-@refused(says="site 'x': its energy depends on", seeds=10)
+@refused(says="site 'x': its energy depends on", seeds=6)
 def an_overwritten_weight():  # the tensors of the module know nothing of z
     net = Scaled()
     with torch.no_grad():
@@ -497,14 +497,14 @@ def an_overwritten_weight():  # the tensors of the module know nothing of z
     observe(energy(net))
 
 
-@refused(says="site 'x': its energy depends on", seeds=10)
+@refused(says="site 'x': its energy depends on", seeds=6)
 def an_overwritten_weight_of_a_shared_module():  # which every run overwrites again
     with torch.no_grad():
         SHARED.inner[1].weight.copy_(positive().reshape(1, 1))
     observe(energy(SHARED))
 
 
-@refused(says="site 'x': its energy depends on", seeds=10)
+@refused(says="site 'x': its energy depends on", seeds=6)
 def a_reparametrized_latent():  # its start is given in terms of z
     def model():
         z = pyro.sample("z", dist.Normal(1.0, 2.0))

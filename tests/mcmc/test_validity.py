@@ -143,7 +143,7 @@ def test_posterior(name):
     assert_moments(a, mean, sd**2)
 
 
-@pytest.mark.parametrize("method", ["sequential", "parallel"])
+@pytest.mark.parametrize("method", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_under_nuts(method, monkeypatch):
     monkeypatch.setattr(pyro_api.mp, "cpu_count", lambda: 8)
     kernel = NUTS(gamma_model)

@@ -165,4 +165,4 @@ INPUTS = {"estimate_is_near_the_truth": {"method": st.sampled_from([*SUITS]), "c
 @SIZES
 def test_an_estimate_is_near_the_truth(many):
     inputs = INPUTS["estimate_is_near_the_truth"]
-    holds(estimate_is_near_the_truth, many, few=40, thousands=2000, **inputs)
+    holds(estimate_is_near_the_truth, many, few=25, thousands=2000, **inputs)

@@ -62,4 +62,4 @@ INPUTS = {
 
 @SIZES
 def test_the_potential_is_the_log_joint_and_the_jacobians(many):
-    holds(potential_is_right, many, few=30, thousands=2000, **INPUTS["potential_is_right"])
+    holds(potential_is_right, many, few=20, thousands=2000, **INPUTS["potential_is_right"])
